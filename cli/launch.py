@@ -1,0 +1,285 @@
+"""The composition root: starts Ray, makes every process of a cluster, wires them, and takes them down in order.
+
+Start:   check model and ports → Ray → all processes at once → load (with progress) → connect → serve
+Stop:    gateway drains → control plane expects ends → workers stop → gateway closes its ports → Ray goes
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from control_plane.gateway.service import ModelCard
+from phasewise.core.config import PoolConfig, ServingConfig, split_address
+from phasewise.core.errors import ConfigError, ServingError
+from phasewise.core.logs import LogCollector
+from phasewise.core.mailboxes import ActorHandle
+from phasewise.core.messages import WorkerInfo
+from phasewise.core.model_source import ModelFacts, ModelSource, model_facts, resolve_model
+from phasewise.core.placement import WorkerId, WorkerRole
+from workers.settings import WorkerSettings
+
+logger = logging.getLogger(__name__)
+
+GATEWAY_ID = "gateway-0"
+_PROGRESS_INTERVAL_S = 0.2
+_CALL_TIMEOUT_S = 120.0
+
+Progress = Callable[[str, float], None]
+"""Called with (what is being done, share done 0 … 1)."""
+
+
+@dataclass(slots=True)
+class Cluster:
+    """A running cluster. `addresses` has the `http` and `grpc` addresses that are really listened on."""
+
+    config: ServingConfig
+    model_name: str
+    workers: list[WorkerInfo] = field(default_factory=list)
+    addresses: dict[str, str] = field(default_factory=dict)
+    context_length: int = 0
+    ended: threading.Event = field(default_factory=threading.Event)
+    end_reason: str = ""
+
+
+class Launcher:
+    """Starts one cluster and stops it. Use as a context manager: leaving it leaves no process, no memory, no port."""
+
+    def __init__(self, config: ServingConfig, progress: Progress) -> None:
+        self._config = config
+        self._progress = progress
+        self._exit = contextlib.ExitStack()
+        self._workers: dict[WorkerId, ActorHandle] = {}
+        self._gateway: ActorHandle = None
+        self._control_plane: ActorHandle = None
+        self._is_up = False
+
+    def __enter__(self) -> Launcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop(drain_s=0.0)
+
+    def start(self) -> Cluster:
+        """Brings the cluster up.
+
+        Raises:
+            ConfigError, ModelLoadError: something that the user can mend; nothing is left running.
+        """
+        config = self._config
+        source = resolve_model(config.model.path)
+        facts = model_facts(source)
+        for name in ("http", "grpc"):
+            check_port(getattr(config.gateway, name), name)
+        self._progress("starting processes", 0.0)
+        collector = self._start_ray()
+        cluster = Cluster(config, config.model.served_name or source.name)
+        self._create_actors(collector)
+        cluster.addresses["http"] = self._ask(self._gateway.bind.remote())
+        cluster.workers = self._load()
+        self._connect(cluster.workers)
+        card = self._model_card(cluster, source, facts)
+        cluster.context_length = card.context_length
+        cluster.addresses["grpc"] = self._ask(self._gateway.serve.remote(card, self._workers, self._control_plane))
+        self._is_up = True
+        self._watch(cluster)
+        return cluster
+
+    def stop(self, *, drain_s: float) -> None:
+        """Stops in order; requests that are open get `drain_s` to finish. May be called again, and half-way up."""
+        if self._is_up:
+            self._is_up = False
+            for step in (
+                lambda: self._ask(self._gateway.drain.remote(drain_s), drain_s + 10.0),
+                lambda: self._ask(self._control_plane.stop.remote(), 10.0),
+                lambda: self._ask_all([w.stop.remote() for w in self._workers.values()], 15.0),
+                lambda: self._ask(self._gateway.stop.remote(), 15.0),
+            ):
+                try:
+                    step()
+                except Exception as error:  # a process that is gone must not keep the others from ending
+                    logger.warning("while stopping: %s", " ".join(str(error).split())[:300])
+        self._exit.close()
+
+    # ---- inside: start
+
+    def _start_ray(self) -> str | None:
+        """Ray, private to this cluster unless an address is given; the path of the log socket, if it is private."""
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+        if self._config.ray.address == "local":
+            # Ray's own ports listen on every interface: without this anybody in the network could run code here.
+            os.environ["RAY_AUTH_MODE"] = "token"
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        import ray
+
+        options: dict[str, Any] = {
+            "namespace": f"phasewise-{os.getpid()}",
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+        }
+        if self._config.ray.address != "local":
+            try:
+                ray.init(address=self._config.ray.address, **options)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                reason = " ".join(str(error).split())
+                raise ConfigError(f"ray.address: no Ray cluster at {self._config.ray.address}: {reason}") from None
+            self._exit.callback(ray.shutdown)
+            return None
+        folder = tempfile.mkdtemp(prefix="pw-")  # short: Unix socket paths end at 107 bytes
+        self._exit.callback(shutil.rmtree, folder, ignore_errors=True)
+        collector = self._exit.enter_context(LogCollector(f"{folder}/log"))
+        self._exit.callback(ray.shutdown)
+        ray.init(
+            address="local",
+            num_cpus=self._config.pools.num_workers + 2,
+            include_dashboard=False,
+            object_store_memory=self._config.ray.object_store_mib * 2**20,
+            _temp_dir=f"{folder}/r",
+            _node_ip_address="127.0.0.1",
+            **options,
+        )
+        return collector.path
+
+    def _create_actors(self, collector: str | None) -> None:
+        import ray
+
+        from control_plane.actors import ControlPlaneActor, GatewayActor, GatewaySettings
+        from workers.actor import WorkerActor
+
+        config = self._config
+        settings = worker_settings(config, self._devices(), collector)
+        make = ray.remote(num_cpus=0)
+        self._control_plane = make(ControlPlaneActor).options(name="control-plane").remote(config, collector)
+        self._gateway = (
+            make(GatewayActor)
+            .options(name=GATEWAY_ID, max_concurrency=10_000)
+            .remote(GatewaySettings(GATEWAY_ID, config, collector))
+        )
+        for s in settings:
+            num_gpus = 0 if s.device == "cpu" else 1
+            actor = make(WorkerActor).options(name=s.worker_id, num_gpus=num_gpus, max_concurrency=1000)
+            self._workers[s.worker_id] = actor.remote(s)
+
+    def _devices(self) -> str:
+        """The device of every worker. `auto` takes GPUs where there are any, and then needs one for each worker."""
+        import ray
+
+        wanted, num_workers = self._config.model.device, self._config.pools.num_workers
+        num_gpus = int(ray.cluster_resources().get("GPU", 0))
+        if wanted == "cpu" or (wanted == "auto" and num_gpus == 0):
+            return "cpu"
+        if num_gpus < num_workers:
+            raise ConfigError(
+                f"pools: {num_workers} workers need a GPU each and Ray sees {num_gpus}; lower the number of workers, "
+                "or set --device cpu"
+            )
+        return "cuda"
+
+    def _load(self) -> list[WorkerInfo]:
+        """Waits until every process has loaded, and reports the slowest worker's progress meanwhile."""
+        import ray
+
+        gateway = self._gateway.load.remote()
+        loads = [worker.load.remote() for worker in self._workers.values()]
+        waiting = [gateway, *loads]
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=_PROGRESS_INTERVAL_S)
+            for ref in done:
+                self._value(ray.get(ref))
+            shares = ray.get([worker.progress.remote() for worker in self._workers.values()])
+            self._progress("loading the model", min(shares))
+        return [self._value(ray.get(ref)) for ref in loads]
+
+    def _connect(self, infos: list[WorkerInfo]) -> None:
+        gateways = {GATEWAY_ID: self._gateway}
+        self._ask_all([w.connect.remote(self._workers, gateways, self._control_plane) for w in self._workers.values()])
+        self._ask_all([w.start.remote() for w in self._workers.values()])
+        self._ask_all([self._control_plane.join.remote(info, self._workers[info.worker_id]) for info in infos])
+        self._ask(self._control_plane.join_gateway.remote(GATEWAY_ID, self._gateway))
+        self._ask(self._control_plane.start_health_checks.remote())
+
+    def _model_card(self, cluster: Cluster, source: ModelSource, facts: ModelFacts) -> ModelCard:
+        return ModelCard(
+            name=cluster.model_name,
+            context_length=min(info.max_model_len for info in cluster.workers),
+            vocab_size=facts.vocab_size,
+            dtype=cluster.workers[0].dtype,
+            created_unix_s=int(source.path.stat().st_mtime),
+            eos_token_ids=facts.eos_token_ids,
+            has_chat_template=self._ask(self._gateway.has_chat_template.remote()),
+        )
+
+    def _watch(self, cluster: Cluster) -> None:
+        """`cluster.ended` is set when the gateway or the control plane is gone: without them nothing is served."""
+
+        def on_end(name: str) -> Callable[[Any], None]:
+            def end(future: Any) -> None:
+                if self._is_up:
+                    cluster.end_reason = f"the {name} process has ended"
+                    cluster.ended.set()
+
+            return end
+
+        self._gateway.wait_closed.remote().future().add_done_callback(on_end("gateway"))
+        self._control_plane.wait_closed.remote().future().add_done_callback(on_end("control plane"))
+
+    # ---- inside: calls
+
+    def _ask(self, ref: Any, timeout_s: float = _CALL_TIMEOUT_S) -> Any:
+        import ray
+
+        return self._value(ray.get(ref, timeout=timeout_s))
+
+    def _ask_all(self, refs: list[Any], timeout_s: float = _CALL_TIMEOUT_S) -> None:
+        import ray
+
+        for value in ray.get(refs, timeout=timeout_s):
+            self._value(value)
+
+    @staticmethod
+    def _value(value: Any) -> Any:
+        if isinstance(value, ServingError):
+            raise value
+        return value
+
+
+def worker_settings(config: ServingConfig, device: str, collector: str | None) -> list[WorkerSettings]:
+    """One entry per worker. Threads that are not given are the machine's cores shared out, at least one each."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = max(cores // config.pools.num_workers, 1)
+    pools: list[tuple[WorkerRole, PoolConfig]] = [
+        (WorkerRole.PREFILL, config.pools.prefill),
+        (WorkerRole.DECODE, config.pools.decode),
+        (WorkerRole.MIXED, config.pools.mixed),
+    ]
+    return [
+        WorkerSettings(f"{role.value}-{i}", role, device, pool.threads or share, config, collector)
+        for role, pool in pools
+        for i in range(pool.workers)
+    ]
+
+
+def check_port(address: str, name: str) -> None:
+    """Raises ConfigError when somebody listens on `address` already: said before anything is started."""
+    import socket
+
+    host, port = split_address(address, field=f"gateway.{name}")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"--{name}: cannot listen on {address} ({error.strerror}); stop what uses the port, or choose another "
+                f"with --{name} HOST:PORT (port 0 takes any that is free)"
+            ) from None

@@ -1,0 +1,157 @@
+"""`phasewise status`: the cluster as its gateway sees it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli.addresses import http_url
+from cli.errors import CommandError, no_cluster_at, one_line
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+REQUEST_TIMEOUT_S = 10.0
+STATE_STYLES = {"ready": "green", "loading": "yellow", "draining": "yellow", "lost": "red", "stopped": "red"}
+
+
+def status_command(
+    http: Annotated[str, typer.Option(help="HOST:PORT of the gateway's HTTP server.")] = "127.0.0.1:8000",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the JSON of GET /status.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again and again, until Ctrl-C.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks with --watch.")] = 1.0,
+) -> None:
+    """Show the workers of a cluster: role, state, load, KV use, handoffs.
+
+    Examples:
+
+    \b
+      phasewise status
+
+    \b
+      phasewise status --json --http 10.0.0.5:8000
+
+    \b
+      phasewise status --watch
+    """
+    status = fetch_status(http)
+    if not watch:
+        _print_once(status, as_json)
+        return
+    if as_json:
+        while True:  # one line each, for programs that read as they come; Ctrl-C ends it
+            typer.echo(json.dumps(status, separators=(",", ":")))
+            time.sleep(interval)
+            status = fetch_status(http)
+    from rich.live import Live
+
+    with Live(status_view(status), auto_refresh=False) as live:
+        while True:
+            time.sleep(interval)
+            live.update(status_view(fetch_status(http)), refresh=True)
+
+
+def _print_once(status: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(status, indent=2))
+        return
+    from rich.console import Console
+
+    Console().print(status_view(status))
+
+
+def fetch_status(address: str) -> dict[str, Any]:
+    """GET /status of the gateway at HOST:PORT (or a URL). Raises CommandError when it cannot be had."""
+    import httpx
+
+    url = http_url(address, flag="--http")
+    try:
+        response = httpx.get(f"{url}/status", timeout=REQUEST_TIMEOUT_S, trust_env=False)
+    except httpx.ConnectError:
+        raise no_cluster_at(address, flag="--http") from None
+    except httpx.TimeoutException:
+        raise CommandError(
+            f"{address} did not answer within {REQUEST_TIMEOUT_S:g} s; it may be overloaded: try again"
+        ) from None
+    except httpx.TransportError as error:
+        raise CommandError(
+            f"{address} does not speak HTTP ({one_line(str(error))}); is --http the gateway's HTTP address?"
+        ) from None
+    if response.status_code != 200:
+        raise CommandError(
+            f"{address} answers HTTP {response.status_code} to /status; is --http the address of a Phasewise gateway?"
+        )
+    try:
+        status = response.json()
+    except ValueError:
+        status = None
+    if not isinstance(status, dict) or not isinstance(status.get("workers"), list):
+        raise CommandError(f"{address}/status is not that of Phasewise; is --http the address of a Phasewise gateway?")
+    return status
+
+
+def status_view(status: Mapping[str, Any]) -> RenderableType:
+    """A line for the cluster, a table of its workers, a line for the gateway."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    for name in ("worker", "pid", "role", "state"):
+        table.add_column(name, no_wrap=True)
+    for name in ("waiting", "running", "preempted", "KV blocks used", "KV use", "reserved", "handoffs", "done"):
+        table.add_column(name, justify="right")
+    for worker in status["workers"]:
+        state = str(worker["state"])
+        table.add_row(
+            str(worker["id"]),
+            str(worker["pid"]),
+            str(worker["role"]),
+            Text(state, style=STATE_STYLES.get(state, "")),
+            *(_number(worker, name) for name in ("waiting", "running", "preempted")),
+            f"{_number(worker, 'kv_used_blocks')}/{_number(worker, 'kv_blocks')}",
+            _share(worker),
+            *(_number(worker, name) for name in ("reservations", "handoffs")),
+            _handoffs_done(worker),
+        )
+    return Group(Text(_cluster_line(status)), table, Text(_gateway_line(status)))
+
+
+def _number(fields: Mapping[str, Any], name: str) -> str:
+    value = fields.get(name)
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _share(worker: Mapping[str, Any]) -> str:
+    total = worker.get("kv_blocks")
+    return f"{worker.get('kv_used_blocks', 0) / total:.0%}" if total else "-"
+
+
+def _handoffs_done(worker: Mapping[str, Any]) -> str:
+    """Handoffs that this worker has sent (out) or received (in) since it started."""
+    counters = worker.get("counters") or {}
+    parts = [
+        f"{counters[key]:g} {text}"
+        for key, text in (("handoffs_out", "out"), ("handoffs_in", "in"))
+        if counters.get(key)
+    ]
+    return ", ".join(parts) or "0"
+
+
+def _cluster_line(status: Mapping[str, Any]) -> str:
+    cluster = status.get("cluster") or {}
+    uptime_s = int(cluster.get("uptime_s") or 0)
+    hours, rest = divmod(uptime_s, 3600)
+    return (
+        f"{cluster.get('model', '?')}: {cluster.get('state', '?')}, up {hours}:{rest // 60:02}:{rest % 60:02}, "
+        f"http {cluster.get('http', '?')}, grpc {cluster.get('grpc', '?')}"
+    )
+
+
+def _gateway_line(status: Mapping[str, Any]) -> str:
+    gateway = status.get("gateway") or {}
+    return f"{gateway.get('id', 'gateway')}: {_number(gateway, 'open_requests')} open requests"

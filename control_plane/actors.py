@@ -1,0 +1,321 @@
+"""The Ray shells of the control plane and of the gateways: each builds plain objects and delegates.
+
+This is the only file of the package that knows Ray (by its errors; actors and handles are plain Python here).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import grpc.aio
+import uvicorn
+from ray.exceptions import RayError
+
+from control_plane.cluster_scheduler import ClusterScheduler
+from control_plane.gateway.grpc_server import start_grpc_server
+from control_plane.gateway.openai_server import build_app
+from control_plane.gateway.preparation import RequestLimits, RequestPreparer
+from control_plane.gateway.request_loop import RequestLoop
+from control_plane.gateway.service import ModelCard
+from control_plane.gateway.text import TextTokenizer, load_tokenizer
+from control_plane.metrics import GatewayMetrics
+from phasewise.core.clock import MonotonicClock
+from phasewise.core.config import ServingConfig, split_address
+from phasewise.core.errors import ConfigError, DeadlineExceeded, ServingError, Unavailable
+from phasewise.core.logs import setup_logging
+from phasewise.core.mailboxes import ActorHandle, WorkerMailboxes
+from phasewise.core.messages import GatewayLost, PeerLost, WorkerInfo, WorkerLoad, WorkerOutput
+from phasewise.core.model_source import resolve_model
+from phasewise.core.placement import Placement, WorkerId
+
+logger = logging.getLogger(__name__)
+
+
+class ControlPlaneActor:
+    """Membership and placement of one cluster, over a ClusterScheduler."""
+
+    def __init__(self, config: ServingConfig, log_collector: str | None) -> None:
+        setup_logging(
+            "control-plane", log_format=config.logging.format, level=config.logging.level, collector=log_collector
+        )
+        self._health = config.health
+        self._scheduler = ClusterScheduler(
+            MonotonicClock(), max_waiting=config.scheduler.max_waiting, overdue_s=config.health.overdue_s
+        )
+        self._workers = WorkerMailboxes()
+        self._gateways: dict[str, ActorHandle] = {}
+        self._watches: set[asyncio.Task[None]] = set()
+        self._is_stopping = False
+        self._closed = asyncio.Event()
+
+    async def join(self, info: WorkerInfo, handle: ActorHandle) -> None:
+        """A worker has started."""
+        self._workers.connect({info.worker_id: handle})
+        self._scheduler.worker_joined(info)
+        self._watch(self._watch_worker(info.worker_id, handle))
+        logger.info("worker joined (%s on %s)", info.role.value, info.device, extra={"worker_id": info.worker_id})
+
+    async def join_gateway(self, gateway_id: str, handle: ActorHandle) -> None:
+        self._gateways[gateway_id] = handle
+        self._watch(self._watch_gateway(gateway_id, handle))
+
+    async def start_health_checks(self) -> None:
+        self._watch(self._check_health())
+
+    async def report(self, load: WorkerLoad) -> None:
+        self._scheduler.worker_load(load)
+
+    async def place(
+        self, request_id: str, num_prompt_tokens: int, num_samples: int, max_tokens: int
+    ) -> Placement | ServingError:
+        """A refusal comes back as a value: Ray would wrap an exception."""
+        try:
+            return self._scheduler.place(request_id, num_prompt_tokens, num_samples, max_tokens)
+        except ServingError as error:
+            return error
+
+    async def first_token(self, request_id: str) -> None:
+        self._scheduler.first_token(request_id)
+
+    async def finished(self, request_id: str, num_output_tokens: int) -> None:
+        self._scheduler.finished(request_id, num_output_tokens)
+
+    async def snapshot(self) -> list[tuple[WorkerInfo, WorkerLoad]]:
+        return [(member.info, member.load) for member in self._scheduler.registry.members()]
+
+    async def stop(self) -> None:
+        """From now on workers that end are not lost but stopped."""
+        self._is_stopping = True
+        self._closed.set()
+
+    async def wait_closed(self) -> None:
+        await self._closed.wait()
+
+    # ---- inside
+
+    def _watch(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._watches.add(task)
+        task.add_done_callback(self._watches.discard)
+
+    async def _watch_worker(self, worker_id: WorkerId, handle: ActorHandle) -> None:
+        """Open as long as the worker lives: its death is an answer to this call."""
+        try:
+            await handle.wait_closed.remote()
+            reason = "its loop ended"
+        except RayError as error:
+            reason = type(error).__name__
+        self._on_worker_lost(worker_id, reason)
+
+    async def _watch_gateway(self, gateway_id: str, handle: ActorHandle) -> None:
+        try:
+            await handle.wait_closed.remote()
+        except RayError:
+            logger.error("gateway %s was lost", gateway_id)
+        self._gateways.pop(gateway_id, None)
+        for worker_id in self._workers.ids():
+            self._workers.send(worker_id, GatewayLost(gateway_id))
+
+    async def _check_health(self) -> None:
+        while not self._is_stopping:
+            await asyncio.sleep(self._health.heartbeat_s)
+            for worker_id in self._scheduler.tick():
+                self._tell_lost(worker_id, f"silent for {self._health.overdue_s} s")
+
+    def _on_worker_lost(self, worker_id: WorkerId, reason: str) -> None:
+        if not self._is_stopping and self._scheduler.worker_lost(worker_id):
+            self._tell_lost(worker_id, reason)
+
+    def _tell_lost(self, worker_id: WorkerId, reason: str) -> None:
+        """Everybody hears once: peers free what it held, gateways end or move its requests."""
+        logger.error("worker was lost: %s", reason, extra={"worker_id": worker_id})
+        self._workers.forget(worker_id)
+        for other in self._workers.ids():
+            self._workers.send(other, PeerLost(worker_id))
+        for handle in self._gateways.values():
+            handle.worker_lost.remote(worker_id)
+
+
+class RemotePlacer:
+    """Placer (control_plane/gateway/request_loop.py) over the control plane's actor."""
+
+    def __init__(self, control_plane: ActorHandle) -> None:
+        self._control_plane = control_plane
+
+    async def place(
+        self, request_id: str, num_prompt_tokens: int, num_samples: int, max_tokens: int, timeout_s: float
+    ) -> Placement:
+        call = self._control_plane.place.remote(request_id, num_prompt_tokens, num_samples, max_tokens)
+        try:
+            answer = await asyncio.wait_for(asyncio.wrap_future(call.future()), timeout_s)
+        except asyncio.CancelledError:
+            self.finished(request_id, 0)  # the client has left; the placement, if any, is given back
+            raise
+        except TimeoutError:
+            self.finished(request_id, 0)
+            raise DeadlineExceeded("the request's deadline passed before it was placed") from None
+        except RayError:
+            raise Unavailable("the control plane does not answer", retry_after_s=2.0) from None
+        if isinstance(answer, ServingError):
+            raise answer
+        return answer
+
+    def first_token(self, request_id: str) -> None:
+        self._control_plane.first_token.remote(request_id)
+
+    def finished(self, request_id: str, num_output_tokens: int) -> None:
+        self._control_plane.finished.remote(request_id, num_output_tokens)
+
+    async def snapshot(self) -> list[tuple[WorkerInfo, WorkerLoad]]:
+        try:
+            workers: list[tuple[WorkerInfo, WorkerLoad]] = await self._control_plane.snapshot.remote()
+        except RayError:
+            raise Unavailable("the control plane does not answer", retry_after_s=2.0) from None
+        return workers
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySettings:
+    """What a gateway process is told when it is made."""
+
+    gateway_id: str
+    config: ServingConfig
+    log_collector: str | None = None
+
+
+class GatewayActor:
+    """One front door: HTTP and gRPC servers over one RequestLoop.
+
+    Life: made → `bind` (ports) → `load` (tokenizer) → `serve` → … → `drain` → `stop`.
+    """
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        logs = settings.config.logging
+        setup_logging(settings.gateway_id, log_format=logs.format, level=logs.level, collector=settings.log_collector)
+        self._settings = settings
+        self._workers = WorkerMailboxes()
+        self._socket: socket.socket | None = None
+        self._tokenizer: TextTokenizer | None = None
+        self._loop: RequestLoop | None = None
+        self._http: uvicorn.Server | None = None
+        self._grpc: grpc.aio.Server | None = None
+        self._http_task: asyncio.Task[None] | None = None
+        self._closed = asyncio.Event()
+
+    async def bind(self) -> str | ServingError:
+        """Takes the HTTP port; its address, or what is wrong."""
+        try:
+            self._socket = bind_http(self._settings.config.gateway.http)
+        except ServingError as error:
+            return error
+        return format_address(self._socket)
+
+    async def load(self) -> ServingError | None:
+        """Reads the tokenizer."""
+        try:
+            source = resolve_model(self._settings.config.model.path)
+            self._tokenizer = await asyncio.to_thread(load_tokenizer, source)
+        except ServingError as error:
+            return error
+        return None
+
+    async def has_chat_template(self) -> bool:
+        assert self._tokenizer is not None
+        return self._tokenizer.chat_template is not None
+
+    async def serve(
+        self, card: ModelCard, workers: Mapping[WorkerId, ActorHandle], control_plane: ActorHandle
+    ) -> str | ServingError:
+        """Starts both servers and admits requests; the gRPC address, or what is wrong."""
+        assert self._tokenizer is not None
+        assert self._socket is not None
+        config, tokenizer = self._settings.config.gateway, self._tokenizer
+        self._workers.connect(workers)
+        limits = RequestLimits(config.default_timeout_s, default_max_tokens=config.default_max_tokens)
+        addresses = {"http": format_address(self._socket), "grpc": config.grpc}
+        loop = RequestLoop(
+            self._settings.gateway_id,
+            card,
+            tokenizer,
+            RequestPreparer(tokenizer, card, limits),
+            RemotePlacer(control_plane),
+            self._workers,
+            GatewayMetrics(card.name),
+            MonotonicClock(),
+            max_open_requests=config.max_open_requests,
+            addresses=addresses,
+        )
+        self._loop = loop
+        max_bytes = config.max_body_mib * 2**20
+        try:
+            self._grpc, port = await start_grpc_server(loop, config.grpc, max_message_bytes=max_bytes)
+        except ServingError as error:
+            return error
+        host, _ = split_address(config.grpc, field="gateway.grpc")
+        addresses["grpc"] = f"{host}:{port}"
+        app = build_app(loop, max_body_bytes=max_bytes)
+        self._http = uvicorn.Server(
+            uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=5)
+        )
+        self._http_task = asyncio.create_task(self._http.serve(sockets=[self._socket]))
+        loop.start_admitting()
+        return addresses["grpc"]
+
+    async def deliver(self, output: WorkerOutput) -> None:
+        """What one step of one worker has for this gateway."""
+        if self._loop is not None:
+            self._loop.deliver(output)
+
+    async def worker_lost(self, worker_id: WorkerId) -> None:
+        self._workers.forget(worker_id)
+        if self._loop is not None:
+            self._loop.worker_lost(worker_id)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Takes no more requests; returns when the open ones have ended."""
+        if self._loop is not None:
+            await self._loop.drain(timeout_s)
+
+    async def stop(self) -> None:
+        """Closes both servers and their ports."""
+        if self._grpc is not None:
+            await self._grpc.stop(1.0)
+        if self._http is not None and self._http_task is not None:
+            self._http.should_exit = True
+            await self._http_task
+        if self._socket is not None:
+            self._socket.close()
+        self._closed.set()
+
+    async def wait_closed(self) -> None:
+        await self._closed.wait()
+
+
+def bind_http(address: str) -> socket.socket:
+    """A listening socket. Raises ConfigError when the port is taken or the host is not ours."""
+    host, port = split_address(address, field="gateway.http")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"gateway.http: cannot listen on {address} ({error.strerror}); stop what uses the port, or choose "
+            "another with --http HOST:PORT (port 0 takes any that is free)",
+            field="gateway.http",
+        ) from None
+    listener.setblocking(False)
+    return listener
+
+
+def format_address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

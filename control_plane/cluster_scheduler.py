@@ -1,0 +1,173 @@
+"""Decides where each request runs. Sans-I/O: events in, decisions out, time from a clock.
+
+The scheduler keeps a ledger: for every open request its placement and the work that is left of it. Gateways feed it
+(arrival, first token, end), because they hold the truth about their requests; workers' load reports tell who is alive
+and how full. After a restart of the control plane the gateways send their open placements again (`restore`).
+
+Events                       Decision
+    worker_joined / _lost      (lost: nothing here; each gateway fails or moves its own requests)
+    place(arrival)             a Placement, or Overloaded, or Unavailable
+    first_token(id)            the prompt's work is off the prefill worker
+    finished(id)               all its work is off
+    tick()                     workers that are overdue, now marked lost
+
+Borrowing between pools, role changes and recovery will be further events of this class: `Placement.attempt`,
+`RequestStatus.RECOVERING` and the roles in the registry are their places.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from control_plane.policies.placement import Arrival, Candidate, choose_pair
+from control_plane.worker_registry import Member, WorkerRegistry
+from phasewise.core.clock import Clock
+from phasewise.core.errors import Overloaded, Unavailable
+from phasewise.core.messages import WorkerInfo, WorkerLoad
+from phasewise.core.placement import Placement, WorkerId, WorkerRole
+
+_EXPECTED_TOKENS_START = 128.0
+_SMOOTHING = 0.05
+
+
+@dataclass(slots=True)
+class _Entry:
+    placement: Placement
+    arrival: Arrival
+    prefill_pending: bool = True
+
+
+@dataclass(slots=True)
+class _Work:
+    """What is placed on one worker and not done; `num_placed` counts for ever."""
+
+    num_prompts: int = 0
+    num_prompt_tokens: int = 0
+    num_decoding: int = 0
+    num_pledged_tokens: float = 0.0
+    num_placed: int = 0
+
+    def add_prompt(self, arrival: Arrival, sign: int) -> None:
+        self.num_prompts += sign
+        self.num_prompt_tokens += sign * arrival.num_prompt_tokens
+
+    def add_decode(self, arrival: Arrival, sign: int) -> None:
+        self.num_decoding += sign * arrival.num_samples
+        self.num_pledged_tokens += sign * arrival.num_kv_tokens
+
+
+class ClusterScheduler:
+    """Membership, the ledger of open requests, and placement.
+
+    `max_waiting` bounds the prompts that are placed on a prefill-capable worker and have no first token yet.
+    """
+
+    def __init__(self, clock: Clock, *, max_waiting: int, overdue_s: float) -> None:
+        self.registry = WorkerRegistry(clock, overdue_s)
+        self._max_waiting = max_waiting
+        self._entries: dict[str, _Entry] = {}
+        self._work: dict[WorkerId, _Work] = {}
+        self._expected_tokens = _EXPECTED_TOKENS_START
+
+    @property
+    def num_open(self) -> int:
+        return len(self._entries)
+
+    # ---- workers
+
+    def worker_joined(self, info: WorkerInfo) -> None:
+        self.registry.join(info)
+        self._work.setdefault(info.worker_id, _Work())
+
+    def worker_load(self, load: WorkerLoad) -> None:
+        self.registry.update(load)
+
+    def worker_lost(self, worker_id: WorkerId) -> bool:
+        """True when this is news, so that everybody is told once."""
+        return self.registry.mark_lost(worker_id)
+
+    def tick(self) -> list[WorkerId]:
+        """Marks overdue workers lost and returns them."""
+        return [worker_id for worker_id in self.registry.overdue() if self.worker_lost(worker_id)]
+
+    # ---- requests
+
+    def place(self, request_id: str, num_prompt_tokens: int, num_samples: int, max_tokens: int) -> Placement:
+        """Chooses both workers.
+
+        Raises:
+            Unavailable: no pair of workers is ready.
+            Overloaded: every prefill queue is full.
+        """
+        expected = min(float(max_tokens), self._expected_tokens)
+        arrival = Arrival(request_id, num_prompt_tokens, num_samples, expected)
+        candidates = self._candidates()
+        prefills, decodes, mixed = candidates
+        if not mixed and not (prefills and decodes):
+            raise Unavailable(self._why_unavailable(), retry_after_s=2.0)
+        open_prefills = [c for c in prefills if c.num_pending_prompts < self._max_waiting]
+        open_mixed = [c for c in mixed if c.num_pending_prompts < self._max_waiting]
+        pair = choose_pair(arrival, open_prefills, decodes, open_mixed)
+        if pair is None:
+            raise Overloaded(f"{self._max_waiting} prompts wait at every prefill worker already", retry_after_s=1.0)
+        placement = Placement(request_id, *pair)
+        self._enter(_Entry(placement, arrival))
+        for worker_id in set(pair):
+            self._work[worker_id].num_placed += 1
+        return placement
+
+    def restore(self, placement: Placement, arrival: Arrival, *, prefill_pending: bool) -> None:
+        """Takes an open request into the ledger of a restarted control plane."""
+        self._enter(_Entry(placement, arrival, prefill_pending))
+
+    def first_token(self, request_id: str) -> None:
+        entry = self._entries.get(request_id)
+        if entry is not None and entry.prefill_pending:
+            entry.prefill_pending = False
+            self._work[entry.placement.prefill_worker].add_prompt(entry.arrival, -1)
+
+    def finished(self, request_id: str, num_output_tokens: int) -> None:
+        """The request is over, however it ended; its output length teaches what to expect."""
+        entry = self._entries.pop(request_id, None)
+        if entry is None:
+            return
+        if entry.prefill_pending:
+            self._work[entry.placement.prefill_worker].add_prompt(entry.arrival, -1)
+        self._work[entry.placement.decode_worker].add_decode(entry.arrival, -1)
+        if num_output_tokens > 0:
+            per_sample = num_output_tokens / entry.arrival.num_samples
+            self._expected_tokens += _SMOOTHING * (per_sample - self._expected_tokens)
+
+    # ---- inside
+
+    def _enter(self, entry: _Entry) -> None:
+        self._entries[entry.placement.request_id] = entry
+        if entry.prefill_pending:
+            self._work[entry.placement.prefill_worker].add_prompt(entry.arrival, +1)
+        self._work[entry.placement.decode_worker].add_decode(entry.arrival, +1)
+
+    def _candidates(self) -> tuple[list[Candidate], list[Candidate], list[Candidate]]:
+        """Ready workers of the three roles, with the work that the ledger has for them."""
+
+        def candidate(member: Member) -> Candidate:
+            info, work = member.info, self._work[member.info.worker_id]
+            return Candidate(
+                info.worker_id,
+                info.profile,
+                work.num_prompts,
+                work.num_prompt_tokens,
+                work.num_decoding,
+                work.num_pledged_tokens,
+                info.num_kv_blocks * info.kv_spec.block_size,
+                work.num_placed,
+            )
+
+        by_role: dict[WorkerRole, list[Candidate]] = {role: [] for role in WorkerRole}
+        for member in self.registry.ready():
+            by_role[member.load.role].append(candidate(member))
+        return by_role[WorkerRole.PREFILL], by_role[WorkerRole.DECODE], by_role[WorkerRole.MIXED]
+
+    def _why_unavailable(self) -> str:
+        ready = [m.load.role.value for m in self.registry.ready()]
+        missing = [role for role in ("prefill", "decode") if role not in ready]
+        return f"no {' and no '.join(missing)} worker is ready"

@@ -1,0 +1,153 @@
+"""The text of one sample while its tokens come: incremental, byte-exact, with stop strings.
+
+Tokens become bytes, bytes become whole characters (a character whose bytes are not all here waits), characters become
+text that is certain: what could be the beginning of a stop string waits, too. Work is in the new tokens only.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Sequence
+
+from control_plane.gateway.service import TokenInfo
+from control_plane.gateway.text import TextTokenizer
+from phasewise.core.request import FinishReason, SampledToken
+
+_Utf8Decoder = codecs.getincrementaldecoder("utf-8")
+
+
+class SampleText:
+    """The text of one sample.
+
+    Args:
+        stop: stop strings; none of them is empty.
+        continues_text: the sample goes on from a text, so a space before its first word belongs to it. Otherwise the
+            sample is a text of its own, equal to `tokenizer.decode` of all its tokens.
+
+    Attributes:
+        num_tokens: tokens used so far. After a stop string was hit it counts those up to the end of that string.
+        is_done: True after a stop string or a finish reason; nothing may be pushed any more.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, stop: Sequence[str] = (), *, continues_text: bool = False) -> None:
+        self._bytes = tokenizer.text_bytes
+        self._decode = _Utf8Decoder("replace").decode
+        self._stop = StopStrings(stop) if stop else None
+        self._leading_space = "keep" if continues_text else tokenizer.leading_space
+        self.num_tokens = 0
+        self.is_done = False
+
+    def push(self, tokens: Sequence[SampledToken], finish_reason: FinishReason | None = None) -> tuple[str, str | None]:
+        """Takes the next tokens; returns (text that is certain now, the stop string that was hit or None).
+
+        With `FinishReason.STOP` the last token is a stop token, which is no part of the text. After a finish reason
+        all text is returned; bytes that never became a character come as U+FFFD. Tokens behind a stop string are
+        not looked at.
+        """
+        if self.is_done:
+            raise ValueError("push after the end of a sample")
+        ids = [token.token_id for token in tokens]
+        if finish_reason is FinishReason.STOP and ids:
+            ids.pop()
+        text, hit = self._push_ids(ids)
+        if hit is None and finish_reason is not None:
+            self.num_tokens += len(tokens) - len(ids)
+            rest, hit = self._finish()
+            text += rest
+        self.is_done = hit is not None or finish_reason is not None
+        return text, hit
+
+    def _push_ids(self, ids: list[int]) -> tuple[str, str | None]:
+        if self._stop is None:
+            self.num_tokens += len(ids)
+            return self._decode(self._join(ids)), None
+        text = ""
+        for token_id in ids:  # one at a time, so that num_tokens says which one completed a stop string
+            self.num_tokens += 1
+            more, hit = self._stop.push(self._decode(self._join((token_id,))))
+            text += more
+            if hit is not None:
+                return text, hit
+        return text, None
+
+    def _finish(self) -> tuple[str, str | None]:
+        rest = self._decode(b"", True)
+        if self._stop is None:
+            return rest, None
+        text, hit = self._stop.push(rest)
+        return (text, hit) if hit is not None else (text + self._stop.flush(), None)
+
+    def _join(self, ids: Iterable[int]) -> bytes:
+        lookup = self._bytes
+        if self._leading_space == "keep":
+            return b"".join([lookup[token_id] for token_id in ids])
+        parts = [raw for raw in [lookup[token_id] for token_id in ids] if raw]
+        if parts:
+            parts[0] = (
+                parts[0].removeprefix(b" ") if self._leading_space == "strip_one" else parts[0].replace(b" ", b"")
+            )
+            self._leading_space = "keep"
+        return b"".join(parts)
+
+
+class StopStrings:
+    """Finds stop strings in a text that comes in pieces; the result does not depend on how it is cut.
+
+    The stop string whose end comes first wins; of two that end together, the longer.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._first_characters = frozenset(string[0] for string in stop)
+        self._longest = max(len(string) for string in stop)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, str | None]:
+        """Returns (text that is certain, stop string or None). The stop string and what follows it are cut off."""
+        if not text:
+            return "", None
+        text = self._held + text
+        hit = self._first_hit(text)
+        if hit is not None:
+            self._held = ""
+            start, string = hit
+            return text[:start], string
+        cut = self._safe_length(text)
+        self._held = text[cut:]
+        return text[:cut], None
+
+    def flush(self) -> str:
+        """What was held back; the text is over."""
+        held, self._held = self._held, ""
+        return held
+
+    def _first_hit(self, text: str) -> tuple[int, str] | None:
+        found = [(start + len(s), start, s) for s in self._stop if (start := text.find(s)) >= 0]
+        if not found:
+            return None
+        _, start, string = min(found)
+        return start, string
+
+    def _safe_length(self, text: str) -> int:
+        """Length of the text without the longest tail that a stop string could begin with."""
+        for start in range(max(0, len(text) - self._longest + 1), len(text)):
+            if text[start] in self._first_characters:
+                tail = text[start:]
+                if any(string.startswith(tail) for string in self._stop):
+                    return start
+        return len(text)
+
+
+def token_info(tokenizer: TextTokenizer, token: SampledToken) -> TokenInfo:
+    """A token with its text and bytes, as clients see it when they ask for log-probabilities."""
+    return TokenInfo(
+        token_id=token.token_id,
+        text=tokenizer.token_text(token.token_id),
+        raw=tokenizer.token_bytes(token.token_id),
+        logprob=token.logprob,
+        top_logprobs=tuple(
+            (token_id, tokenizer.token_text(token_id), tokenizer.token_bytes(token_id), logprob)
+            for token_id, logprob in token.top_logprobs
+        ),
+        is_special=token.token_id in tokenizer.special_ids,
+    )

@@ -1,0 +1,130 @@
+"""Protobuf ↔ the gateway's nouns (`service.py`), both directions, nothing else. Ranges are checked by the service."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from control_plane.gateway.service import (
+    GenerateInput,
+    GenerationStream,
+    ModelCard,
+    SampleDelta,
+    SamplingInput,
+    TokenInfo,
+)
+from phasewise.core.errors import InvalidRequest
+from phasewise.options import SCALAR_SAMPLING
+from phasewise.rpc import phasewise_pb2 as pb
+from phasewise.rpc.codec import FINISH_REASON_TO_PB
+
+
+def decode_generate(request: pb.GenerateRequest, timeout_s: float | None) -> GenerateInput:
+    """Raises InvalidRequest when there is no prompt."""
+    kind = request.WhichOneof("prompt")
+    if kind is None:
+        raise InvalidRequest("the request has no prompt: set text, token_ids or messages", field="prompt")
+    return GenerateInput(
+        text=request.text if kind == "text" else None,
+        token_ids=tuple(request.token_ids.ids) if kind == "token_ids" else None,
+        messages=_decode_messages(request.messages) if kind == "messages" else None,
+        sampling=_decode_sampling(request.sampling),
+        model=request.model or None,
+        request_id=request.request_id or None,
+        timeout_s=timeout_s,
+        cache_salt=request.cache_salt,
+    )
+
+
+def decode_tokenize(request: pb.TokenizeRequest) -> tuple[str | None, tuple[Mapping[str, Any], ...] | None]:
+    """(text, messages), one of them None. Raises InvalidRequest when neither is given."""
+    kind = request.WhichOneof("prompt")
+    if kind is None:
+        raise InvalidRequest("nothing to tokenize: set text or messages", field="text")
+    return (request.text, None) if kind == "text" else (None, _decode_messages(request.messages))
+
+
+def encode_started(stream: GenerationStream) -> pb.Started:
+    return pb.Started(request_id=stream.request_id, prompt_tokens=map(_encode_token, stream.prompt_tokens))
+
+
+def encode_delta(delta: SampleDelta) -> pb.SampleDelta:
+    encoded = pb.SampleDelta(
+        sample_index=delta.sample_index,
+        text=delta.text,
+        token_ids=delta.token_ids,
+        tokens=map(_encode_token, delta.tokens),
+        finish_reason=FINISH_REASON_TO_PB[delta.finish_reason],
+    )
+    if isinstance(delta.stop_reason, str):
+        encoded.stop_string = delta.stop_reason
+    elif delta.stop_reason is not None:
+        encoded.stop_token_id = delta.stop_reason
+    return encoded
+
+
+def encode_finished(stream: GenerationStream, *, with_timeline: bool) -> pb.Finished:
+    """Usage, and on request timeline and placement. For use after the last delta."""
+    usage = stream.usage
+    finished = pb.Finished(
+        usage=pb.Usage(
+            num_prompt_tokens=usage.num_prompt_tokens,
+            num_output_tokens=usage.num_output_tokens,
+            num_cached_tokens=usage.num_cached_tokens,
+        )
+    )
+    if with_timeline:
+        placement = stream.placement
+        finished.placement.prefill_worker = placement.prefill_worker
+        finished.placement.decode_worker = placement.decode_worker
+        finished.placement.attempt = placement.attempt
+        for event in stream.timeline:
+            finished.timeline.add(
+                stage=event.stage.value,
+                at_unix_s=event.at_unix_s,
+                worker_id=event.worker_id,
+                num_bytes=event.num_bytes,
+                duration_s=event.duration_s,
+            )
+    return finished
+
+
+def encode_model(card: ModelCard) -> pb.Model:
+    return pb.Model(
+        name=card.name,
+        context_length=card.context_length,
+        vocab_size=card.vocab_size,
+        dtype=card.dtype,
+        created_unix_s=card.created_unix_s,
+        eos_token_ids=card.eos_token_ids,
+        has_chat_template=card.has_chat_template,
+    )
+
+
+def _decode_messages(messages: pb.ChatMessages) -> tuple[Mapping[str, Any], ...]:
+    return tuple({"role": message.role, "content": message.content} for message in messages.messages)
+
+
+def _decode_sampling(sampling: pb.Sampling) -> SamplingInput:
+    given: dict[str, Any] = {name: getattr(sampling, name) for name in SCALAR_SAMPLING if sampling.HasField(name)}
+    return SamplingInput(
+        **given,
+        logit_bias=dict(sampling.logit_bias) or None,
+        stop=tuple(sampling.stop),
+        stop_token_ids=tuple(sampling.stop_token_ids),
+        ignore_eos=sampling.ignore_eos,
+    )
+
+
+def _encode_token(token: TokenInfo) -> pb.Token:
+    return pb.Token(
+        token_id=token.token_id,
+        text=token.text,
+        raw=token.raw,
+        logprob=token.logprob,
+        top_logprobs=_encode_top(token.top_logprobs),
+    )
+
+
+def _encode_top(top: Sequence[tuple[int, str, bytes, float]]) -> list[pb.TopLogprob]:
+    return [pb.TopLogprob(token_id=i, text=text, raw=raw, logprob=logprob) for i, text, raw, logprob in top]

@@ -1,0 +1,201 @@
+"""The gRPC front door: decode, call the service, stream, map errors. It decides nothing.
+
+The life of a Generate call here:
+
+1. accepted: the service has taken the request; from now on there is a GenerationStream to close
+2. streaming: deltas are read ahead as they come; what is ready goes out as one message
+3. over, in exactly one way: `finished` sent; an error status; or the client is gone (cancel, disconnect, deadline),
+   which grpc.aio turns into a cancellation of the handler. In each, `aclose` frees what the request still holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import NoReturn
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from control_plane.gateway.grpc_codec import (
+    decode_generate,
+    decode_tokenize,
+    encode_delta,
+    encode_finished,
+    encode_model,
+    encode_started,
+)
+from control_plane.gateway.grpc_health import GatewayHealth
+from control_plane.gateway.service import GenerationStream, InferenceService, SampleDelta
+from phasewise.core.errors import ConfigError, InternalError, RequestCancelled, ServingError
+from phasewise.rpc import phasewise_pb2 as pb
+from phasewise.rpc import phasewise_pb2_grpc
+from phasewise.rpc.status import to_status
+
+logger = logging.getLogger(__name__)
+
+SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+_HEALTH_NAME: str = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+_MAX_DELTAS = 256
+"""In one message: keeps it below the 4 MiB that clients accept by default, log-probabilities included."""
+
+
+async def start_grpc_server(
+    service: InferenceService, address: str, *, max_message_bytes: int
+) -> tuple[grpc.aio.Server, int]:
+    """Serves `service` on `address` (HOST:PORT; port 0 asks for a free one) and returns (server, port).
+
+    The caller drains the service before it stops the server: `server.stop(grace)` waits for open calls, health watches
+    among them, until `grace` is over, and cancels the rest.
+
+    Raises:
+        ConfigError: the address cannot be listened on.
+    """
+    server = grpc.aio.server(
+        options=(
+            # Two servers on one port would share its requests without anyone noticing.
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.max_send_message_length", -1),
+            # A client whose host is gone sends no reset: its requests are cancelled after 40 s.
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.http2.max_pings_without_data", 0),
+            # The SDK pings as often; without this it would be cut off for doing so.
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        )
+    )
+    phasewise_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(service), server)
+    health_pb2_grpc.add_HealthServicer_to_server(GatewayHealth(service, (SERVICE_NAME,)), server)
+    reflection.enable_server_reflection((SERVICE_NAME, _HEALTH_NAME, reflection.SERVICE_NAME), server)
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        await server.stop(None)
+        raise ConfigError(
+            f"gateway.grpc: cannot listen on {address} ({error}); free the port, or choose another one "
+            "(port 0 takes any that is free)",
+            field="gateway.grpc",
+        ) from None
+    await server.start()
+    return server, port
+
+
+class InferenceServicer(phasewise_pb2_grpc.InferenceServicer):
+    """phasewise.v1.Inference over an InferenceService."""
+
+    def __init__(self, service: InferenceService) -> None:
+        self._service = service
+        self._closing: set[asyncio.Task[None]] = set()
+
+    async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
+        # Writes to the context rather than yielding: grpc.aio does not close an abandoned generator at once.
+        try:
+            generate_input = decode_generate(request, context.time_remaining())
+            stream = await self._service.generate(generate_input)
+            await self._send(stream, context, with_timeline=request.timeline)
+        except Exception as error:
+            await _abort(context, error, request.request_id)
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
+        try:
+            text, messages = decode_tokenize(request)
+            token_ids = self._service.tokenize(text, messages, request.model or None)
+        except Exception as error:
+            await _abort(context, error, "")
+        return pb.TokenizeResponse(token_ids=token_ids)
+
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DetokenizeResponse:
+        try:
+            text = self._service.detokenize(tuple(request.token_ids), request.model or None)
+        except Exception as error:
+            await _abort(context, error, "")
+        return pb.DetokenizeResponse(text=text)
+
+    async def GetModel(self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext) -> pb.Model:
+        return encode_model(self._service.model)
+
+    async def _send(self, stream: GenerationStream, context: grpc.aio.ServicerContext, *, with_timeline: bool) -> None:
+        """Streams to the end and closes `stream` whatever happens. Raises the stream's error after its last delta."""
+        ahead = _ReadAhead(stream)
+        try:
+            is_first = True
+            is_last = False
+            while not is_last:
+                deltas, is_last = await ahead.take()
+                message = pb.GenerateResponse(deltas=map(encode_delta, deltas))
+                if is_first:
+                    message.started.CopyFrom(encode_started(stream))
+                    is_first = False
+                if is_last and ahead.error is None:
+                    message.finished.CopyFrom(encode_finished(stream, with_timeline=with_timeline))
+                if deltas or message.HasField("finished"):
+                    await context.write(message)
+            if ahead.error is not None:
+                raise ahead.error
+        finally:
+            # In a task of its own: a client that leaves, or a server that stops, may cancel this handler right here.
+            closing = asyncio.create_task(_close(ahead, stream))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+            await asyncio.shield(closing)
+
+
+async def _close(ahead: _ReadAhead, stream: GenerationStream) -> None:
+    await ahead.stop()
+    await stream.aclose()
+
+
+class _ReadAhead:
+    """Reads a stream while the wire is busy, so that everything that is ready goes out as one message.
+
+    It holds at most what the request may generate, which the service has bounded already. `error` is the stream's,
+    known once `take` has told the end.
+    """
+
+    def __init__(self, stream: GenerationStream) -> None:
+        self.error: Exception | None = None
+        self._ready: asyncio.Queue[SampleDelta | None] = asyncio.Queue()
+        self._reader = asyncio.create_task(self._read(stream))
+
+    async def take(self) -> tuple[list[SampleDelta], bool]:
+        """Waits for a delta or the end; returns all that is ready, and whether that is all there will ever be."""
+        deltas: list[SampleDelta] = []
+        item = await self._ready.get()
+        while item is not None:
+            deltas.append(item)
+            if self._ready.empty() or len(deltas) == _MAX_DELTAS:
+                return deltas, False
+            item = self._ready.get_nowait()
+        return deltas, True
+
+    async def stop(self) -> None:
+        """Ends the reading; afterwards nobody iterates over the stream."""
+        self._reader.cancel()
+        await asyncio.wait({self._reader})
+
+    async def _read(self, stream: GenerationStream) -> None:
+        try:
+            async for delta in stream:
+                self._ready.put_nowait(delta)
+        except asyncio.CancelledError:
+            self.error = RequestCancelled("the request was cancelled inside the gateway")
+            raise
+        except Exception as error:
+            self.error = error
+        finally:
+            self._ready.put_nowait(None)
+
+
+async def _abort(context: grpc.aio.ServicerContext, error: Exception, request_id: str) -> NoReturn:
+    """Ends the call with the status of `error`; what is not one of ours is a fault, logged and not shown."""
+    if not isinstance(error, ServingError):
+        logger.error("gRPC request failed", exc_info=error, extra={"request_id": request_id})
+        error = InternalError(f"internal error; the gateway's log has the details of request {request_id or '(no id)'}")
+    code, message, metadata = to_status(error)
+    await context.abort(code, message, metadata)
+    raise AssertionError("abort always raises")

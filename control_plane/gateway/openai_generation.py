@@ -1,0 +1,208 @@
+"""Runs the requests behind one HTTP answer: opens their streams, joins them, builds the answer, closes them.
+
+The life of an answer:
+1. `open_answer` places every prompt. If one is refused, those before it are closed and nothing was answered.
+2. `whole` collects all deltas into one body, or `events` turns each into a line of an event stream.
+3. However it ends (done, error, client gone, server stopping), every stream is closed: workers stop at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.types import Receive
+
+from control_plane.gateway.openai_responses import (
+    DONE_EVENT,
+    ChatForm,
+    Choice,
+    ChunkWriter,
+    CompletionForm,
+    Envelope,
+    dumps,
+    timeline_fields,
+    usage_fields,
+)
+from control_plane.gateway.service import GenerateInput, GenerationStream, InferenceService, SampleDelta
+from phasewise.core.errors import RequestCancelled
+from phasewise.core.request import FinishReason
+
+_QUEUED_DELTAS = 64
+_T = TypeVar("_T")
+
+
+class ClientLeft(Exception):
+    """The client has closed its connection; there is nobody to answer."""
+
+
+class Answer:
+    """The open streams of one HTTP request; choice number = prompt number · n + sample number.
+
+    Args:
+        echo_texts: the prompt of each stream as text, where its choices begin with it; None: they do not.
+    """
+
+    def __init__(
+        self,
+        streams: list[GenerationStream],
+        num_samples: int,
+        form: ChatForm | CompletionForm,
+        echo_texts: list[str] | None,
+    ) -> None:
+        self._streams = streams
+        self._num_samples = num_samples
+        self._form = form
+        self._echo_texts = echo_texts
+        self._choices = [Choice(index) for index in range(len(streams) * num_samples)]
+        self._unechoed = set(range(len(streams))) if echo_texts is not None else set()
+
+    async def whole(self, envelope: Envelope, *, with_timeline: bool) -> bytes:
+        """The body of an answer in one piece. Raises what the streams raise."""
+        form = self._form
+        try:
+            async with aclosing(_joined(self._streams)) as deltas:
+                async for prompt_index, delta in deltas:
+                    if prompt_index in self._unechoed:
+                        for choice, text in self._begin_echo(prompt_index):
+                            choice.text.append(text)
+                            tokens = self._streams[prompt_index].prompt_tokens
+                            if tokens and (logprobs := form.logprobs(choice, tokens)) is not None:
+                                choice.logprobs.append(logprobs)
+                    choice = self._choice(prompt_index, delta)
+                    choice.take(delta)
+                    if delta.tokens and (logprobs := form.logprobs(choice, delta.tokens)) is not None:
+                        choice.logprobs.append(logprobs)
+            body = envelope.fields()
+            body["choices"] = [form.choice(choice) for choice in self._choices]
+            body["usage"] = self._usage()
+            if with_timeline:
+                body["timeline"] = self._timeline()
+            return dumps(body).encode()
+        finally:
+            await self.aclose()
+
+    async def events(self, writer: ChunkWriter, *, with_usage: bool, with_timeline: bool) -> AsyncGenerator[bytes]:
+        """The lines of an event stream, [DONE] included. Raises what the streams raise."""
+        try:
+            async with aclosing(_joined(self._streams)) as deltas:
+                async for prompt_index, delta in deltas:
+                    if prompt_index in self._unechoed:
+                        tokens = self._streams[prompt_index].prompt_tokens
+                        for choice, text in self._begin_echo(prompt_index):
+                            yield writer.echo(choice, text, tokens)
+                    line = writer.delta(self._choice(prompt_index, delta), delta)
+                    if line:
+                        yield line
+            if with_usage or with_timeline:
+                yield writer.closing(self._usage() if with_usage else None, self._timeline() if with_timeline else None)
+            yield DONE_EVENT
+        finally:
+            await self.aclose()
+
+    async def aclose(self) -> None:
+        """Cancels what still runs."""
+        for stream in self._streams:
+            await stream.aclose()
+
+    def _choice(self, prompt_index: int, delta: SampleDelta) -> Choice:
+        if delta.finish_reason is FinishReason.ABORT:
+            raise RequestCancelled("the request was cancelled before it was finished")
+        return self._choices[prompt_index * self._num_samples + delta.sample_index]
+
+    def _begin_echo(self, prompt_index: int) -> list[tuple[Choice, str]]:
+        """The prompt's choices with its text; once per prompt, when its logprobs are known."""
+        self._unechoed.discard(prompt_index)
+        first = prompt_index * self._num_samples
+        text = self._echo_texts[prompt_index] if self._echo_texts is not None else ""
+        return [(choice, text) for choice in self._choices[first : first + self._num_samples]]
+
+    def _usage(self) -> dict[str, Any]:
+        return usage_fields([stream.usage for stream in self._streams])
+
+    def _timeline(self) -> Any:
+        """One object, or with several prompts a list of them."""
+        timelines = [timeline_fields(stream) for stream in self._streams]
+        return timelines[0] if len(timelines) == 1 else timelines
+
+
+async def open_answer(
+    service: InferenceService,
+    inputs: list[GenerateInput],
+    form: ChatForm | CompletionForm,
+    echo_text: Callable[[GenerateInput], str] | None,
+) -> Answer:
+    """Starts every input. Raises what the service raises, with nothing left running."""
+    streams: list[GenerationStream] = []
+    try:
+        for given in inputs:
+            streams.append(await service.generate(given))
+        echo_texts = [echo_text(given) for given in inputs] if echo_text is not None else None
+        return Answer(streams, inputs[0].sampling.n or 1, form, echo_texts)
+    except BaseException:
+        for stream in streams:
+            await stream.aclose()
+        raise
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
+    """Awaits `work`, and cancels it as soon as the client leaves.
+
+    Raises:
+        ClientLeft: the client left first; `work` has ended when this is raised.
+    """
+    worker = asyncio.create_task(work)
+    watcher = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait({worker, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if worker.done():
+            return worker.result()
+        raise ClientLeft
+    finally:
+        worker.cancel()
+        watcher.cancel()
+        await asyncio.gather(worker, watcher, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _joined(streams: list[GenerationStream]) -> AsyncGenerator[tuple[int, SampleDelta]]:
+    """The deltas of all streams as they come, each with the number of its stream."""
+    if len(streams) == 1:  # the usual case needs no task and no queue
+        async for delta in streams[0]:
+            yield 0, delta
+        return
+    queue: asyncio.Queue[tuple[int, SampleDelta] | BaseException | None] = asyncio.Queue(_QUEUED_DELTAS)
+    tasks = [asyncio.create_task(_pump(index, aiter(stream), queue)) for index, stream in enumerate(streams)]
+    try:
+        num_open = len(tasks)
+        while num_open:
+            item = await queue.get()
+            if item is None:
+                num_open -= 1
+            elif isinstance(item, BaseException):
+                raise item
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pump(
+    index: int,
+    deltas: AsyncIterator[SampleDelta],
+    queue: asyncio.Queue[tuple[int, SampleDelta] | BaseException | None],
+) -> None:
+    try:
+        async for delta in deltas:
+            await queue.put((index, delta))
+        await queue.put(None)
+    except Exception as error:  # raised again by the one who reads the queue
+        await queue.put(error)

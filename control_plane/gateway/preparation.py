@@ -1,0 +1,236 @@
+"""From what a user asked to what workers run: all checks of a request, its defaults, its token ids.
+
+Every refusal is an `InvalidRequest` that names the field and says what would be right. Nothing is repaired silently.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import uuid
+from dataclasses import dataclass, replace
+
+from control_plane.gateway.service import GenerateInput, ModelCard, SamplingInput
+from control_plane.gateway.text import TextTokenizer
+from phasewise.core.errors import InvalidRequest, ModelNotFound
+from phasewise.core.request import Request, SamplingParams
+
+MAX_SAMPLES = 128
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 1000
+MAX_STOP_TOKEN_IDS = 256
+COMPLETION_MAX_TOKENS = 16  # as OpenAI's completions
+_REQUEST_ID = re.compile(r"[!-~]{1,128}")
+_INT64 = (-(2**63), 2**63 - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """What this gateway allows and assumes.
+
+    `default_max_tokens` is for chats that name none; None: what the context leaves. `max_kv_tokens` is the KV capacity
+    of the smallest decode worker in tokens: a request that could never fit is refused at once; None: not limited.
+    """
+
+    default_timeout_s: float = 600.0
+    max_timeout_s: float = 86_400.0
+    default_max_tokens: int | None = None
+    max_kv_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRequest:
+    """A request that is right. `stop` stays at the gateway, which alone knows text.
+
+    `continues_text` is for `SampleText`: the output goes on from a text instead of answering a chat.
+    """
+
+    request: Request
+    stop: tuple[str, ...]
+    timeout_s: float
+    continues_text: bool
+
+
+class RequestPreparer:
+    """Checks and completes requests for one model.
+
+    Args:
+        rng: where seeds come from for requests that give none.
+    """
+
+    def __init__(
+        self, tokenizer: TextTokenizer, card: ModelCard, limits: RequestLimits, rng: random.Random | None = None
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._card = card
+        self._limits = limits
+        self._rng = rng or random.SystemRandom()
+
+    def prepare(self, given: GenerateInput) -> PreparedRequest:
+        """The request to run.
+
+        Raises:
+            ModelNotFound: another model is asked for.
+            InvalidRequest: anything else is wrong; `field` is the name in `GenerateInput` or `SamplingInput`.
+        """
+        self.check_model(given.model)
+        request_id = given.request_id if given.request_id is not None else uuid.uuid4().hex
+        if not _REQUEST_ID.fullmatch(request_id):
+            raise InvalidRequest(
+                "request_id must be 1 to 128 printable ASCII characters without spaces", field="request_id"
+            )
+        timeout_s = self._limits.default_timeout_s if given.timeout_s is None else given.timeout_s
+        _check_range("timeout_s", timeout_s, 0.0, self._limits.max_timeout_s, above_low=True)
+        check_stop(given.sampling.stop)
+        partial = self._sampling(given.sampling)
+        prompt = self._prompt(given)
+        sampling = self._with_max_tokens(partial, given, len(prompt))
+        request = Request(request_id, prompt, sampling, cache_salt=given.cache_salt)
+        return PreparedRequest(request, given.sampling.stop, timeout_s, continues_text=given.messages is None)
+
+    def check_model(self, model: str | None) -> None:
+        """Raises ModelNotFound unless `model` is the one served (None means that one)."""
+        if model is not None and model != self._card.name:
+            raise ModelNotFound(f"model {model!r} is not served here; use {self._card.name!r}", field="model")
+
+    def check_token_ids(self, token_ids: tuple[int, ...], field: str) -> None:
+        """Raises InvalidRequest for an id outside of the vocabulary."""
+        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self._card.vocab_size):
+            index, wrong = next((i, t) for i, t in enumerate(token_ids) if not 0 <= t < self._card.vocab_size)
+            raise InvalidRequest(
+                f"{field}[{index}] is {wrong}; token ids of this model are 0 to {self._card.vocab_size - 1}",
+                field=f"{field}[{index}]",
+            )
+
+    def _prompt(self, given: GenerateInput) -> tuple[int, ...]:
+        inputs = {"text": given.text, "token_ids": given.token_ids, "messages": given.messages}
+        present = [name for name, value in inputs.items() if value is not None]
+        if len(present) != 1:
+            found = " and ".join(present) or "none of them"
+            raise InvalidRequest(f"give exactly one of text, token_ids and messages; given: {found}", field="text")
+        if given.token_ids is not None:
+            self.check_token_ids(given.token_ids, "token_ids")
+            prompt = given.token_ids
+        elif given.text is not None:
+            prompt = tuple(self._tokenizer.encode(given.text, add_special=True))
+        else:
+            prompt = tuple(self._tokenizer.encode_chat(given.messages or ()))
+        if not prompt:
+            raise InvalidRequest(f"{present[0]} is empty; a prompt needs at least one token", field=present[0])
+        if max(prompt) >= self._card.vocab_size:  # only a tokenizer that does not belong to the model gives such ids
+            raise InvalidRequest(
+                f"{present[0]} holds token id {max(prompt)}, beyond the model's vocabulary of {self._card.vocab_size}",
+                field=present[0],
+            )
+        if len(prompt) >= self._card.context_length:
+            raise InvalidRequest(
+                f"the prompt has {len(prompt)} tokens, but the context is {self._card.context_length} tokens with at "
+                f"least one of them for the output; shorten {present[0]}",
+                field=present[0],
+            )
+        return prompt
+
+    def _with_max_tokens(
+        self, sampling: SamplingParams, given: GenerateInput, num_prompt_tokens: int
+    ) -> SamplingParams:
+        room = self._card.context_length - num_prompt_tokens
+        wanted = given.sampling.max_tokens
+        if wanted is None:
+            default = self._limits.default_max_tokens if given.messages is not None else COMPLETION_MAX_TOKENS
+            max_tokens = room if default is None else min(default, room)
+        else:
+            max_tokens = _check_int("max_tokens", wanted, 1, None)
+        if max_tokens > room:
+            raise InvalidRequest(
+                f"the prompt's {num_prompt_tokens} tokens and max_tokens {max_tokens} make "
+                f"{num_prompt_tokens + max_tokens}, but the context is {self._card.context_length} tokens; lower "
+                f"max_tokens to {room} or shorten the prompt",
+                field="max_tokens",
+            )
+        need, capacity = num_prompt_tokens + sampling.n * max_tokens, self._limits.max_kv_tokens
+        if capacity is not None and need > capacity:
+            raise InvalidRequest(
+                f"the prompt's {num_prompt_tokens} tokens and n {sampling.n} times max_tokens {max_tokens} make "
+                f"{need}, but a worker's KV cache holds {capacity} tokens; lower max_tokens or n",
+                field="n" if sampling.n > 1 else "max_tokens",
+            )
+        return replace(sampling, max_tokens=max_tokens)
+
+    def _sampling(self, given: SamplingInput) -> SamplingParams:
+        """All but max_tokens, which depends on the prompt."""
+        self.check_token_ids(given.stop_token_ids, "stop_token_ids")
+        if len(given.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidRequest(f"stop_token_ids may hold at most {MAX_STOP_TOKEN_IDS} ids", field="stop_token_ids")
+        ends = () if given.ignore_eos else self._card.eos_token_ids
+        top_k = _check_int("top_k", given.top_k if given.top_k is not None else 0, -1, None)
+        return SamplingParams(
+            n=_check_int("n", given.n if given.n is not None else 1, 1, MAX_SAMPLES),
+            temperature=_range_or("temperature", given.temperature, 1.0, 0.0, 2.0),
+            top_p=_range_or("top_p", given.top_p, 1.0, 0.0, 1.0, above_low=True),
+            top_k=max(top_k, 0),
+            min_p=_range_or("min_p", given.min_p, 0.0, 0.0, 1.0),
+            presence_penalty=_range_or("presence_penalty", given.presence_penalty, 0.0, -2.0, 2.0),
+            frequency_penalty=_range_or("frequency_penalty", given.frequency_penalty, 0.0, -2.0, 2.0),
+            repetition_penalty=_range_or(
+                "repetition_penalty", given.repetition_penalty, 1.0, 0.0, math.inf, above_low=True
+            ),
+            logit_bias=self._logit_bias(given),
+            seed=self._rng.getrandbits(63) if given.seed is None else _check_int("seed", given.seed, *_INT64),
+            logprobs=_optional_int("logprobs", given.logprobs, 0, MAX_LOGPROBS),
+            prompt_logprobs=_optional_int("prompt_logprobs", given.prompt_logprobs, 0, MAX_LOGPROBS),
+            stop_token_ids=tuple(dict.fromkeys((*ends, *given.stop_token_ids))),
+        )
+
+    def _logit_bias(self, given: SamplingInput) -> tuple[tuple[int, float], ...]:
+        if not given.logit_bias:
+            return ()
+        for token_id, bias in given.logit_bias.items():
+            if not 0 <= token_id < self._card.vocab_size:
+                raise InvalidRequest(
+                    f"logit_bias has token id {token_id}; token ids of this model are 0 to {self._card.vocab_size - 1}",
+                    field="logit_bias",
+                )
+            _check_range("logit_bias", bias, -100.0, 100.0)
+        return tuple(sorted((token_id, float(bias)) for token_id, bias in given.logit_bias.items()))
+
+
+def check_stop(stop: tuple[str, ...]) -> None:
+    """Raises InvalidRequest for too many, too long or empty stop strings."""
+    if len(stop) > MAX_STOP_STRINGS:
+        raise InvalidRequest(f"stop has {len(stop)} strings; at most {MAX_STOP_STRINGS} are allowed", field="stop")
+    for index, string in enumerate(stop):
+        if not string:
+            raise InvalidRequest(f"stop[{index}] is empty; leave it out", field=f"stop[{index}]")
+        if len(string) > MAX_STOP_CHARACTERS:
+            raise InvalidRequest(
+                f"stop[{index}] has {len(string)} characters; at most {MAX_STOP_CHARACTERS} are allowed",
+                field=f"stop[{index}]",
+            )
+
+
+def _check_range(field: str, value: float, low: float, high: float, *, above_low: bool = False) -> float:
+    """`value` as a float when it is finite and in [low, high], or (low, high] with `above_low`."""
+    if not math.isfinite(value) or not low <= value <= high or (above_low and value == low):
+        span = f"above {low:g}" if above_low else f"{low:g}"
+        until = "" if math.isinf(high) else (f" and at most {high:g}" if above_low else f" to {high:g}")
+        raise InvalidRequest(f"{field} must be {span}{until}, and finite; it is {value}", field=field)
+    return float(value)
+
+
+def _range_or(
+    field: str, value: float | None, default: float, low: float, high: float, *, above_low: bool = False
+) -> float:
+    return default if value is None else _check_range(field, value, low, high, above_low=above_low)
+
+
+def _check_int(field: str, value: int, low: int, high: int | None) -> int:
+    if value < low or (high is not None and value > high):
+        span = f"at least {low}" if high is None else f"{low} to {high}"
+        raise InvalidRequest(f"{field} must be {span}; it is {value}", field=field)
+    return value
+
+
+def _optional_int(field: str, value: int | None, low: int, high: int) -> int | None:
+    return None if value is None else _check_int(field, value, low, high)

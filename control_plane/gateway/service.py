@@ -1,0 +1,167 @@
+"""What both protocols call: one way for a request to go, whatever clothes it came in.
+
+The HTTP and gRPC servers translate their own form into `GenerateInput`, iterate over a `GenerationStream`, and
+translate what comes out, errors included. They decide nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from phasewise.core.messages import TimelineEvent
+from phasewise.core.placement import Placement
+from phasewise.core.request import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingInput:
+    """Sampling parameters as the user gave them; None means "not given". Ranges are checked by the gateway."""
+
+    n: int | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: Mapping[int, float] | None = None
+    seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateInput:
+    """A request in neither protocol's form. Exactly one of `text`, `token_ids`, `messages` is given.
+
+    `messages` are plain dicts with "role" and "content" (a string), as the chat template wants them.
+    `model` may be None (the one model served). `timeout_s` None means the gateway's default.
+    """
+
+    text: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    sampling: SamplingInput = field(default_factory=SamplingInput)
+    model: str | None = None
+    request_id: str | None = None
+    timeout_s: float | None = None
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenInfo:
+    """One token with its text and log-probabilities. `text` is the token alone; `raw` its bytes, exact.
+
+    A special token (`is_special`) is listed with its name but is no part of the sample's text.
+    """
+
+    token_id: int
+    text: str
+    raw: bytes
+    logprob: float | None
+    top_logprobs: tuple[tuple[int, str, bytes, float], ...] = ()  # (token id, text, bytes, logprob)
+    is_special: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SampleDelta:
+    """What is new in one sample: text that is certain (whole characters, no beginning of a stop string in it).
+
+    `token_ids` are all new ids, including those whose text is still held back. `tokens` is filled only when
+    logprobs were asked for. A delta with a `finish_reason` is the sample's last; `stop_reason` is then the stop string
+    or stop token id that ended it, or None.
+    """
+
+    sample_index: int
+    text: str
+    token_ids: tuple[int, ...]
+    tokens: tuple[TokenInfo, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts. `num_cached_tokens` of the prompt came from the prefix cache."""
+
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_cached_tokens: int = 0
+
+
+class GenerationStream(Protocol):
+    """An accepted request. Iterating yields deltas as they come; leaving early must be followed by `aclose`.
+
+    Errors (phasewise.core.errors) are raised from the iteration. `usage` and `timeline` are whole after the last delta.
+    """
+
+    @property
+    def request_id(self) -> str: ...
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def prompt_tokens(self) -> tuple[TokenInfo, ...]:
+        """The prompt with log-probabilities when `prompt_logprobs` was asked for; known before the first delta."""
+
+    @property
+    def usage(self) -> Usage: ...
+
+    @property
+    def timeline(self) -> tuple[TimelineEvent, ...]: ...
+
+    @property
+    def placement(self) -> Placement: ...
+
+    def __aiter__(self) -> AsyncIterator[SampleDelta]: ...
+
+    async def aclose(self) -> None:
+        """Cancels what is still running; harmless after the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What a client may know of the model."""
+
+    name: str
+    context_length: int
+    vocab_size: int
+    dtype: str
+    created_unix_s: int
+    eos_token_ids: tuple[int, ...]
+    has_chat_template: bool
+
+
+class InferenceService(Protocol):
+    """The gateway as its protocol servers see it."""
+
+    @property
+    def model(self) -> ModelCard: ...
+
+    @property
+    def is_ready(self) -> bool:
+        """False while starting and draining."""
+
+    async def generate(self, request: GenerateInput) -> GenerationStream:
+        """Checks, tokenises, places. Raises InvalidRequest, Overloaded, Unavailable … before anything runs."""
+
+    def tokenize(
+        self, text: str | None, messages: tuple[Mapping[str, Any], ...] | None, model: str | None
+    ) -> list[int]:
+        """Token ids of a text (special tokens as in generation) or of a chat with its template."""
+
+    def detokenize(self, token_ids: tuple[int, ...], model: str | None) -> str: ...
+
+    async def status(self) -> dict[str, Any]:
+        """The cluster's state as JSON: {"workers": [{"id", "pid", "role", "state", …}], "gateway": {…}, …}."""
+
+    async def metrics_text(self) -> tuple[bytes, str]:
+        """(body, content type) in Prometheus' text format."""

@@ -1,0 +1,70 @@
+"""Who is in the cluster, what each last said, and who has been silent for too long. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from phasewise.core.clock import Clock
+from phasewise.core.messages import WorkerInfo, WorkerLoad
+from phasewise.core.placement import WorkerId, WorkerRole, WorkerState
+
+
+@dataclass(slots=True)
+class Member:
+    """A worker as the control plane knows it."""
+
+    info: WorkerInfo
+    load: WorkerLoad
+    heard_s: float
+
+    @property
+    def is_ready(self) -> bool:
+        return self.load.state is WorkerState.READY
+
+
+class WorkerRegistry:
+    """Members by id. Lost workers stay in the list, marked, so that status can show them."""
+
+    def __init__(self, clock: Clock, overdue_s: float) -> None:
+        self._clock = clock
+        self._overdue_s = overdue_s
+        self._members: dict[WorkerId, Member] = {}
+
+    def join(self, info: WorkerInfo) -> None:
+        load = WorkerLoad(info.worker_id, info.role, WorkerState.READY, num_kv_blocks=info.num_kv_blocks)
+        self._members[info.worker_id] = Member(info, load, self._clock.now_s())
+
+    def update(self, load: WorkerLoad) -> None:
+        """Takes a report; one from a worker that is unknown or already lost is ignored."""
+        member = self._members.get(load.worker_id)
+        if member is not None and member.load.state is not WorkerState.LOST:
+            member.load = load
+            member.heard_s = self._clock.now_s()
+
+    def mark_lost(self, worker_id: WorkerId) -> bool:
+        """True when this is news."""
+        member = self._members.get(worker_id)
+        if member is None or member.load.state is WorkerState.LOST:
+            return False
+        member.load = WorkerLoad(worker_id, member.load.role, WorkerState.LOST)
+        return True
+
+    def overdue(self) -> list[WorkerId]:
+        """Ready workers that have not reported for `overdue_s`."""
+        limit_s = self._clock.now_s() - self._overdue_s
+        return [m.info.worker_id for m in self._members.values() if m.is_ready and m.heard_s < limit_s]
+
+    def members(self) -> list[Member]:
+        return [replace(m) for m in self._members.values()]
+
+    def ready(self, *, prefill: bool = False, decode: bool = False) -> list[Member]:
+        """Ready members whose role may do all that is asked for."""
+        return [
+            m
+            for m in self._members.values()
+            if m.is_ready and (not prefill or m.load.role.can_prefill) and (not decode or m.load.role.can_decode)
+        ]
+
+    def has_role(self, worker_id: WorkerId, role: WorkerRole) -> bool:
+        member = self._members.get(worker_id)
+        return member is not None and member.load.role is role

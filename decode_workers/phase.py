@@ -1,0 +1,283 @@
+"""The decode phase of a worker: KV in, tokens out.
+
+One request's life here:
+
+    KVOffer → waits for room (decode_workers/reservations.py)
+      → reserved: blocks set aside, parts come in (kv_transfer/receiver.py)
+      → commit, all parts right: one sequence per living sample joins the running batch → one token a step
+      → ends with a reason: blocks released, full ones remembered by the prefix cache
+
+Sequences of a mixed worker come in through `adopt`, with their blocks. A preempted sequence's KV waits in host memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from decode_workers.reservations import ReservationQueue, Room
+from decode_workers.scheduler import DecodeJob, DecodePlan, DecodeScheduler
+from engine.batch import ScheduledSequence
+from engine.block_manager import BlockManager
+from engine.sequence import Sequence
+from kv_transfer.receiver import KVReceiver, Reservation
+from kv_transfer.state import ReceiveStatus
+from phasewise.core.clock import Clock
+from phasewise.core.errors import DeadlineExceeded, Overloaded, ServingError
+from phasewise.core.lifecycle import RequestStatus, Stage
+from phasewise.core.messages import KVOffer, KVRefused, PrefillTask, TokenChunk
+from phasewise.core.outbox import Outbox
+from phasewise.core.placement import WorkerId
+from phasewise.core.ports import PeerPort
+from phasewise.core.request import SampledToken
+
+
+class SwapSpace(Protocol):
+    """The cache's moves between its blocks and host memory (engine/kv_cache.py)."""
+
+    def copy_block(self, source: int, target: int) -> None: ...
+
+    def copy_out(self, blocks: list[int]) -> Any: ...
+
+    def copy_in(self, data: Any, blocks: list[int]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeLimits:
+    """What the phase needs of the configuration. `max_swapped_blocks` bounds preempted KV in host memory."""
+
+    max_swapped_blocks: int
+
+
+class DecodePhase:
+    """Plans decode steps and takes their results. Used by the step loop's thread alone."""
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        scheduler: DecodeScheduler,
+        offers: ReservationQueue,
+        receiver: KVReceiver,
+        swap: SwapSpace,
+        peers: PeerPort,
+        outbox: Outbox,
+        clock: Clock,
+        limits: DecodeLimits,
+    ) -> None:
+        self._blocks = blocks
+        self.scheduler = scheduler
+        self._offers = offers
+        self._receiver = receiver
+        self._swap = swap
+        self._peers = peers
+        self._outbox = outbox
+        self._clock = clock
+        self._limits = limits
+        self._swapped: dict[DecodeJob, Any] = {}
+        self._num_swapped_blocks = 0
+        self.counters: dict[str, float] = dict.fromkeys(("output_tokens", "preemptions", "handoffs_in"), 0.0)
+
+    # ---- messages
+
+    def on_offer(self, offer: KVOffer) -> None:
+        """An offer that can never be taken is refused at once; others wait for room."""
+        reason = self._receiver.refusal(offer) or self._offers.impossible(offer, self._room())
+        if reason:
+            self._peers.send(offer.sender, KVRefused(offer.transfer_id, reason))
+        else:
+            self._offers.add(offer, self._clock.now_s() + offer.time_left_s)
+
+    def on_transfer_abort(self, transfer_id: str, reason: str) -> None:
+        self._offers.remove(transfer_id=transfer_id)
+        self._receiver.on_abort(transfer_id, reason)
+
+    def on_abort(self, request_id: str, sample_index: int | None) -> bool:
+        """Forgets a request, or one sample. True when something of it was here."""
+        found = False
+        for job in list(self.scheduler.jobs()):
+            same = job.sequence.request_id == request_id
+            if same and sample_index in (None, job.sequence.sample_index):
+                self._end(job, RequestStatus.CANCELLED)
+                found = True
+        for reservation in self._receiver.reservations:
+            request = reservation.offer.request
+            if request.request_id != request_id:
+                continue
+            found = True
+            if sample_index is not None:
+                reservation.dropped_samples.add(sample_index)
+            if sample_index is None or len(reservation.dropped_samples) == request.sampling.n:
+                self._receiver.fail(reservation.offer.transfer_id, "the request was cancelled")
+        if sample_index is None:
+            for offer in self._offers.remove(request_id=request_id):
+                self._peers.send(offer.sender, KVRefused(offer.transfer_id, "the request was cancelled"))
+                found = True
+        return found
+
+    def on_peer_lost(self, worker_id: WorkerId) -> None:
+        self._offers.remove(sender=worker_id)
+        self._receiver.on_peer_lost(worker_id)
+
+    def on_gateway_lost(self, gateway_id: str) -> None:
+        for job in list(self.scheduler.jobs()):
+            if job.gateway_id == gateway_id:
+                self._end(job, RequestStatus.CANCELLED)
+        for reservation in self._receiver.reservations:
+            if reservation.offer.gateway_id == gateway_id:
+                self._receiver.fail(reservation.offer.transfer_id, "its gateway was lost")
+
+    def fail(self, request_id: str, error: ServingError) -> None:
+        """Ends all samples of a request with an error, if any decodes here."""
+        for job in list(self.scheduler.jobs()):
+            if job.sequence.request_id == request_id:
+                self._fail(job, error)
+                return
+
+    def adopt(self, sequences: list[Sequence], task: PrefillTask, deadline_s: float) -> None:
+        """Sequences whose prompt was computed on this worker; they bring their references to its blocks."""
+        for sequence in sequences:
+            self.scheduler.add(sequence, task.gateway_id, deadline_s)
+
+    # ---- once a step
+
+    def poll(self) -> None:
+        """Deadlines, leases, ended handoffs, waiting offers: before a step is planned."""
+        now_s = self._clock.now_s()
+        for job in list(self.scheduler.jobs()):
+            if job.deadline_s <= now_s:
+                self._fail(job, DeadlineExceeded("the request's deadline passed during decode"))
+        for offer in self._offers.expired(now_s):
+            self._peers.send(offer.sender, KVRefused(offer.transfer_id, "no room came free in the request's time"))
+        self._receiver.expire()
+        for reservation in self._receiver.pop_ended():
+            if reservation.status is ReceiveStatus.DONE:
+                self._begin(reservation)
+            else:
+                self._blocks.release(reservation.block_table)
+        while (next_offer := self._offers.next_acceptable(self._room())) is not None:
+            self._reserve(next_offer)
+
+    def plan(self) -> list[ScheduledSequence]:
+        """The next step's decodes; carries out the preemptions and copies that they need."""
+        plan = self.scheduler.schedule()
+        self._carry_out(plan)
+        # A request that failed for want of swap space may have taken planned samples with it.
+        live = (job for job in plan.jobs if job.status is RequestStatus.DECODING)
+        return [ScheduledSequence(job.sequence, 1, 1) for job in live]
+
+    def take(self, items: Iterable[tuple[ScheduledSequence, SampledToken]]) -> None:
+        """Takes the tokens of one step."""
+        job_of = {id(job.sequence): job for job in self.scheduler.running}
+        for item, token in items:
+            job = job_of[id(item.sequence)]
+            sequence = job.sequence
+            sequence.num_computed_tokens += 1
+            sequence.token_ids.append(token.token_id)
+            self._blocks.publish(sequence)
+            self.counters["output_tokens"] += 1
+            if not job.has_stepped:
+                job.has_stepped = True
+                self._outbox.event(job.gateway_id, sequence.request_id, Stage.DECODE_START)
+            reason = sequence.finish_reason()
+            position = sequence.num_output_tokens - 1
+            chunk = TokenChunk(sequence.request_id, sequence.sample_index, position, (token,), reason)
+            self._outbox.chunk(job.gateway_id, chunk)
+            if reason is not None:
+                self._end(job, RequestStatus.FINISHED)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another prompt may begin that stays on this worker."""
+        return self.scheduler.has_room
+
+    @property
+    def num_reservations(self) -> int:
+        return self._receiver.num_reservations + len(self._offers)
+
+    def next_deadline_s(self) -> float:
+        jobs = min((job.deadline_s for job in self.scheduler.jobs()), default=float("inf"))
+        return min(jobs, self._offers.next_deadline_s(), self._receiver.next_deadline_s())
+
+    # ---- inside
+
+    def _room(self) -> Room:
+        reserved = sum(r.offer.request.sampling.n for r in self._receiver.reservations)
+        return Room(
+            num_blocks=self._blocks.num_blocks,
+            num_free_blocks=self._blocks.num_free_blocks,
+            num_live=self.scheduler.num_live + reserved,
+            num_preempted=len(self.scheduler.preempted),
+        )
+
+    def _reserve(self, offer: KVOffer) -> None:
+        """Sets blocks aside; what the prefix cache has of the prompt need not travel."""
+        request = offer.request
+        cached = self._blocks.match_prefix(request.prompt_token_ids, request.cache_salt)
+        self._blocks.share(cached)
+        missing = self._blocks.blocks_for(len(request.prompt_token_ids)) - len(cached)
+        block_table = cached + self._blocks.allocate(missing)
+        self._receiver.accept(offer, block_table, len(cached) * self._blocks.block_size)
+
+    def _begin(self, reservation: Reservation) -> None:
+        """A handoff is whole: its samples join the running batch, sharing the prompt's blocks."""
+        commit, offer = reservation.commit, reservation.offer
+        assert commit is not None
+        request = offer.request
+        self.counters["handoffs_in"] += 1
+        duration_s = max(self._clock.unix_s() - commit.started_unix_s, 0.0)
+        self._outbox.event(
+            offer.gateway_id,
+            request.request_id,
+            Stage.HANDOFF_END,
+            num_bytes=reservation.num_bytes,
+            duration_s=duration_s,
+        )
+        for index, token in enumerate(commit.first_tokens):
+            if token is None or index in reservation.dropped_samples:
+                continue
+            sequence = Sequence(
+                request_id=request.request_id,
+                sampling=request.sampling,
+                token_ids=[*request.prompt_token_ids, token.token_id],
+                num_prompt_tokens=len(request.prompt_token_ids),
+                sample_index=index,
+                cache_salt=request.cache_salt,
+                num_computed_tokens=commit.num_tokens,
+                block_table=list(reservation.block_table),
+            )
+            self._blocks.share(sequence.block_table)
+            self._blocks.publish(sequence)
+            self.scheduler.add(sequence, offer.gateway_id, reservation.lease_end_s)
+        self._blocks.release(reservation.block_table)
+
+    def _carry_out(self, plan: DecodePlan) -> None:
+        for job, blocks in plan.swap_out:
+            self.counters["preemptions"] += 1
+            if self._num_swapped_blocks + len(blocks) > self._limits.max_swapped_blocks:
+                self._fail(job, Overloaded("KV blocks and swap space are used up", retry_after_s=5.0))
+                continue
+            self._swapped[job] = self._swap.copy_out(blocks)
+            self._num_swapped_blocks += len(blocks)
+            self._outbox.event(job.gateway_id, job.sequence.request_id, Stage.PREEMPTED)
+        for source, target in plan.copies:
+            self._swap.copy_block(source, target)
+        for job in plan.swap_in:
+            self._swap.copy_in(self._swapped.pop(job), job.sequence.block_table[: job.num_swapped_blocks])
+            self._num_swapped_blocks -= job.num_swapped_blocks
+            self._outbox.event(job.gateway_id, job.sequence.request_id, Stage.RESUMED)
+
+    def _fail(self, job: DecodeJob, error: ServingError) -> None:
+        """Ends all samples of the job's request: a request fails as a whole."""
+        request_id = job.sequence.request_id
+        self._outbox.failure(job.gateway_id, request_id, error)
+        for other in list(self.scheduler.jobs()):
+            if other.sequence.request_id == request_id:
+                self._end(other, RequestStatus.FAILED)
+
+    def _end(self, job: DecodeJob, status: RequestStatus) -> None:
+        """Nothing of the sample is left here afterwards."""
+        self.scheduler.remove(job)
+        job.move(status)
+        if self._swapped.pop(job, None) is not None:
+            self._num_swapped_blocks -= job.num_swapped_blocks

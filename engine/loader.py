@@ -1,0 +1,99 @@
+"""ModelSource → a model that is ready to compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from engine.gguf_config import read_gguf_config
+from engine.gguf_weights import load_gguf
+from engine.kv_cache import TORCH_DTYPES
+from engine.model_config import ModelConfig, read_model_config
+from engine.models.llama import LlamaModel
+from engine.models.registry import build_model
+from engine.weights import files_identity, fill_random, load_safetensors, safetensors_files
+from phasewise.core.errors import ConfigError
+from phasewise.core.gguf_file import GGUFFile
+from phasewise.core.kv_spec import KVCacheSpec
+from phasewise.core.model_source import ModelSource, config_file
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model with its weights on its device. `fingerprint` is equal in processes that loaded the same weights."""
+
+    model: LlamaModel
+    config: ModelConfig
+    dtype: str
+    device: str
+    fingerprint: str
+
+    def kv_cache_spec(self, block_size: int) -> KVCacheSpec:
+        return KVCacheSpec(
+            num_layers=self.config.num_layers,
+            num_kv_heads=self.config.num_kv_heads,
+            head_dim=self.config.head_dim,
+            block_size=block_size,
+            dtype=self.dtype,
+            model_fingerprint=self.fingerprint,
+        )
+
+
+def resolve_device(device: str) -> str:
+    """`auto`: cuda where there is a GPU, else cpu. Raises ConfigError for a device that is not there."""
+    has_gpu = torch.cuda.is_available()
+    if device == "auto":
+        return "cuda" if has_gpu else "cpu"
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"model.device {device!r} is unknown; use auto, cpu or cuda", field="model.device")
+    if kind == "cuda" and not has_gpu:
+        raise ConfigError("model.device is cuda, but torch finds no GPU; use cpu or auto", field="model.device")
+    return device
+
+
+def resolve_dtype(dtype: str, device: str) -> str:
+    """`auto`: float32 on a CPU, bfloat16 on a GPU. Raises ConfigError for anything else that is not supported."""
+    if dtype == "auto":
+        return "float32" if device.startswith("cpu") else "bfloat16"
+    if dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"model.dtype {dtype!r} is not supported; use auto, float32 or bfloat16", field="model.dtype")
+    return dtype
+
+
+def load_model(
+    source: ModelSource, *, dtype: str, device: str, seed: int, progress: Callable[[float], None]
+) -> LoadedModel:
+    """Reads configuration and weights. `dtype` and `device` may be `auto`; `seed` is for random weights only.
+
+    `progress` is called with growing shares from 0 to 1.
+
+    Raises:
+        ModelLoadError: one line that names the file, and the tensor or key, that is wrong.
+        ConfigError: a device or dtype that cannot be used here.
+    """
+    device = resolve_device(device)
+    dtype = resolve_dtype(dtype, device)
+    torch_dtype, torch_device = TORCH_DTYPES[dtype], torch.device(device)
+    progress(0.0)
+    if source.kind == "gguf":
+        with GGUFFile(source.path) as file:
+            config = read_gguf_config(file)
+            model = build_model(config, torch_dtype, torch_device)
+            load_gguf(file, config, model.weight_views(), progress)
+        identity = files_identity([source.path])
+    else:
+        config = read_model_config(config_file(source))
+        model = build_model(config, torch_dtype, torch_device)
+        if source.kind == "hf":
+            tied = config.tie_word_embeddings
+            load_safetensors(source.path, model.weight_views(), tied=tied, progress=progress)
+            identity = files_identity(safetensors_files(source.path))
+        else:
+            fill_random(model.weight_views(), seed=seed, std=config.initializer_range, progress=progress)
+            identity = f"random/{seed}/{torch_device.type}"
+    model.finish_loading()
+    progress(1.0)
+    return LoadedModel(model, config, dtype, device, config.fingerprint(identity))

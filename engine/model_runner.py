@@ -1,0 +1,127 @@
+"""Computes a scheduled batch: forward pass, sampling, prompt log-probabilities. No queue, no transfer, no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from engine.attention.select import select_backend
+from engine.batch import ScheduledBatch, ScheduledSequence, StepResult
+from engine.forward_inputs import build_forward_inputs
+from engine.kv_cache import PagedKVCache
+from engine.layers.rotary import RotaryEmbedding
+from engine.loader import LoadedModel
+from engine.sampler import SampleRow, describe, sample
+from phasewise.core.request import SampledToken
+
+# Bounds the memory for prompt log-probabilities: rows of logits held at once.
+_LOGITS_ROWS = 128
+
+
+class ModelRunner:
+    """One model with one KV cache.
+
+    Raises:
+        ValueError: the cache was made for another model or device.
+        ConfigError: `max_model_len` is more than the model's positions allow, or `attention` is no known backend.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, kv_cache: PagedKVCache, max_model_len: int, *, attention: str = "auto"
+    ) -> None:
+        differences = kv_cache.spec.differences(loaded.kv_cache_spec(kv_cache.block_size))
+        if differences or kv_cache.device != loaded.model.device:
+            raise ValueError(f"the KV cache does not fit the model: {'; '.join(differences) or kv_cache.device}")
+        self._model = loaded.model
+        self._num_layers = loaded.config.num_layers
+        self._kv_cache = kv_cache
+        self._max_model_len = max_model_len
+        with torch.inference_mode():
+            self._rotary = RotaryEmbedding(loaded.config, max_model_len, loaded.model.dtype, loaded.model.device)
+        self._backend = select_backend(attention, kv_cache, loaded.config.windows)
+
+    @torch.inference_mode()
+    def run(
+        self,
+        batch: ScheduledBatch,
+        on_layers_done: Callable[[int, int], None] | None = None,
+        layers_per_group: int = 0,
+    ) -> StepResult:
+        """Computes the batch and writes its KV; the sequences are left as they are.
+
+        `on_layers_done(first_layer, num_layers)` is called after each group of `layers_per_group` layers (0: all at
+        once) as soon as their KV of this batch is in the cache.
+
+        Raises:
+            InternalError: the logits are NaN.
+            ValueError: the batch does not fit its sequences or the cache, a bug of the scheduler.
+        """
+        if not batch.items:
+            return StepResult((), ())
+        hidden = self._forward(batch, on_layers_done, layers_per_group or self._num_layers)
+        last_rows, first_rows = [], []
+        row = 0
+        for item in batch.items:
+            first_rows.append(row)
+            row += item.num_tokens
+            last_rows.append(row - 1)
+        prompt_logprobs = tuple(
+            self._prompt_logprobs(item, hidden, first) for item, first in zip(batch.items, first_rows, strict=True)
+        )
+        return StepResult(self._sample(batch, hidden, last_rows), prompt_logprobs)
+
+    def _forward(
+        self, batch: ScheduledBatch, on_layers_done: Callable[[int, int], None] | None, layers_per_group: int
+    ) -> torch.Tensor:
+        """[num_tokens, hidden_size] after the last layer."""
+        inputs = build_forward_inputs(batch, self._kv_cache.block_size, self._max_model_len, self._model.device)
+        self._backend.plan(inputs)
+        rope = self._rotary.plan(inputs.positions)
+        hidden = self._model.embed(inputs.input_ids)
+        for first in range(0, self._num_layers, layers_per_group):
+            count = min(layers_per_group, self._num_layers - first)
+            hidden = self._model.run_layers(hidden, first, count, self._rotary, rope, self._backend)
+            if on_layers_done is not None:
+                on_layers_done(first, count)
+        return hidden
+
+    def _sample(
+        self, batch: ScheduledBatch, hidden: torch.Tensor, last_rows: list[int]
+    ) -> tuple[tuple[SampledToken, ...], ...]:
+        sampled_rows = [row for row, item in zip(last_rows, batch.items, strict=True) if item.num_samples]
+        if not sampled_rows:
+            return ((),) * len(batch.items)
+        # Only these rows go through the output head: it is as large as many layers.
+        if len(sampled_rows) < len(hidden):
+            hidden = hidden[torch.tensor(sampled_rows, device=hidden.device)]
+        logits = self._model.logits(hidden)
+        rows: list[SampleRow] = []
+        logits_row = 0
+        for item in batch.items:
+            if item.num_samples:
+                rows += [SampleRow(item.sequence, index, logits_row) for index in _sample_indices(item)]
+                logits_row += 1
+        tokens = iter(sample(logits, rows))
+        return tuple(tuple(next(tokens) for _ in range(item.num_samples)) for item in batch.items)
+
+    def _prompt_logprobs(
+        self, item: ScheduledSequence, hidden: torch.Tensor, first_row: int
+    ) -> tuple[SampledToken, ...]:
+        """Describes the prompt tokens that follow this chunk's tokens."""
+        sequence, wanted = item.sequence, item.sequence.sampling.prompt_logprobs
+        start = sequence.num_computed_tokens + 1
+        targets = sequence.token_ids[start : min(start + item.num_tokens, sequence.num_prompt_tokens)]
+        if wanted is None or not targets:
+            return ()
+        described: list[SampledToken] = []
+        for i in range(0, len(targets), _LOGITS_ROWS):
+            part = targets[i : i + _LOGITS_ROWS]
+            logits = self._model.logits(hidden[first_row + i : first_row + i + len(part)])
+            described += describe(logits, part, [wanted] * len(part))
+        return tuple(described)
+
+
+def _sample_indices(item: ScheduledSequence) -> list[int]:
+    """A single sample continues the sequence it belongs to; several are the first tokens of samples 0 to n - 1."""
+    return [item.sequence.sample_index] if item.num_samples == 1 else list(range(item.num_samples))

@@ -1,0 +1,189 @@
+"""Logits → tokens. A sample is a pure function of (logits, sampling parameters, seed, sample index, output position).
+
+Order of operations, as in vLLM and the OpenAI API:
+    logit_bias, then repetition, frequency and presence penalty
+    temperature (0: the largest logit wins, and nothing below matters)
+    top_k, top_p on what top_k left, min_p
+    one uniform number, looked up in the cumulative distribution in the order of the vocabulary
+Log-probabilities are those of the model itself: before bias, penalties and temperature.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from engine.random_numbers import uniforms
+from engine.sequence import Sequence
+from phasewise.core.errors import InternalError
+from phasewise.core.request import SampledToken, SamplingParams
+
+# Candidates looked at before the whole vocabulary is: enough for nearly every top-p.
+_FIRST_CANDIDATES = 512
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """One token to choose: from row `logits_row`, for this sample of the sequence's request."""
+
+    sequence: Sequence
+    sample_index: int
+    logits_row: int
+
+
+def sample(logits: torch.Tensor, rows: list[SampleRow]) -> list[SampledToken]:
+    """Chooses a token per row. logits: [num_logits_rows, vocab_size] float32, left as they are.
+
+    Raises:
+        InternalError: the model computed NaN; no token chosen from that would mean anything.
+    """
+    if not rows:
+        return []
+    tokens = _choose(logits, rows)
+    if all(row.sequence.sampling.logprobs is None for row in rows):
+        return [SampledToken(token) for token in tokens]
+    wanted = [row.sequence.sampling.logprobs for row in rows]
+    picked = logits[torch.tensor([row.logits_row for row in rows], device=logits.device)]
+    return describe(picked, tokens, wanted)
+
+
+def describe(logits: torch.Tensor, tokens: list[int], wanted: list[int | None]) -> list[SampledToken]:
+    """Tokens with the model's own log-probabilities; `wanted[i]` alternatives, None for no log-probability at all.
+
+    logits: [len(tokens), vocab_size] float32.
+    """
+    logprobs = logits.log_softmax(dim=-1)
+    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
+    most = min(max((count or 0 for count in wanted), default=0), logits.shape[1])
+    top = logprobs.topk(most, dim=-1)
+    top_logprobs, top_ids = top.values.tolist(), top.indices.tolist()
+    described = []
+    for i, (token, count) in enumerate(zip(tokens, wanted, strict=True)):
+        if count is None:
+            described.append(SampledToken(token))
+            continue
+        alternatives = tuple(zip(top_ids[i][:count], top_logprobs[i][:count], strict=True))
+        described.append(SampledToken(token, chosen[i], alternatives))
+    return described
+
+
+def _choose(logits: torch.Tensor, rows: list[SampleRow]) -> list[int]:
+    largest, best = logits.max(dim=-1)  # a NaN anywhere in a row is its maximum
+    for row_index, value in enumerate(largest.tolist()):
+        if math.isnan(value):
+            request_id = next((row.sequence.request_id for row in rows if row.logits_row == row_index), "?")
+            raise InternalError(f"the model computed NaN logits for request {request_id}; its weights may be damaged")
+    greedy = best.tolist()
+    tokens = [greedy[row.logits_row] for row in rows]
+    special = [i for i, row in enumerate(rows) if not _takes_largest(row.sequence.sampling)]
+    if not special:
+        return tokens
+    picked = [rows[i] for i in special]
+    adjusted = logits[torch.tensor([row.logits_row for row in picked], device=logits.device)]
+    for values, row in zip(adjusted, picked, strict=True):
+        apply_bias_and_penalties(values, row.sequence)
+    drawn = [i for i, row in enumerate(picked) if row.sequence.sampling.temperature > 0]
+    chosen = adjusted.argmax(dim=-1).tolist()
+    if drawn:
+        index = torch.tensor(drawn, device=logits.device)
+        for i, token in zip(drawn, _draw(adjusted[index], [picked[i] for i in drawn]), strict=True):
+            chosen[i] = token
+    for i, token in zip(special, chosen, strict=True):
+        tokens[i] = token
+    return tokens
+
+
+def _takes_largest(sampling: SamplingParams) -> bool:
+    return sampling.temperature == 0 and not _is_adjusted(sampling)
+
+
+def _is_adjusted(sampling: SamplingParams) -> bool:
+    return bool(
+        sampling.logit_bias
+        or sampling.presence_penalty
+        or sampling.frequency_penalty
+        or sampling.repetition_penalty != 1.0
+    )
+
+
+def apply_bias_and_penalties(logits: torch.Tensor, sequence: Sequence) -> None:
+    """Changes one row ([vocab_size]) in place.
+
+    Repetition (Keskar et al. 2019, "CTRL") looks at prompt and output, frequency and presence at the output only.
+    """
+    sampling = sequence.sampling
+    if not _is_adjusted(sampling):
+        return
+    device = logits.device
+    if sampling.logit_bias:
+        ids = torch.tensor([token for token, _ in sampling.logit_bias], device=device)
+        bias = torch.tensor([value for _, value in sampling.logit_bias], dtype=logits.dtype, device=device)
+        logits.index_add_(0, ids, bias)
+    if sampling.repetition_penalty != 1.0:
+        seen = torch.tensor(sequence.token_ids, device=device).unique()
+        values = logits[seen]
+        penalty = sampling.repetition_penalty
+        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    output = sequence.token_ids[sequence.num_prompt_tokens :]
+    if output and (sampling.frequency_penalty or sampling.presence_penalty):
+        seen, counts = torch.tensor(output, device=device).unique(return_counts=True)
+        logits[seen] -= sampling.frequency_penalty * counts + sampling.presence_penalty
+
+
+def _draw(logits: torch.Tensor, rows: list[SampleRow]) -> list[int]:
+    """One token per row by inverse transform sampling in float64. logits: [num_rows, vocab_size]."""
+    sampling = [row.sequence.sampling for row in rows]
+    temperature = torch.tensor([params.temperature for params in sampling], dtype=torch.float64, device=logits.device)
+    scaled = logits.double() / temperature.unsqueeze(1)
+    scaled -= scaled.max(dim=-1, keepdim=True).values  # the largest is 0 now; temperatures near 0 do no harm
+    cutoffs = [_cutoff(values, params) for values, params in zip(scaled, sampling, strict=True)]
+    if any(cutoff > -math.inf for cutoff in cutoffs):
+        limit = torch.tensor(cutoffs, dtype=torch.float64, device=logits.device).unsqueeze(1)
+        scaled = scaled.masked_fill_(scaled < limit, -math.inf)
+    cumulative = scaled.exp_().cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    numbers = uniforms(
+        [params.seed for params in sampling],
+        [row.sample_index for row in rows],
+        [row.sequence.num_output_tokens for row in rows],
+    )
+    targets = torch.from_numpy(numbers).to(logits.device).unsqueeze(1) * total
+    # Rounding may put a target on the total itself; the last token with any probability is then the one.
+    last = (cumulative < total).sum(dim=-1, keepdim=True)
+    tokens = torch.searchsorted(cumulative, targets, right=True)
+    return torch.minimum(tokens, last).squeeze(1).tolist()
+
+
+def _cutoff(values: torch.Tensor, sampling: SamplingParams) -> float:
+    """The smallest scaled logit that may be drawn; tokens that tie with it may be too.
+
+    values: [vocab_size] float64, the largest of them 0.
+    """
+    vocab_size = len(values)
+    cutoff = -math.inf
+    has_top_k = 0 < sampling.top_k < vocab_size
+    if has_top_k:
+        cutoff = values.topk(sampling.top_k).values[-1].item()
+    if sampling.top_p < 1:
+        cutoff = max(cutoff, _top_p_cutoff(values, cutoff, sampling.top_p))
+    if sampling.min_p > 0:
+        cutoff = max(cutoff, math.log(sampling.min_p))
+    return cutoff
+
+
+def _top_p_cutoff(values: torch.Tensor, top_k_cutoff: float, top_p: float) -> float:
+    """Nucleus sampling (Holtzman et al. 2020): the fewest most probable tokens whose probabilities reach `top_p`."""
+    kept = torch.where(values >= top_k_cutoff, values.exp(), 0.0)
+    goal = top_p * kept.sum()
+    num_candidates = _FIRST_CANDIDATES
+    while True:
+        num_candidates = min(num_candidates, len(values))
+        candidates = kept.topk(num_candidates)
+        reached = (candidates.values.cumsum(dim=0) >= goal).nonzero()
+        if len(reached):
+            return values[candidates.indices[reached[0, 0]]].item()
+        if num_candidates == len(values):  # only by rounding
+            return -math.inf
+        num_candidates *= 8

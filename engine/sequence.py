@@ -1,0 +1,53 @@
+"""A worker's mutable state for one sample of one request. Stays inside one worker and is never sent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from phasewise.core.request import FinishReason, SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Token ids, computed-token count and block table.
+
+    `token_ids` is the prompt followed by the outputs. The KV of the first `num_computed_tokens` of them is in the
+    cache, in the blocks of `block_table`. A decoding sequence always has exactly one token that is not computed: the
+    last one sampled.
+    """
+
+    request_id: str
+    sampling: SamplingParams
+    token_ids: list[int]
+    num_prompt_tokens: int
+    sample_index: int = 0
+    cache_salt: str = ""
+    num_computed_tokens: int = 0
+    block_table: list[int] = field(default_factory=list)
+    # Owned by BlockManager.publish: the hash chain of the blocks that are in the prefix cache already.
+    block_hashes: list[bytes] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def is_prefilling(self) -> bool:
+        """True until the whole prompt is computed."""
+        return self.num_computed_tokens < self.num_prompt_tokens
+
+    def finish_reason(self) -> FinishReason | None:
+        """Why the sequence ends with the token that was sampled last, or None when it goes on."""
+        if self.token_ids[-1] in self.sampling.stop_token_ids:
+            return FinishReason.STOP
+        if self.num_output_tokens >= self.sampling.max_tokens:
+            return FinishReason.LENGTH
+        return None

@@ -1,0 +1,192 @@
+"""The decode half of a handoff: check an offer, receive parts into reserved blocks, release the whole at the commit.
+
+Life of a transfer: kv_transfer/state.py. Whether blocks may be set aside is not decided here but by the decode phase
+(decode_workers/reservations.py), which calls `accept` with the blocks. A part that belongs to no live transfer (late,
+aborted, expired) is counted and dropped: its transfer's id is never used again, so it can reach no block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from kv_transfer.checksum import checksum
+from kv_transfer.plan import CODEC_RAW, WIRE_VERSION
+from kv_transfer.staging import scatter, slots_of
+from kv_transfer.state import ReceiveStatus, check_receive
+from phasewise.core.clock import Clock
+from phasewise.core.kv_spec import KVCacheSpec
+from phasewise.core.messages import KVAccepted, KVCommit, KVDone, KVFailed, KVOffer, KVPart, KVPartAck
+from phasewise.core.placement import WorkerId
+from phasewise.core.ports import PeerPort
+
+
+@dataclass(slots=True)
+class Reservation:
+    """Blocks set aside for one handoff, and what has come in for it."""
+
+    offer: KVOffer
+    block_table: list[int]
+    num_cached_tokens: int
+    lease_end_s: float
+    status: ReceiveStatus = ReceiveStatus.RESERVED
+    reason: str = ""
+    parts: set[int] = field(default_factory=set)
+    num_cells: int = 0
+    num_bytes: int = 0
+    commit: KVCommit | None = None
+    dropped_samples: set[int] = field(default_factory=set)  # cancelled before they began
+
+
+@dataclass(slots=True)
+class ReceiverCounters:
+    num_bytes: int = 0
+    checksum_failures: int = 0
+    late_parts: int = 0
+    leases_expired: int = 0
+
+
+class KVReceiver:
+    """All incoming transfers of one worker. Ended ones stay until their owner takes them with `pop_ended`."""
+
+    def __init__(self, storage: torch.Tensor, spec: KVCacheSpec, peers: PeerPort, clock: Clock) -> None:
+        self._storage = storage
+        self._spec = spec
+        self._peers = peers
+        self._clock = clock
+        self._reservations: dict[str, Reservation] = {}
+        self._ended: list[Reservation] = []
+        self.counters = ReceiverCounters()
+
+    @property
+    def num_reservations(self) -> int:
+        return len(self._reservations)
+
+    @property
+    def reservations(self) -> list[Reservation]:
+        return list(self._reservations.values())
+
+    def refusal(self, offer: KVOffer) -> str:
+        """Why this worker can never take the offer, or "": checked before anything moves."""
+        if offer.wire_version != WIRE_VERSION:
+            return f"wire version {offer.wire_version} there, {WIRE_VERSION} here"
+        if offer.spec.content_fingerprint != self._spec.content_fingerprint:
+            return "KV caches differ: " + "; ".join(self._spec.differences(offer.spec))
+        return ""
+
+    def accept(self, offer: KVOffer, block_table: list[int], num_cached_tokens: int) -> None:
+        """Takes the offer into `block_table`, whose first `num_cached_tokens` tokens are in place already."""
+        lease_end_s = self._clock.now_s() + offer.time_left_s
+        self._reservations[offer.transfer_id] = Reservation(offer, block_table, num_cached_tokens, lease_end_s)
+        self._peers.send(offer.sender, KVAccepted(offer.transfer_id, num_cached_tokens))
+
+    def on_part(self, part: KVPart, payload: torch.Tensor) -> None:
+        """Checks a part and writes it. A wrong sum fails the whole handoff; nothing of it is ever decoded."""
+        reservation = self._reservations.get(part.transfer_id)
+        if reservation is None:
+            self.counters.late_parts += 1
+            return
+        self._peers.send(reservation.offer.sender, KVPartAck(part.transfer_id, part.part_index))
+        if part.part_index in reservation.parts:
+            return
+        problem = self._problem(part, payload, reservation)
+        if problem:
+            self.counters.checksum_failures += 1
+            self.fail(part.transfer_id, problem)
+            return
+        if reservation.status is ReceiveStatus.RESERVED:
+            self._move(reservation, ReceiveStatus.RECEIVING)
+        slots = slots_of(
+            reservation.block_table,
+            self._spec.block_size,
+            part.first_token,
+            part.num_tokens,
+            self._storage.device,
+        )
+        scatter(self._storage, slots, part.first_layer, payload)
+        reservation.parts.add(part.part_index)
+        reservation.num_cells += part.num_layers * part.num_tokens
+        reservation.num_bytes += part.num_bytes
+        self.counters.num_bytes += part.num_bytes
+        self._finish_if_whole(reservation)
+
+    def on_commit(self, commit: KVCommit) -> None:
+        reservation = self._reservations.get(commit.transfer_id)
+        if reservation is not None:
+            reservation.commit = commit
+            self._finish_if_whole(reservation)
+
+    def on_abort(self, transfer_id: str, reason: str) -> None:
+        """The sender gave up: it needs no answer."""
+        reservation = self._reservations.get(transfer_id)
+        if reservation is not None:
+            self._end(reservation, ReceiveStatus.FAILED, reason)
+
+    def fail(self, transfer_id: str, reason: str) -> None:
+        """Gives a transfer up and tells the sender."""
+        reservation = self._reservations.get(transfer_id)
+        if reservation is not None:
+            self._end(reservation, ReceiveStatus.FAILED, reason)
+            self._peers.send(reservation.offer.sender, KVFailed(transfer_id, reason))
+
+    def on_peer_lost(self, peer: WorkerId) -> None:
+        for reservation in self.reservations:
+            if reservation.offer.sender == peer:
+                self._end(reservation, ReceiveStatus.FAILED, f"worker {peer} was lost")
+
+    def expire(self) -> None:
+        """Ends reservations whose lease is over."""
+        now_s = self._clock.now_s()
+        for reservation in self.reservations:
+            if reservation.lease_end_s <= now_s:
+                self.counters.leases_expired += 1
+                self.fail(reservation.offer.transfer_id, "the reservation's lease is over")
+
+    def next_deadline_s(self) -> float:
+        """When `expire` has something to do next; infinity when never."""
+        return min((r.lease_end_s for r in self._reservations.values()), default=float("inf"))
+
+    def pop_ended(self) -> list[Reservation]:
+        """Reservations that are DONE (their blocks are the caller's now) or FAILED (free them), once each."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    # ---- inside
+
+    def _problem(self, part: KVPart, payload: torch.Tensor, reservation: Reservation) -> str:
+        spec, prompt_len = self._spec, len(reservation.offer.request.prompt_token_ids)
+        shape = (part.num_layers, 2, part.num_tokens, spec.num_kv_heads, spec.head_dim)
+        if part.codec != CODEC_RAW:
+            return f"part {part.part_index} has the unknown codec {part.codec!r}"
+        if tuple(payload.shape) != shape or payload.dtype != self._storage.dtype:
+            return f"part {part.part_index} has shape {tuple(payload.shape)} where {shape} was announced"
+        inside = 0 <= part.first_layer <= part.first_layer + part.num_layers <= spec.num_layers
+        if not inside or part.first_token < reservation.num_cached_tokens:
+            return f"part {part.part_index} lies outside the cache"
+        if part.first_token + part.num_tokens > prompt_len:
+            return f"part {part.part_index} goes beyond the prompt's {prompt_len} tokens"
+        if checksum(payload.contiguous()) != part.checksum:
+            return f"the checksum of part {part.part_index} does not match"
+        return ""
+
+    def _finish_if_whole(self, reservation: Reservation) -> None:
+        commit = reservation.commit
+        if commit is None or len(reservation.parts) < commit.num_parts:
+            return
+        wanted = self._spec.num_layers * (commit.num_tokens - reservation.num_cached_tokens)
+        if reservation.num_cells != wanted:
+            self.fail(commit.transfer_id, f"{reservation.num_cells} layer-token cells came, {wanted} were due")
+            return
+        self._end(reservation, ReceiveStatus.DONE, "")
+        self._peers.send(reservation.offer.sender, KVDone(commit.transfer_id))
+
+    def _end(self, reservation: Reservation, status: ReceiveStatus, reason: str) -> None:
+        self._move(reservation, status)
+        reservation.reason = reason
+        del self._reservations[reservation.offer.transfer_id]
+        self._ended.append(reservation)
+
+    def _move(self, reservation: Reservation, status: ReceiveStatus) -> None:
+        check_receive(reservation.status, status)
+        reservation.status = status

@@ -1,0 +1,61 @@
+"""The states of one handoff on either side, and the legal moves.
+
+    sender                                          receiver
+    OFFERED    asked for blocks                     RESERVED   blocks set aside, nothing has come
+    ACCEPTED   may send; prompt may run             RECEIVING  parts come in, are checked and written
+    SENDING    parts go out as layers are done      DONE       committed: the decode phase owns the blocks
+    COMMITTED  all parts and the commit are out     FAILED     gave up; the blocks are free
+    DONE       the receiver owns the sequence
+    FAILED     refused, aborted, lost or timed out
+
+The sender's blocks stay with the prefill worker until DONE or FAILED; the receiver's belong to the receiver until DONE.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class SendStatus(StrEnum):
+    OFFERED = "offered"
+    ACCEPTED = "accepted"
+    SENDING = "sending"
+    COMMITTED = "committed"
+    DONE = "done"
+    FAILED = "failed"
+
+
+class ReceiveStatus(StrEnum):
+    RESERVED = "reserved"
+    RECEIVING = "receiving"
+    DONE = "done"
+    FAILED = "failed"
+
+
+SEND_TRANSITIONS: dict[SendStatus, frozenset[SendStatus]] = {
+    SendStatus.OFFERED: frozenset({SendStatus.ACCEPTED, SendStatus.FAILED}),
+    SendStatus.ACCEPTED: frozenset({SendStatus.SENDING, SendStatus.COMMITTED, SendStatus.FAILED}),
+    SendStatus.SENDING: frozenset({SendStatus.COMMITTED, SendStatus.FAILED}),
+    SendStatus.COMMITTED: frozenset({SendStatus.DONE, SendStatus.FAILED}),
+    SendStatus.DONE: frozenset(),
+    SendStatus.FAILED: frozenset(),
+}
+
+RECEIVE_TRANSITIONS: dict[ReceiveStatus, frozenset[ReceiveStatus]] = {
+    ReceiveStatus.RESERVED: frozenset({ReceiveStatus.RECEIVING, ReceiveStatus.DONE, ReceiveStatus.FAILED}),
+    ReceiveStatus.RECEIVING: frozenset({ReceiveStatus.DONE, ReceiveStatus.FAILED}),
+    ReceiveStatus.DONE: frozenset(),
+    ReceiveStatus.FAILED: frozenset(),
+}
+
+
+def check_send(old: SendStatus, new: SendStatus) -> None:
+    """Raises ValueError on an illegal move of the sending side: a bug of ours."""
+    if new not in SEND_TRANSITIONS[old]:
+        raise ValueError(f"illegal handoff transition {old.value} -> {new.value}")
+
+
+def check_receive(old: ReceiveStatus, new: ReceiveStatus) -> None:
+    """Raises ValueError on an illegal move of the receiving side: a bug of ours."""
+    if new not in RECEIVE_TRANSITIONS[old]:
+        raise ValueError(f"illegal handoff transition {old.value} -> {new.value}")

@@ -1,0 +1,227 @@
+"""The configuration of a cluster: read-only, checked when built, one YAML file, one schema.
+
+Precedence: command-line flags over the YAML file over the defaults here. Unknown keys are refused with the nearest
+right name. Every component takes its own section, or the few numbers that it needs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from phasewise.core.errors import ConfigError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class ModelConfigSection(_Section):
+    """Which model, and how it is computed."""
+
+    path: str = Field(
+        "smollm2-135m",
+        description="smollm2-135m, a Hugging Face directory, a .gguf file, or random:<config.json>",
+    )
+    served_name: str | None = Field(None, description="Name in the API; default: from the path")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: float32 on a CPU, bfloat16 on a GPU"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
+    seed: int = Field(0, ge=0, description="Seed of random weights (random:<config.json> only)")
+    max_model_len: int | None = Field(
+        None, ge=16, description="Longest prompt plus output in tokens; default: the model's context"
+    )
+
+
+class PoolConfig(_Section):
+    """One pool of equal workers."""
+
+    workers: int = Field(0, ge=0, le=1024, description="Number of workers")
+    threads: int | None = Field(None, ge=1, description="CPU threads per worker; default: the cores shared out evenly")
+
+
+class PoolsConfig(_Section):
+    """The pools. A cluster needs prefill and decode workers, or mixed ones, or all three."""
+
+    prefill: PoolConfig = PoolConfig(workers=1)
+    decode: PoolConfig = PoolConfig(workers=1)
+    mixed: PoolConfig = PoolConfig(workers=0)
+
+    @model_validator(mode="after")
+    def _can_serve(self) -> PoolsConfig:
+        if self.mixed.workers == 0 and not (self.prefill.workers and self.decode.workers):
+            raise ValueError(
+                "no request could be served: set at least one prefill and one decode worker, or one mixed worker"
+            )
+        return self
+
+    @property
+    def num_workers(self) -> int:
+        return self.prefill.workers + self.decode.workers + self.mixed.workers
+
+
+class CacheConfig(_Section):
+    """The paged KV cache of each worker."""
+
+    block_size: Literal[8, 16, 32, 64] = Field(16, description="Tokens per block")
+    kv_cache_gib: float = Field(1.0, gt=0, description="Memory for KV blocks per worker on a CPU, in GiB")
+    prefix_caching: bool = Field(True, description="Reuse KV of equal prompt beginnings")
+    swap_gib: float = Field(2.0, ge=0, description="Host memory for preempted sequences per worker, in GiB")
+
+
+class SchedulerConfig(_Section):
+    """Bounds of the queues and batches."""
+
+    token_budget: int | None = Field(
+        None, ge=16, description="Most tokens in one step of a worker; default: 128 on a CPU, 2048 on a GPU"
+    )
+    max_running: int = Field(256, ge=1, description="Most sequences in a worker's running batch")
+    max_waiting: int = Field(1024, ge=1, description="Most requests that wait per prefill worker; more are refused")
+    reserve_headroom: float = Field(
+        0.05, ge=0, lt=1, description="Share of decode blocks kept free for running sequences to grow into"
+    )
+
+
+class TransferConfig(_Section):
+    """How KV moves from prefill to decode workers."""
+
+    link: Literal["object_store"] = Field("object_store", description="Kind of link between two workers")
+    layerwise_threshold_tokens: int = Field(
+        512, ge=1, description="Prompts from this length are pushed layer group by layer group"
+    )
+    layers_per_part: int = Field(8, ge=1, description="Layers in one part of a layer-wise push")
+    window_mib: int = Field(256, ge=1, description="Most bytes in flight per sending worker, in MiB")
+    timeout_s: float = Field(30.0, gt=0, description="Longest time from reservation's end of prompt to commit")
+
+
+def split_address(address: str, *, field: str) -> tuple[str, int]:
+    """`HOST:PORT` → (host, port). Port 0 asks for any free port. Raises ValueError naming `field`."""
+    host, separator, port = address.rpartition(":")
+    if not separator or not host or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"{field} must be HOST:PORT with a port up to 65535, such as 127.0.0.1:8000, not {address!r}")
+    return host.strip("[]"), int(port)
+
+
+class GatewayConfig(_Section):
+    """The front door."""
+
+    http: str = Field("127.0.0.1:8000", description="HOST:PORT of the OpenAI-compatible HTTP server")
+    grpc: str = Field("127.0.0.1:50051", description="HOST:PORT of the gRPC server")
+    max_open_requests: int = Field(4096, ge=1, description="Most requests open at once; more are refused")
+    default_timeout_s: float = Field(600.0, gt=0, description="Deadline of a request that names none")
+    default_max_tokens: int | None = Field(
+        None, ge=1, description="max_tokens of a chat request that names none; default: what the context leaves"
+    )
+    max_body_mib: int = Field(16, ge=1, description="Largest HTTP body or gRPC message accepted")
+    drain_s: float = Field(10.0, ge=0, description="How long a shutdown waits for open requests")
+
+    @model_validator(mode="after")
+    def _addresses(self) -> GatewayConfig:
+        for name in ("http", "grpc"):
+            split_address(getattr(self, name), field=f"gateway.{name}")
+        if self.http == self.grpc and not self.http.endswith(":0"):
+            raise ValueError("gateway.http and gateway.grpc must differ")
+        return self
+
+
+class RayConfig(_Section):
+    """Where the processes run."""
+
+    address: str = Field("local", description="local: a private one-machine cluster; else an existing Ray address")
+    object_store_mib: int = Field(512, ge=80, description="Shared memory for KV on its way, in MiB (local only)")
+
+
+class HealthConfig(_Section):
+    """When a silent worker is taken for dead."""
+
+    heartbeat_s: float = Field(1.0, gt=0, description="A worker reports at least this often")
+    overdue_s: float = Field(30.0, gt=0, description="A worker silent for this long is lost")
+
+
+class LoggingConfig(_Section):
+    format: Literal["text", "json"] = "text"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class ServingConfig(_Section):
+    """The whole of a cluster."""
+
+    model: ModelConfigSection = ModelConfigSection()
+    pools: PoolsConfig = PoolsConfig()
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    transfer: TransferConfig = TransferConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    ray: RayConfig = RayConfig()
+    health: HealthConfig = HealthConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+
+def merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `extra` laid over it, section by section."""
+    merged = dict(base)
+    for key, value in extra.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def build_config(values: dict[str, Any], *, source: str) -> ServingConfig:
+    """Checks `values` and builds the configuration.
+
+    Raises:
+        ConfigError: one line that names the key, what is wrong with it and, for an unknown key, the nearest right one.
+    """
+    try:
+        return ServingConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: " + "; ".join(_explain(e) for e in error.errors()[:3])) from None
+
+
+def load_config(path: str | os.PathLike[str] | None, overrides: dict[str, Any] | None = None) -> ServingConfig:
+    """Reads a YAML file (or none) and lays `overrides` (from flags) over it. Raises ConfigError."""
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"{path} is not valid YAML: {reason}") from None
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError(
+                f"{path} must hold sections such as 'pools:' and 'gateway:', not a {type(loaded).__name__}"
+            )
+        values = loaded or {}
+    return build_config(merge(values, overrides or {}), source=str(path) if path else "configuration")
+
+
+def _explain(error: Any) -> str:
+    location = tuple(str(part) for part in error["loc"])
+    where = ".".join(location) or "the file"
+    if error["type"] == "extra_forbidden":
+        section = _section_at(location[:-1])
+        known = sorted(section.model_fields) if section else []
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key {where!r}; {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{where}: {message} (got {error['input']!r})" if location else message
+
+
+def _section_at(location: tuple[str, ...]) -> type[BaseModel] | None:
+    section: type[BaseModel] = ServingConfig
+    for name in location:
+        info = section.model_fields.get(name)
+        annotation = info.annotation if info else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return None
+        section = annotation
+    return section

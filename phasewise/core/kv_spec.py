@@ -1,0 +1,47 @@
+"""The shape of a worker's KV cache, and the fingerprint by which two workers know that they fit together."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class KVCacheSpec:
+    """Layers, heads and dtype of a KV cache.
+
+    `model_fingerprint` stands for the weights: KV computed by other weights must never be decoded.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: str
+    model_fingerprint: str = ""
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Keys and values of all layers for one token."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def bytes_per_block(self) -> int:
+        return self.bytes_per_token * self.block_size
+
+    @property
+    def content_fingerprint(self) -> str:
+        """Equal on two workers exactly when the KV of one is valid on the other, whatever their block sizes."""
+        text = f"{self.num_layers}/{self.num_kv_heads}/{self.head_dim}/{self.dtype}/{self.model_fingerprint}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def differences(self, other: KVCacheSpec) -> list[str]:
+        """What makes the two contents incompatible, in words; empty when a handoff is possible."""
+        names = ("num_layers", "num_kv_heads", "head_dim", "dtype", "model_fingerprint")
+        return [
+            f"{name}: {getattr(self, name)} here, {getattr(other, name)} there"
+            for name in names
+            if getattr(self, name) != getattr(other, name)
+        ]

@@ -1,0 +1,67 @@
+"""Collects what one step of a worker has to say, so that each gateway gets one message per step."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from phasewise.core.clock import Clock
+from phasewise.core.errors import ServingError
+from phasewise.core.lifecycle import Stage
+from phasewise.core.messages import PromptLogprobs, RequestFailed, TimelineEvent, TokenChunk, WorkerOutput
+from phasewise.core.placement import WorkerId
+from phasewise.core.ports import GatewayPort
+
+
+@dataclass(slots=True)
+class _Pending:
+    chunks: list[TokenChunk] = field(default_factory=list)
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    events: list[TimelineEvent] = field(default_factory=list)
+    failures: list[RequestFailed] = field(default_factory=list)
+
+
+class Outbox:
+    """Used by the step loop's thread alone. `flush` sends and empties it."""
+
+    def __init__(self, worker_id: WorkerId, port: GatewayPort, clock: Clock) -> None:
+        self._worker_id = worker_id
+        self._port = port
+        self._clock = clock
+        self._pending: defaultdict[str, _Pending] = defaultdict(_Pending)
+
+    def chunk(self, gateway_id: str, chunk: TokenChunk) -> None:
+        self._pending[gateway_id].chunks.append(chunk)
+
+    def prompt_logprobs(self, gateway_id: str, logprobs: PromptLogprobs) -> None:
+        self._pending[gateway_id].prompt_logprobs.append(logprobs)
+
+    def event(
+        self,
+        gateway_id: str,
+        request_id: str,
+        stage: Stage,
+        *,
+        num_bytes: int = 0,
+        duration_s: float = 0.0,
+        num_tokens: int = 0,
+    ) -> None:
+        """Records a moment of a request, now."""
+        event = TimelineEvent(
+            request_id, stage, self._clock.unix_s(), self._worker_id, num_bytes, duration_s, num_tokens
+        )
+        self._pending[gateway_id].events.append(event)
+
+    def failure(self, gateway_id: str, request_id: str, error: ServingError) -> None:
+        self._pending[gateway_id].failures.append(RequestFailed(request_id, error.code, error.message))
+
+    def flush(self) -> None:
+        """Sends one message per gateway that has something to hear."""
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, defaultdict(_Pending)
+        for gateway_id, p in pending.items():
+            output = WorkerOutput(
+                self._worker_id, tuple(p.chunks), tuple(p.prompt_logprobs), tuple(p.events), tuple(p.failures)
+            )
+            self._port.deliver(gateway_id, output)

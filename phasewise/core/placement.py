@@ -1,0 +1,56 @@
+"""Who does what for a request: worker identities, roles, placements."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+WorkerId = str
+"""`<role>-<number>`, unique in a cluster: `prefill-0`. The role in the name is the role at birth."""
+
+
+class WorkerRole(StrEnum):
+    """Which phases a worker runs."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+    ATTENTION = "attention"
+
+    @property
+    def can_prefill(self) -> bool:
+        return self in (WorkerRole.PREFILL, WorkerRole.MIXED)
+
+    @property
+    def can_decode(self) -> bool:
+        return self in (WorkerRole.DECODE, WorkerRole.MIXED)
+
+
+class WorkerState(StrEnum):
+    """A worker's own life: loading → ready → draining → stopped; lost when it vanished."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The workers chosen for one attempt at a request. `attempt` counts from 0 and grows with each recovery."""
+
+    request_id: str
+    prefill_worker: WorkerId
+    decode_worker: WorkerId
+    attempt: int = 0
+
+    @property
+    def is_local(self) -> bool:
+        """True when one worker does both phases, so no KV moves."""
+        return self.prefill_worker == self.decode_worker
+
+    @property
+    def transfer_id(self) -> str:
+        """Names the handoff of this attempt; never used twice, so a late writer finds nothing to write to."""
+        return f"{self.request_id}#{self.attempt}"

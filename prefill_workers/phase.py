@@ -1,0 +1,348 @@
+"""The prefill phase of a worker: prompts in; first tokens and KV out.
+
+One prompt's life here (queues in prefill_workers/scheduler.py):
+
+    PrefillTask → WAITING → RESERVING (offer sent, not for prompts that stay here) → PREFILLING in chunks
+      ├─ stays here: the decode phase adopts the sequence with its blocks
+      └─ is handed off: first token out, commit sent → HANDOFF; blocks are kept until the receiver says done
+
+Long prompts are pushed layer group by layer group while later layers compute (Splitwise, section 4.3: from 512
+tokens); short ones as one part after their last chunk. A failed handoff is offered once more to the same worker, from
+the KV that is still here; a second failure ends the request with `TransferFailed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from engine.batch import ScheduledSequence
+from engine.block_manager import BlockManager
+from engine.sequence import Sequence
+from kv_transfer.plan import PartSpan
+from kv_transfer.sender import KVSender
+from kv_transfer.state import SendStatus
+from phasewise.core.clock import Clock
+from phasewise.core.errors import DeadlineExceeded, Overloaded, ServingError, TransferFailed
+from phasewise.core.lifecycle import RequestStatus, Stage
+from phasewise.core.messages import KVAccepted, KVFailed, KVRefused, PrefillTask, PromptLogprobs, TokenChunk
+from phasewise.core.outbox import Outbox
+from phasewise.core.placement import WorkerId
+from phasewise.core.request import SampledToken
+from prefill_workers.scheduler import PrefillJob, PrefillScheduler
+
+MAX_OFFERS = 2
+"""The first attempt at a handoff and one more with the same worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillLimits:
+    """What the phase needs of the configuration."""
+
+    max_waiting: int
+    layerwise_threshold_tokens: int
+    handoff_timeout_s: float
+    num_layers: int
+
+
+class PrefillPhase:
+    """Plans prompt chunks and takes their results. Used by the step loop's thread alone.
+
+    `adopt(sequences, task, deadline_s)` gives sequences that stay on this worker to its decode phase; `has_decode_room`
+    tells whether it would take another.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        scheduler: PrefillScheduler,
+        sender: KVSender,
+        outbox: Outbox,
+        clock: Clock,
+        limits: PrefillLimits,
+        adopt: Callable[[list[Sequence], PrefillTask, float], None],
+        has_decode_room: Callable[[], bool],
+    ) -> None:
+        self._blocks = blocks
+        self.scheduler = scheduler
+        self._sender = sender
+        self._outbox = outbox
+        self._clock = clock
+        self._limits = limits
+        self._adopt = adopt
+        self._has_decode_room = has_decode_room
+        self._jobs: dict[str, PrefillJob] = {}
+        self._first_tokens: dict[str, tuple[SampledToken | None, ...]] = {}  # of prompts in handoff
+        self._prompt_logprobs: dict[str, list[SampledToken]] = {}
+        self._ended_samples: dict[str, set[int]] = {}
+        self.counters: dict[str, float] = dict.fromkeys(
+            ("handoffs_out", "handoff_failures", "prompt_tokens", "prefix_query_tokens", "prefix_hit_tokens"), 0.0
+        )
+
+    # ---- messages
+
+    def on_task(self, task: PrefillTask) -> None:
+        """A new prompt. Refused at once when the queue is full; ignored when it is here already."""
+        request = task.request
+        if request.request_id in self._jobs:
+            return
+        if len(self.scheduler.waiting) >= self._limits.max_waiting:
+            error = Overloaded(f"{self._limits.max_waiting} requests are waiting already", retry_after_s=1.0)
+            self._outbox.failure(task.gateway_id, request.request_id, error)
+            return
+        sequence = Sequence(
+            request_id=request.request_id,
+            sampling=request.sampling,
+            token_ids=list(request.prompt_token_ids),
+            num_prompt_tokens=len(request.prompt_token_ids),
+            cache_salt=request.cache_salt,
+        )
+        job = PrefillJob(task, sequence, self._clock.now_s() + task.time_left_s)
+        self._jobs[request.request_id] = job
+        self.scheduler.add(job)
+        self._event(job, Stage.WAITING)
+
+    def on_abort(self, request_id: str, sample_index: int | None) -> bool:
+        """Forgets a request, or one sample. True when it was here."""
+        job = self._jobs.get(request_id)
+        if job is None:
+            return False
+        if sample_index is not None:
+            ended = self._ended_samples.setdefault(request_id, set())
+            ended.add(sample_index)
+            if len(ended) < job.task.request.sampling.n:
+                return True
+        self._drop(job, RequestStatus.CANCELLED, "the request was cancelled")
+        return True
+
+    def on_accepted(self, message: KVAccepted) -> None:
+        self._sender.on_accepted(message)
+        for job in self._jobs.values():
+            if job.transfer_id == message.transfer_id:
+                self._event(job, Stage.RESERVED)
+
+    def on_refused(self, message: KVRefused | KVFailed) -> None:
+        self._sender.on_failed(message.transfer_id, message.reason)
+
+    def on_peer_lost(self, worker_id: WorkerId) -> None:
+        """The decode worker is gone: no second offer to it can help."""
+        self._sender.on_peer_lost(worker_id)
+        for job in list(self._jobs.values()):
+            if job.task.placement.decode_worker == worker_id:
+                self._fail(job, TransferFailed(f"decode worker {worker_id} was lost"))
+
+    def on_gateway_lost(self, gateway_id: str) -> None:
+        for job in list(self._jobs.values()):
+            if job.task.gateway_id == gateway_id:
+                self._drop(job, RequestStatus.CANCELLED, "its gateway was lost")
+
+    def fail(self, request_id: str, error: ServingError) -> None:
+        """Ends a request with an error, if it is here."""
+        job = self._jobs.get(request_id)
+        if job is not None:
+            self._fail(job, error)
+
+    # ---- once a step
+
+    def poll(self) -> None:
+        """Deadlines, ended handoffs, new offers: before a step is planned."""
+        now_s = self._clock.now_s()
+        self._sender.expire()
+        for job in list(self._jobs.values()):
+            if job.deadline_s <= now_s:
+                self._fail(job, DeadlineExceeded("the request's deadline passed during prefill"))
+            elif job.transfer_id:
+                self._poll_transfer(job)
+        for job in self.scheduler.jobs_to_reserve():
+            job.move(RequestStatus.RESERVING)
+            self._offer(job)
+            self._event(job, Stage.RESERVE_ASKED)
+
+    def plan(self, budget: int) -> list[ScheduledSequence]:
+        """Prompt chunks for the next step, within `budget` tokens."""
+        items = []
+        for job, num_tokens in self.scheduler.schedule(budget, self._is_reserved, self._may_run_here):
+            sequence = job.sequence
+            if sequence.num_computed_tokens == job.num_cached_tokens:
+                self._begin(job)
+            last = num_tokens == sequence.num_uncomputed_tokens
+            items.append(ScheduledSequence(sequence, num_tokens, sequence.sampling.n if last else 0))
+        return items
+
+    def on_layers_done(self, items: Iterable[ScheduledSequence], first_layer: int, num_layers: int) -> None:
+        """Called inside a step, after each layer group: pushes the chunk's KV of those layers."""
+        for item in items:
+            job = self._jobs.get(item.sequence.request_id)
+            if job is not None and job.transfer_id and self._is_layerwise(job):
+                first_token = item.sequence.num_computed_tokens
+                self._push(job, PartSpan(first_layer, num_layers, first_token, item.num_tokens))
+
+    def take(
+        self, item: ScheduledSequence, tokens: tuple[SampledToken, ...], prompt_logprobs: tuple[SampledToken, ...]
+    ) -> None:
+        """Takes one item's result."""
+        sequence = item.sequence
+        job = self._jobs[sequence.request_id]
+        sequence.num_computed_tokens += item.num_tokens
+        self.counters["prompt_tokens"] += item.num_tokens
+        self._blocks.publish(sequence)
+        if sequence.sampling.prompt_logprobs is not None:
+            self._prompt_logprobs.setdefault(job.request_id, []).extend(prompt_logprobs)
+        if not sequence.is_prefilling:
+            self._finish(job, tokens)
+
+    @property
+    def num_open(self) -> int:
+        return len(self._jobs)
+
+    @property
+    def num_handoffs(self) -> int:
+        return len(self._first_tokens)
+
+    @property
+    def waiting_prompt_tokens(self) -> int:
+        return sum(j.sequence.num_uncomputed_tokens for j in self.scheduler.waiting + self.scheduler.running)
+
+    def next_deadline_s(self) -> float:
+        return min((job.deadline_s for job in self._jobs.values()), default=float("inf"))
+
+    # ---- inside: the end of a prompt
+
+    def _begin(self, job: PrefillJob) -> None:
+        """The prompt's first chunk is about to run."""
+        self._event(job, Stage.PREFILL_START, num_tokens=job.num_cached_tokens)
+        if job.sequence.sampling.prompt_logprobs is None:
+            self.counters["prefix_query_tokens"] += job.sequence.num_prompt_tokens
+            self.counters["prefix_hit_tokens"] += job.num_cached_tokens
+        if job.transfer_id and self._is_layerwise(job) and job.num_cached_tokens:
+            # What the prefix cache had is not computed again, so no layer hook will push it.
+            self._push(job, PartSpan(0, self._limits.num_layers, 0, job.num_cached_tokens))
+
+    def _finish(self, job: PrefillJob, tokens: tuple[SampledToken, ...]) -> None:
+        """The prompt is computed and its first tokens are sampled, one per sample."""
+        self.scheduler.finish_prefill(job)
+        self._event(job, Stage.PREFILL_END)
+        logprobs = self._prompt_logprobs.pop(job.request_id, None)
+        if logprobs is not None:
+            first = SampledToken(job.sequence.token_ids[0])
+            self._outbox.prompt_logprobs(job.task.gateway_id, PromptLogprobs(job.request_id, (first, *logprobs)))
+        ended = self._ended_samples.get(job.request_id, set())
+        live: list[SampledToken | None] = []
+        for index, token in enumerate(tokens):
+            reason = self._fork(job.sequence, index, token).finish_reason()
+            goes_on = reason is None and index not in ended
+            live.append(token if goes_on else None)
+            self._outbox.chunk(job.task.gateway_id, TokenChunk(job.request_id, index, 0, (token,), reason))
+        self._event(job, Stage.FIRST_TOKEN)
+        if all(token is None for token in live):
+            self._drop(job, RequestStatus.FINISHED, "every sample ended with its first token")
+        elif job.needs_handoff:
+            self._hand_off(job, tuple(live))
+        else:
+            self._keep(job, live)
+
+    def _fork(self, sequence: Sequence, sample_index: int, token: SampledToken) -> Sequence:
+        """The sequence of one sample: the prompt and its first token. Blocks are shared by the caller."""
+        return replace(
+            sequence,
+            sample_index=sample_index,
+            token_ids=[*sequence.token_ids, token.token_id],
+            block_table=list(sequence.block_table),
+            block_hashes=list(sequence.block_hashes),
+        )
+
+    def _keep(self, job: PrefillJob, live: list[SampledToken | None]) -> None:
+        """Decoding goes on here: the decode phase takes over, with a reference to the blocks for each sample."""
+        sequences = [self._fork(job.sequence, i, token) for i, token in enumerate(live) if token is not None]
+        for sequence in sequences:
+            self._blocks.share(sequence.block_table)
+        self._adopt(sequences, job.task, job.deadline_s)
+        job.move(RequestStatus.DECODING)
+        self._forget(job)
+
+    def _hand_off(self, job: PrefillJob, first_tokens: tuple[SampledToken | None, ...]) -> None:
+        job.move(RequestStatus.HANDOFF)
+        self._first_tokens[job.request_id] = first_tokens
+        if not self._is_layerwise(job):
+            self._push_all(job)
+        self._commit(job)
+
+    # ---- inside: the handoff
+
+    def _offer(self, job: PrefillJob) -> None:
+        placement, retry = job.task.placement, job.num_offers
+        job.num_offers += 1
+        job.transfer_id = f"{placement.transfer_id}.{retry}"
+        time_left_s = job.deadline_s - self._clock.now_s()
+        self._sender.offer(job.transfer_id, placement.decode_worker, job.task.request, job.task.gateway_id, time_left_s)
+
+    def _is_layerwise(self, job: PrefillJob) -> bool:
+        return job.sequence.num_prompt_tokens >= self._limits.layerwise_threshold_tokens
+
+    def _is_reserved(self, job: PrefillJob) -> bool:
+        return bool(job.transfer_id) and self._sender.status(job.transfer_id) is SendStatus.ACCEPTED
+
+    def _may_run_here(self, job: PrefillJob) -> bool:
+        return job.task.request.sampling.max_tokens == 1 or self._has_decode_room()
+
+    def _push(self, job: PrefillJob, span: PartSpan) -> None:
+        if not job.has_pushed:
+            job.has_pushed = True
+            self._event(job, Stage.HANDOFF_START)
+        self._sender.push(job.transfer_id, span, list(job.sequence.block_table))
+
+    def _push_all(self, job: PrefillJob) -> None:
+        self._push(job, PartSpan(0, self._limits.num_layers, 0, job.sequence.num_prompt_tokens))
+
+    def _commit(self, job: PrefillJob) -> None:
+        first_tokens = self._first_tokens[job.request_id]
+        num_tokens = job.sequence.num_prompt_tokens
+        self._sender.commit(job.transfer_id, num_tokens, first_tokens, self._limits.handoff_timeout_s)
+
+    def _poll_transfer(self, job: PrefillJob) -> None:
+        status = self._sender.status(job.transfer_id)
+        if status is SendStatus.DONE:
+            self.counters["handoffs_out"] += 1
+            job.move(RequestStatus.FINISHED)
+            self._forget(job)
+        elif status is SendStatus.FAILED and job.status is not RequestStatus.PREFILLING:
+            # A prompt that runs is computed to its end first; its KV is offered again then.
+            self._retry_handoff(job, self._sender.reason(job.transfer_id))
+        elif job.status is RequestStatus.HANDOFF and job.num_offers > 1 and status is SendStatus.ACCEPTED:
+            self._push_all(job)  # a second attempt: everything is computed already
+            self._commit(job)
+
+    def _retry_handoff(self, job: PrefillJob, reason: str) -> None:
+        self.counters["handoff_failures"] += 1
+        if job.num_offers >= MAX_OFFERS:
+            self._fail(job, TransferFailed(f"the KV handoff failed {job.num_offers} times: {reason}"))
+            return
+        self._sender.forget(job.transfer_id)
+        self._offer(job)
+
+    # ---- inside: endings
+
+    def _fail(self, job: PrefillJob, error: ServingError) -> None:
+        self._outbox.failure(job.task.gateway_id, job.request_id, error)
+        self._drop(job, RequestStatus.FAILED, error.message)
+
+    def _drop(self, job: PrefillJob, status: RequestStatus, reason: str) -> None:
+        self.scheduler.remove(job)
+        if job.transfer_id:
+            self._sender.abort(job.transfer_id, reason)
+        job.move(status)
+        self._forget(job)
+
+    def _forget(self, job: PrefillJob) -> None:
+        """Nothing of the job is left here afterwards."""
+        if job.transfer_id:
+            self._sender.forget(job.transfer_id)
+        self._blocks.release(job.sequence.block_table)
+        job.sequence.block_table = []
+        self._first_tokens.pop(job.request_id, None)
+        self._prompt_logprobs.pop(job.request_id, None)
+        self._ended_samples.pop(job.request_id, None)
+        del self._jobs[job.request_id]
+
+    def _event(self, job: PrefillJob, stage: Stage, *, num_tokens: int = 0) -> None:
+        self._outbox.event(job.task.gateway_id, job.request_id, stage, num_tokens=num_tokens)

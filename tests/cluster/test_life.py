@@ -1,0 +1,157 @@
+"""Start, stop and loss of a cluster's processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import phasewise
+from tests.support.served import PHASEWISE, Served, held, served, until
+
+pytestmark = pytest.mark.cluster
+
+
+def session_processes(session: int) -> list[str]:
+    """Command lines of what is left of a session."""
+    rows = subprocess.run(["ps", "-eo", "sid=,stat=,args="], capture_output=True, text=True, check=True).stdout
+    fields = [row.split(None, 2) for row in rows.splitlines()]
+    return [f[2] for f in fields if int(f[0]) == session and not f[1].startswith("Z")]
+
+
+def shared_memory() -> set[str]:
+    return set(os.listdir("/dev/shm"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_no_process_no_shared_memory_no_port(
+    number: signal.Signals, tiny_model: tuple[Path, Any]
+) -> None:
+    memory_before = shared_memory()
+    flags = ["--prefill", "0", "--decode", "0", "--mixed", "1", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]
+    cluster = Served([str(tiny_model[0]), *flags])
+    cluster.wait_ready()
+    pids = [worker["pid"] for worker in cluster.status()["workers"]]
+    cluster.signal(number)
+    assert cluster.wait_end() == 0, "\n".join(cluster.lines)
+    assert "stopped" in cluster.lines[-1]
+    assert session_processes(cluster.pid) == []
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert shared_memory() <= memory_before
+    for address in (cluster.http, cluster.grpc):
+        host, port = address.split(":")
+        with socket.socket() as probe:
+            assert probe.connect_ex((host, int(port))) != 0
+
+
+def test_shutdown_lets_open_requests_finish(tiny_model: tuple[Path, Any]) -> None:
+    with served(str(tiny_model[0])) as cluster, phasewise.Client(cluster.grpc, max_retries=0) as client:
+        stream = client.stream(token_ids=[1, 2, 3], max_tokens=300, temperature=0.0, ignore_eos=True)
+        num_tokens = 0
+        for delta in stream:
+            if num_tokens == 0:
+                cluster.signal(signal.SIGTERM)
+            num_tokens += len(delta.token_ids)
+        assert num_tokens == 300
+        assert cluster.wait_end() == 0
+
+
+def test_two_clusters_on_one_machine_and_a_taken_port(cluster: Served, tiny_model: tuple[Path, Any]) -> None:
+    with served(str(tiny_model[0]), "--mixed", "1", "--prefill", "0", "--decode", "0") as second:
+        assert second.http != cluster.http
+        for each in (cluster, second):
+            with phasewise.Client(each.grpc) as client:
+                assert client.generate(token_ids=[5, 6], max_tokens=3).usage.num_output_tokens >= 1
+    for flag, address in (("--http", cluster.http), ("--grpc", cluster.grpc)):
+        other = {"--http": "127.0.0.1:0", "--grpc": "127.0.0.1:0"} | {flag: address}
+        flags = [part for pair in other.items() for part in pair]
+        done = subprocess.run(
+            [PHASEWISE, "serve", str(tiny_model[0]), *flags], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode != 0
+        assert "Traceback" not in done.stderr
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("phasewise:")]
+        assert address in line
+        assert flag in line
+
+
+async def test_a_killed_decode_worker_ends_its_streams_clearly_and_the_rest_serves_on(
+    tiny_model: tuple[Path, Any],
+) -> None:
+    with served(str(tiny_model[0]), "--prefill", "1", "--decode", "2") as cluster:
+        async with phasewise.AsyncClient(cluster.grpc, timeout_s=60, max_retries=0) as client:
+
+            async def one(seed: int) -> int | phasewise.WorkerLost:
+                count = 0
+                try:
+                    async for delta in client.stream(
+                        token_ids=[seed, 1, 2], max_tokens=900, temperature=0.0, ignore_eos=True
+                    ):
+                        count += len(delta.token_ids)
+                        if count > 5:
+                            started.release()
+                except phasewise.WorkerLost as error:
+                    return error
+                return count
+
+            started = asyncio.Semaphore(0)
+            streams = [asyncio.create_task(one(seed)) for seed in range(8)]
+            for _ in range(40):  # every stream is well inside its decode
+                await started.acquire()
+            os.kill(cluster.worker("decode-1")["pid"], signal.SIGKILL)
+            results = await asyncio.gather(*streams)
+            lost = [r for r in results if isinstance(r, phasewise.WorkerLost)]
+            assert lost, "some streams were on the killed worker"
+            assert all("decode-1" in str(error) and error.retry_safe for error in lost)
+            assert all(r == 900 for r in results if not isinstance(r, phasewise.WorkerLost))
+            again = await client.generate(token_ids=[9, 9], max_tokens=5, ignore_eos=True)
+            assert again.usage.num_output_tokens == 5
+        assert cluster.worker("decode-1")["state"] == "lost"
+        until(lambda: not held(cluster.status()), 10.0)
+
+
+def test_without_a_pool_requests_are_refused_and_not_hung(tiny_model: tuple[Path, Any]) -> None:
+    with served(str(tiny_model[0])) as cluster, phasewise.Client(cluster.grpc, max_retries=0) as client:
+        os.kill(cluster.worker("prefill-0")["pid"], signal.SIGKILL)
+        until(lambda: cluster.worker("prefill-0")["state"] == "lost", 20.0)
+        with pytest.raises(phasewise.Unavailable, match="no prefill worker is ready"):
+            client.generate(token_ids=[1], max_tokens=2)
+
+
+BAD_STARTS = {
+    "no such model": (["/nowhere/model"], "/nowhere/model"),
+    "no such config": (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
+    "no workers": (["--prefill", "0"], "prefill"),
+    "bad address": (["--http", "localhost"], "HOST:PORT"),
+    "bad dtype": (["--dtype", "int8"], "dtype"),
+    "unknown flag": (["--prefil", "2"], "--prefill"),
+    "no gpu": (["--device", "cuda"], "GPU"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_STARTS)
+def test_a_bad_start_is_one_clear_line(name: str) -> None:
+    flags, expected = BAD_STARTS[name]
+    ports = [] if "--http" in flags else ["--http", "127.0.0.1:0"]
+    done = subprocess.run(
+        [PHASEWISE, "serve", *flags, *ports, "--grpc", "127.0.0.1:0"], capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr + done.stdout
+    assert expected in done.stderr.splitlines()[-1], done.stderr
+
+
+def test_a_config_file_with_a_typing_error_names_the_right_key(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("pools:\n  decoder:\n    workers: 2\n")
+    done = subprocess.run([PHASEWISE, "serve", "--config", str(file)], capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "did you mean 'decode'?" in done.stderr

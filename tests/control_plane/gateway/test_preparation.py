@@ -1,0 +1,159 @@
+"""Every check of a request: the field is named, the remedy is said, and what is right passes."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from control_plane.gateway.preparation import RequestLimits, RequestPreparer
+from control_plane.gateway.service import GenerateInput, ModelCard, SamplingInput
+from control_plane.gateway.text import TextTokenizer
+from phasewise.core.errors import InvalidRequest, ModelNotFound
+
+
+@pytest.fixture
+def card(smollm2_card: ModelCard) -> ModelCard:
+    return replace(smollm2_card, context_length=64)
+
+
+@pytest.fixture
+def preparer(smollm2_tokenizer: TextTokenizer, card: ModelCard) -> RequestPreparer:
+    return RequestPreparer(smollm2_tokenizer, card, RequestLimits(), random.Random(1))
+
+
+def given(text: str | None = "Hello world", **sampling: Any) -> GenerateInput:
+    return GenerateInput(text=text, sampling=SamplingInput(**sampling))
+
+
+def test_defaults_of_a_completion(preparer: RequestPreparer) -> None:
+    prepared = preparer.prepare(given())
+    sampling = prepared.request.sampling
+    assert (sampling.n, sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.top_k) == (
+        1,
+        16,
+        1.0,
+        1.0,
+        0,
+    )
+    assert sampling.stop_token_ids == (2,)
+    assert prepared.timeout_s == 600.0 and prepared.continues_text
+    assert len(prepared.request.request_id) == 32
+    assert preparer.prepare(given()).request.sampling.seed != sampling.seed
+
+
+def test_defaults_of_a_chat(preparer: RequestPreparer, smollm2_tokenizer: TextTokenizer, card: ModelCard) -> None:
+    chat = GenerateInput(messages=({"role": "user", "content": "Hi"},))
+    prepared = preparer.prepare(chat)
+    assert prepared.request.sampling.max_tokens == 64 - len(prepared.request.prompt_token_ids)
+    assert not prepared.continues_text
+    limited = RequestPreparer(smollm2_tokenizer, card, RequestLimits(default_max_tokens=5, default_timeout_s=9.0))
+    assert limited.prepare(chat).request.sampling.max_tokens == 5
+    assert limited.prepare(chat).timeout_s == 9.0
+
+
+def test_everything_given_is_kept(preparer: RequestPreparer) -> None:
+    sampling = SamplingInput(
+        n=2, max_tokens=3, temperature=0.5, top_p=0.9, top_k=-1, min_p=0.1, presence_penalty=-2, frequency_penalty=2,
+        repetition_penalty=1.5, logit_bias={7: -100, 3: 1.5}, seed=-(2**63), logprobs=20, prompt_logprobs=0,
+        stop=("x",), stop_token_ids=(9, 2, 9), ignore_eos=True,
+    )  # fmt: skip
+    prepared = preparer.prepare(
+        GenerateInput(token_ids=(5, 6), sampling=sampling, request_id="r-1", timeout_s=2.5, cache_salt="t")
+    )
+    request, params = prepared.request, prepared.request.sampling
+    assert (request.request_id, request.prompt_token_ids, request.cache_salt) == ("r-1", (5, 6), "t")
+    assert (prepared.stop, prepared.timeout_s) == (("x",), 2.5)
+    assert params.logit_bias == ((3, 1.5), (7, -100.0))
+    assert (params.top_k, params.seed, params.stop_token_ids) == (0, -(2**63), (9, 2))
+    assert (params.n, params.max_tokens, params.logprobs, params.prompt_logprobs) == (2, 3, 20, 0)
+    assert (params.temperature, params.top_p, params.min_p, params.repetition_penalty) == (0.5, 0.9, 0.1, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "remedy"),
+    [
+        ("n", 0, "1 to 128"),
+        ("n", 129, "1 to 128"),
+        ("max_tokens", 0, "at least 1"),
+        ("temperature", -0.1, "0 to 2"),
+        ("temperature", 2.01, "0 to 2"),
+        ("temperature", math.nan, "finite"),
+        ("temperature", math.inf, "finite"),
+        ("top_p", 0.0, "above 0"),
+        ("top_p", 1.01, "at most 1"),
+        ("top_k", -2, "at least -1"),
+        ("min_p", 1.5, "0 to 1"),
+        ("presence_penalty", -2.1, "-2 to 2"),
+        ("frequency_penalty", 2.1, "-2 to 2"),
+        ("repetition_penalty", 0.0, "above 0"),
+        ("repetition_penalty", math.inf, "finite"),
+        ("logit_bias", {49152: 1.0}, "0 to 49151"),
+        ("logit_bias", {-1: 1.0}, "0 to 49151"),
+        ("logit_bias", {1: 100.5}, "-100 to 100"),
+        ("logit_bias", {1: math.nan}, "finite"),
+        ("seed", 2**63, "9223372036854775807"),
+        ("logprobs", 21, "0 to 20"),
+        ("logprobs", -1, "0 to 20"),
+        ("prompt_logprobs", 21, "0 to 20"),
+        ("stop", ("a",) * 17, "at most 16"),
+    ],
+)
+def test_values_out_of_range(preparer: RequestPreparer, field: str, value: Any, remedy: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        preparer.prepare(given(**{field: value}))
+    assert caught.value.field == field
+    assert field in caught.value.message and remedy in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("request_", "field", "words"),
+    [
+        (GenerateInput(), "text", ["exactly one", "none"]),
+        (GenerateInput(text="a", token_ids=(1,)), "text", ["exactly one", "text and token_ids"]),
+        (given(""), "text", ["empty"]),
+        (GenerateInput(token_ids=()), "token_ids", ["empty"]),
+        (GenerateInput(messages=()), "messages", ["empty"]),
+        (GenerateInput(token_ids=(1, 49152)), "token_ids[1]", ["49152", "0 to 49151"]),
+        (GenerateInput(token_ids=(-1,)), "token_ids[0]", ["-1"]),
+        (GenerateInput(token_ids=(5,) * 64), "token_ids", ["64 tokens", "context is 64"]),
+        (GenerateInput(token_ids=(5,) * 60, sampling=SamplingInput(max_tokens=5)), "max_tokens", ["65", "64", "to 4"]),
+        (given(stop_token_ids=(1, 60000)), "stop_token_ids[1]", ["60000"]),
+        (given(stop=("a", "")), "stop[1]", ["empty"]),
+        (given(stop=("a" * 1001,)), "stop[0]", ["1001", "1000"]),
+        (GenerateInput(text="a", request_id="a b"), "request_id", ["printable"]),
+        (GenerateInput(text="a", request_id=""), "request_id", ["1 to 128"]),
+        (GenerateInput(text="a", timeout_s=0.0), "timeout_s", ["above 0"]),
+        (GenerateInput(text="a", timeout_s=math.nan), "timeout_s", ["finite"]),
+    ],
+)
+def test_wrong_requests(preparer: RequestPreparer, request_: GenerateInput, field: str, words: list[str]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        preparer.prepare(request_)
+    assert caught.value.field == field
+    assert all(word in caught.value.message for word in words), caught.value.message
+
+
+def test_a_context_that_is_used_up_exactly(preparer: RequestPreparer) -> None:
+    exact = GenerateInput(token_ids=(5,) * 60, sampling=SamplingInput(max_tokens=4))
+    assert preparer.prepare(exact).request.sampling.max_tokens == 4
+    assert preparer.prepare(GenerateInput(token_ids=(5,) * 60)).request.sampling.max_tokens == 4
+    assert preparer.prepare(GenerateInput(token_ids=(5,) * 63)).request.sampling.max_tokens == 1
+
+
+def test_more_than_a_worker_can_hold(smollm2_tokenizer: TextTokenizer, card: ModelCard) -> None:
+    preparer = RequestPreparer(smollm2_tokenizer, card, RequestLimits(max_kv_tokens=100))
+    fits = GenerateInput(token_ids=(5,) * 20, sampling=SamplingInput(n=2, max_tokens=40))
+    assert preparer.prepare(fits).request.sampling.n == 2
+    with pytest.raises(InvalidRequest, match=r"make 140.*holds 100") as caught:
+        preparer.prepare(replace(fits, sampling=SamplingInput(n=3, max_tokens=40)))
+    assert caught.value.field == "n"
+
+
+def test_another_model_is_not_found(preparer: RequestPreparer, card: ModelCard) -> None:
+    with pytest.raises(ModelNotFound, match=f"'gpt-5'.*use '{card.name}'"):
+        preparer.prepare(replace(given(), model="gpt-5"))
+    assert preparer.prepare(replace(given(), model=card.name)).request.prompt_token_ids

@@ -1,0 +1,164 @@
+"""A whole cluster in one process: the real gateway loop, cluster scheduler, workers, engine and handoffs, without Ray.
+
+Workers run their loops on threads and are joined by loopback links. Protocol tests use it as their InferenceService:
+all that is missing beside a real cluster is processes (tests/cluster has those).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from cli.launch import worker_settings
+from control_plane.cluster_scheduler import ClusterScheduler
+from control_plane.gateway.preparation import RequestLimits, RequestPreparer
+from control_plane.gateway.request_loop import RequestLoop
+from control_plane.gateway.service import ModelCard
+from control_plane.gateway.text import TextTokenizer, load_tokenizer
+from control_plane.metrics import GatewayMetrics
+from kv_transfer.loopback_link import LoopbackLink
+from phasewise.core.clock import MonotonicClock
+from phasewise.core.config import ServingConfig, build_config
+from phasewise.core.messages import WorkerInfo, WorkerLoad, WorkerMessage, WorkerOutput
+from phasewise.core.model_source import model_facts, resolve_model
+from phasewise.core.placement import Placement, WorkerId
+from workers.build import LoadedEngine, Ports, assemble, load_engine, worker_info
+from workers.worker import Worker
+
+
+class LocalCluster:
+    """Made by `local_cluster`. `service` is the RequestLoop; `workers` can be looked into."""
+
+    def __init__(self, config: ServingConfig, served_name: str) -> None:
+        self.config = config
+        self._loop = asyncio.get_running_loop()
+        self._clock = MonotonicClock()
+        self._news = asyncio.Event()  # something was reported or finished
+        self.scheduler = ClusterScheduler(self._clock, max_waiting=config.scheduler.max_waiting, overdue_s=1e9)
+        self.workers: dict[WorkerId, Worker] = {}
+        self.engines: dict[WorkerId, LoadedEngine] = {}
+        self._threads: list[threading.Thread] = []
+        mailboxes: dict[WorkerId, Any] = {}
+        link = LoopbackLink(mailboxes)
+        for settings in worker_settings(config, "cpu", None):
+            engine = load_engine(settings, lambda share: None, self._clock)
+            info = worker_info(settings, engine)
+            ports = Ports(self, self, self, link)
+            worker = assemble(info, engine.runner, engine.cache, config, ports, self._clock)
+            self.workers[settings.worker_id] = worker
+            self.engines[settings.worker_id] = engine
+            mailboxes[settings.worker_id] = worker.post
+            self.scheduler.worker_joined(info)
+        source = resolve_model(config.model.path)
+        facts = model_facts(source)
+        self.tokenizer: TextTokenizer = load_tokenizer(source)
+        self.card = ModelCard(
+            name=served_name,
+            context_length=min(w.info.max_model_len for w in self.workers.values()),
+            vocab_size=facts.vocab_size,
+            dtype="float32",
+            created_unix_s=1,
+            eos_token_ids=facts.eos_token_ids,
+            has_chat_template=self.tokenizer.chat_template is not None,
+        )
+        self.metrics = GatewayMetrics(served_name)
+        limits = RequestLimits(config.gateway.default_timeout_s)
+        self.service = RequestLoop(
+            "gateway-0",
+            self.card,
+            self.tokenizer,
+            RequestPreparer(self.tokenizer, self.card, limits),
+            self,
+            self,
+            self.metrics,
+            self._clock,
+            max_open_requests=config.gateway.max_open_requests,
+            addresses={},
+        )
+
+    def start(self) -> None:
+        for worker in self.workers.values():
+            thread = threading.Thread(target=worker.run, name=worker.info.worker_id)
+            thread.start()
+            self._threads.append(thread)
+        self.service.start_admitting()
+
+    async def stop(self) -> None:
+        await self.service.drain(0.0)
+        for worker in self.workers.values():
+            worker.stop()
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join)
+
+    async def until_empty(self) -> None:
+        """Returns when no block and no request is left anywhere; the caller bounds the wait."""
+        while not self.is_empty():
+            await self._news.wait()
+            self._news.clear()
+
+    def is_empty(self) -> bool:
+        loads = [member.load for member in self.scheduler.registry.members()]
+        held = any(
+            (
+                load.num_waiting,
+                load.num_running,
+                load.num_preempted,
+                load.num_reservations,
+                load.num_handoffs_out,
+                load.num_used_blocks,
+            )
+            != (0,) * 6
+            for load in loads
+        )
+        return not held and self.scheduler.num_open == 0 and not self.service._open
+
+    # ---- ports of workers and gateway; workers call from their threads
+
+    def send(self, worker_id: WorkerId, message: WorkerMessage) -> None:
+        self.workers[worker_id].post(message)
+
+    def deliver(self, gateway_id: str, output: WorkerOutput) -> None:
+        self._loop.call_soon_threadsafe(self.service.deliver, output)
+
+    def report(self, load: WorkerLoad) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop of a test that is over
+            self._loop.call_soon_threadsafe(self._on_load, load)
+
+    def _on_load(self, load: WorkerLoad) -> None:
+        self.scheduler.worker_load(load)
+        self._news.set()
+
+    # ---- Placer
+
+    async def place(
+        self, request_id: str, num_prompt_tokens: int, num_samples: int, max_tokens: int, timeout_s: float
+    ) -> Placement:
+        return self.scheduler.place(request_id, num_prompt_tokens, num_samples, max_tokens)
+
+    def first_token(self, request_id: str) -> None:
+        self.scheduler.first_token(request_id)
+
+    def finished(self, request_id: str, num_output_tokens: int) -> None:
+        self.scheduler.finished(request_id, num_output_tokens)
+        self._news.set()
+
+    async def snapshot(self) -> list[tuple[WorkerInfo, WorkerLoad]]:
+        return [(m.info, m.load) for m in self.scheduler.registry.members()]
+
+
+@contextlib.asynccontextmanager
+async def local_cluster(
+    model: str | Path, *, served_name: str = "test-model", **sections: Any
+) -> AsyncIterator[LocalCluster]:
+    """A running cluster over `model`, with `sections` of the configuration."""
+    values = {"model": {"path": str(model)}, "cache": {"kv_cache_gib": 0.02}, **sections}
+    cluster = LocalCluster(build_config(values, source="test"), served_name)
+    cluster.start()
+    try:
+        yield cluster
+    finally:
+        await cluster.stop()

@@ -1,0 +1,101 @@
+"""A tiny deterministic engine for life-cycle tests: real cache, real blocks, real handoffs; arithmetic for a model.
+
+The KV of a token is a function of its id, position and layer. The next token is a function of all KV that the cache
+holds for the sequence, read back through its block table. So a block that was lost, mixed up, not sent or overwritten
+changes the tokens, and the right tokens are known without any cache: `expected_tokens`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from engine.batch import ScheduledBatch, ScheduledSequence, StepResult
+from engine.kv_cache import PagedKVCache
+from engine.sequence import Sequence
+from kv_transfer.staging import slots_of
+from phasewise.core.kv_spec import KVCacheSpec
+from phasewise.core.request import SampledToken
+
+VOCAB = 50021
+SPEC = KVCacheSpec(
+    num_layers=4, num_kv_heads=1, head_dim=2, block_size=16, dtype="float32", model_fingerprint="scripted"
+)
+
+
+def _kv(token_id: int, position: int, layer: int) -> int:
+    return (token_id * 31 + position * 17 + layer * 7) % 4093
+
+
+def next_token(token_ids: list[int], sample_index: int) -> int:
+    """The token after `token_ids`: what a right cache leads to."""
+    total = sum(
+        _kv(token, position, layer) * (position % 13 + 1)
+        for position, token in enumerate(token_ids)
+        for layer in range(SPEC.num_layers)
+    )
+    return (total + sample_index * 101) % VOCAB
+
+
+def expected_tokens(prompt: list[int], num_tokens: int, sample_index: int = 0) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        tokens.append(next_token(tokens, sample_index))
+    return tokens[len(prompt) :]
+
+
+class ScriptedRunner:
+    """Runs batches as workers.worker.Runner. `fail_next` makes the next run raise."""
+
+    def __init__(self, cache: PagedKVCache) -> None:
+        self._cache = cache
+        self.fail_next = False
+        self.batches: list[ScheduledBatch] = []
+
+    def run(
+        self,
+        batch: ScheduledBatch,
+        on_layers_done: Callable[[int, int], None] | None = None,
+        layers_per_group: int = 0,
+    ) -> StepResult:
+        if self.fail_next:
+            self.fail_next = False
+            raise RuntimeError("scripted failure")
+        self.batches.append(batch)
+        step = layers_per_group or SPEC.num_layers
+        for first in range(0, SPEC.num_layers, step):
+            count = min(step, SPEC.num_layers - first)
+            for item in batch.items:
+                self._write(item, range(first, first + count))
+            if on_layers_done is not None:
+                on_layers_done(first, count)
+        tokens, logprobs = [], []
+        for item in batch.items:
+            s = item.sequence
+            indices = range(item.num_samples) if s.is_prefilling else [s.sample_index] * item.num_samples
+            tokens.append(tuple(SampledToken(self._sample(item, index)) for index in indices))
+            after = range(s.num_computed_tokens + 1, s.num_computed_tokens + 1 + item.num_tokens)
+            wanted = s.sampling.prompt_logprobs is not None and s.is_prefilling
+            logprobs.append(
+                tuple(SampledToken(s.token_ids[p], -1.0) for p in after if wanted and p < s.num_prompt_tokens)
+            )
+        return StepResult(tuple(tokens), tuple(logprobs))
+
+    def _slots(self, sequence: Sequence, first: int, count: int) -> torch.Tensor:
+        return slots_of(sequence.block_table, SPEC.block_size, first, count, torch.device("cpu"))
+
+    def _write(self, item: ScheduledSequence, layers: range) -> None:
+        s = item.sequence
+        slots = self._slots(s, s.num_computed_tokens, item.num_tokens)
+        for i, slot in enumerate(slots.tolist()):
+            position = s.num_computed_tokens + i
+            for layer in layers:
+                self._cache.storage[layer, :, slot] = float(_kv(s.token_ids[position], position, layer))
+
+    def _sample(self, item: ScheduledSequence, sample_index: int) -> int:
+        s = item.sequence
+        end = s.num_computed_tokens + item.num_tokens
+        cells = self._cache.storage[:, 0, self._slots(s, 0, end), 0, 0]  # [layers, tokens]
+        weights = torch.arange(end) % 13 + 1
+        return int((cells * weights).sum(dtype=torch.float64).item() + sample_index * 101) % VOCAB

@@ -1,0 +1,106 @@
+"""`phasewise serve` as a user starts it: a process of its own, found through the line that it prints."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+PHASEWISE = str(Path(sys.executable).parent / "phasewise")
+START_TIMEOUT_S = 180.0
+_READY = re.compile(r"at http://(\S+) and grpc (\S+)")
+
+
+class Served:
+    """A running cluster. `http` and `grpc` are its addresses, `lines` all that it printed so far."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self._process = subprocess.Popen(
+            [PHASEWISE, "serve", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.lines: list[str] = []
+        self.http = self.grpc = ""
+        self._ready = threading.Event()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait_ready(self) -> None:
+        assert self._ready.wait(START_TIMEOUT_S), "\n".join(self.lines)
+        assert self.http, "the cluster did not start:\n" + "\n".join(self.lines)
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def wait_end(self, timeout_s: float = 60.0) -> int:
+        code = self._process.wait(timeout_s)
+        self._reader.join(10.0)
+        return code
+
+    def status(self) -> dict[str, Any]:
+        return self.get("/status")
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(f"http://{self.http}{path}", timeout=30) as response:
+            return json.load(response)
+
+    def worker(self, worker_id: str) -> dict[str, Any]:
+        return next(w for w in self.status()["workers"] if w["id"] == worker_id)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as out:
+            for line in out:
+                self.lines.append(line.rstrip())
+                if found := _READY.search(line):
+                    self.http, self.grpc = found[1], found[2]
+                    self._ready.set()
+        self._ready.set()
+
+
+@contextlib.contextmanager
+def served(*arguments: str) -> Iterator[Served]:
+    """Starts a cluster on free ports; ends it with SIGTERM."""
+    cluster = Served([*arguments, "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"])
+    try:
+        cluster.wait_ready()
+        yield cluster
+    finally:
+        if cluster._process.poll() is None:
+            cluster.signal(signal.SIGTERM)
+        cluster.wait_end()
+
+
+def until(condition: Callable[[], bool], timeout_s: float) -> None:
+    """Asks again until it is so; for what another process does and only a question can tell."""
+    expired = threading.Event()
+    timer = threading.Timer(timeout_s, expired.set)
+    timer.start()
+    try:
+        while not condition():
+            assert not expired.wait(0.02), f"not within {timeout_s} s"
+    finally:
+        timer.cancel()
+
+
+def held(status: dict[str, Any]) -> dict[str, Any]:
+    """What is left of requests in a cluster, by worker; empty when nothing is."""
+    names = ("waiting", "running", "preempted", "reservations", "handoffs", "kv_used_blocks")
+    left = {w["id"]: {n: w[n] for n in names if w[n]} for w in status["workers"] if w["state"] == "ready"}
+    left["gateway"] = {n: v for n, v in status["gateway"].items() if n in ("open_requests", "waiting") and v}
+    return {name: values for name, values in left.items() if values}

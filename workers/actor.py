@@ -1,0 +1,111 @@
+"""The Ray shell of a worker process: builds one plain Worker, runs its loop on a thread, passes messages in.
+
+Life: made → `load` (weights, cache, profile; `progress` meanwhile) → `connect` → `start` → … → `stop`.
+`wait_closed` stays open while the loop runs; whoever awaits it learns at once when the process dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+
+import numpy as np
+
+from kv_transfer.object_store_link import ObjectStoreLink, received_payload
+from phasewise.core.clock import MonotonicClock
+from phasewise.core.errors import ServingError
+from phasewise.core.logs import setup_logging
+from phasewise.core.mailboxes import ActorHandle, GatewayMailboxes, WorkerMailboxes
+from phasewise.core.messages import GatewayLost, KVPart, PeerLost, WorkerInfo, WorkerLoad, WorkerMessage
+from phasewise.core.placement import WorkerId
+from workers.build import LoadedEngine, Ports, assemble, load_engine, worker_info
+from workers.settings import WorkerSettings
+from workers.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerActor:
+    """One worker of a cluster. `ray.remote` is applied where the cluster is launched."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        logs = settings.config.logging
+        setup_logging(settings.worker_id, log_format=logs.format, level=logs.level, collector=settings.log_collector)
+        self._settings = settings
+        self._progress = 0.0
+        self._peers = WorkerMailboxes()
+        self._gateways = GatewayMailboxes()
+        self._control_plane: ActorHandle = None
+        self._engine: LoadedEngine | None = None
+        self._worker: Worker | None = None
+        self._loop_task: asyncio.Task[None] | None = None
+
+    async def load(self) -> WorkerInfo | ServingError:
+        """Loads the model. An error that a user can mend comes back as a value: Ray would wrap it."""
+        try:
+            self._engine = await asyncio.to_thread(load_engine, self._settings, self._set_progress, MonotonicClock())
+        except ServingError as error:
+            return error
+        return worker_info(self._settings, self._engine)
+
+    async def progress(self) -> float:
+        """How far `load` is, 0 … 1."""
+        return self._progress
+
+    async def connect(
+        self,
+        workers: Mapping[WorkerId, ActorHandle],
+        gateways: Mapping[str, ActorHandle],
+        control_plane: ActorHandle,
+    ) -> None:
+        """Makes the others known. May be called again when some join."""
+        self._peers.connect(workers)
+        self._gateways.connect(gateways)
+        self._control_plane = control_plane
+
+    async def start(self) -> None:
+        """Begins to take work."""
+        assert self._engine is not None
+        info = worker_info(self._settings, self._engine)
+        ports = Ports(self._peers, self._gateways, self, ObjectStoreLink(self._peers))
+        self._worker = assemble(
+            info, self._engine.runner, self._engine.cache, self._settings.config, ports, MonotonicClock()
+        )
+        self._loop_task = asyncio.create_task(asyncio.to_thread(self._worker.run))
+
+    def report(self, load: WorkerLoad) -> None:
+        """LoadPort: called by the loop's thread."""
+        self._control_plane.report.remote(load)
+
+    async def post(self, message: WorkerMessage) -> None:
+        """A message from a gateway, a worker or the control plane."""
+        if isinstance(message, PeerLost):
+            self._peers.forget(message.worker_id)
+        elif isinstance(message, GatewayLost):
+            self._gateways.forget(message.gateway_id)
+        if self._worker is not None:
+            self._worker.post(message)
+
+    async def post_part(self, part: KVPart, array: np.ndarray) -> None:
+        """A part of a handoff, with its bytes in shared memory."""
+        if self._worker is not None and self._engine is not None:
+            self._worker.post(part, received_payload(array, self._engine.cache.storage.dtype))
+
+    async def stop(self) -> None:
+        """Ends the loop after the round that it is in."""
+        if self._worker is not None and self._loop_task is not None:
+            self._worker.stop()
+            await asyncio.wait([self._loop_task])
+
+    async def wait_closed(self) -> None:
+        """Returns when the loop has ended; raises what ended it, if that was a fault."""
+        assert self._loop_task is not None
+        try:
+            await asyncio.shield(self._loop_task)
+        except Exception:
+            logger.exception("the step loop broke", extra={"worker_id": self._settings.worker_id})
+            raise
+
+    def _set_progress(self, share: float) -> None:
+        self._progress = share

@@ -1,0 +1,149 @@
+"""The composition of a worker: the one place on the worker's side that knows every concrete class."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from decode_workers.phase import DecodeLimits, DecodePhase
+from decode_workers.reservations import ReservationQueue
+from decode_workers.scheduler import DecodeScheduler
+from engine.block_manager import BlockManager
+from engine.kv_cache import PagedKVCache
+from engine.loader import load_model
+from engine.model_runner import ModelRunner
+from kv_transfer.link import Link
+from kv_transfer.receiver import KVReceiver
+from kv_transfer.sender import KVSender
+from phasewise.core.clock import Clock
+from phasewise.core.config import ServingConfig
+from phasewise.core.errors import ConfigError
+from phasewise.core.messages import WorkerInfo
+from phasewise.core.model_source import resolve_model
+from phasewise.core.outbox import Outbox
+from phasewise.core.ports import GatewayPort, LoadPort, PeerPort
+from phasewise.core.profile import DeviceProfile
+from prefill_workers.phase import PrefillLimits, PrefillPhase
+from prefill_workers.scheduler import PrefillScheduler
+from workers.profiler import measure_profile
+from workers.settings import WorkerSettings
+from workers.worker import LoopSettings, Runner, Worker, WorkerParts
+
+CPU_TOKEN_BUDGET = 128  # a step stays short enough for an abort to be heard within a second
+GPU_TOKEN_BUDGET = 2048  # Splitwise, figure 6: prompt throughput falls beyond
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """How a worker reaches the others."""
+
+    peers: PeerPort
+    gateways: GatewayPort
+    loads: LoadPort
+    link: Link
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEngine:
+    """A model in memory with its cache, warmed and measured."""
+
+    runner: Runner
+    cache: PagedKVCache
+    max_model_len: int
+    profile: DeviceProfile
+
+
+def load_engine(settings: WorkerSettings, progress: Callable[[float], None], clock: Clock) -> LoadedEngine:
+    """Loads the model, makes the cache, measures the device. `progress` gets 0 … 1.
+
+    Raises:
+        ModelLoadError: the model's files are at fault.
+        ConfigError: the cache is too small for a single block.
+    """
+    torch.set_num_threads(settings.num_threads)
+    config = settings.config
+    loaded = load_model(
+        resolve_model(config.model.path),
+        dtype=resolve_dtype(config.model.dtype, settings.device),
+        device=settings.device,
+        seed=config.model.seed,
+        progress=lambda share: progress(0.95 * share),
+    )
+    spec = loaded.kv_cache_spec(config.cache.block_size)
+    num_blocks = int(config.cache.kv_cache_gib * 2**30) // spec.bytes_per_block
+    if num_blocks < 2:
+        raise ConfigError(
+            f"cache.kv_cache_gib={config.cache.kv_cache_gib} holds no two blocks of {spec.bytes_per_block} bytes; "
+            f"give at least {2 * spec.bytes_per_block / 2**30:.3f}"
+        )
+    cache = PagedKVCache(spec, num_blocks, settings.device)
+    capacity = num_blocks * spec.block_size
+    max_model_len = min(config.model.max_model_len or capacity, loaded.config.max_position_embeddings, capacity)
+    runner = ModelRunner(loaded, cache, max_model_len)
+    profile = measure_profile(runner, config.cache.block_size, num_blocks, loaded.config.vocab_size, clock)
+    progress(1.0)
+    return LoadedEngine(runner, cache, max_model_len, profile)
+
+
+def resolve_dtype(dtype: str, device: str) -> str:
+    """`auto` is float32 on a CPU (few have bfloat16 arithmetic) and bfloat16 on a GPU."""
+    if dtype != "auto":
+        return dtype
+    return "float32" if device == "cpu" else "bfloat16"
+
+
+def worker_info(settings: WorkerSettings, engine: LoadedEngine) -> WorkerInfo:
+    """What the others may know of this worker."""
+    return WorkerInfo(
+        worker_id=settings.worker_id,
+        role=settings.role,
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        device=settings.device,
+        dtype=engine.cache.spec.dtype,
+        num_threads=settings.num_threads,
+        kv_spec=engine.cache.spec,
+        num_kv_blocks=engine.cache.num_blocks,
+        max_model_len=engine.max_model_len,
+        profile=engine.profile,
+    )
+
+
+def assemble(
+    info: WorkerInfo, runner: Runner, cache: PagedKVCache, config: ServingConfig, ports: Ports, clock: Clock
+) -> Worker:
+    """Wires a worker around an engine."""
+    spec, scheduler, transfer = info.kv_spec, config.scheduler, config.transfer
+    budget = scheduler.token_budget or (CPU_TOKEN_BUDGET if info.device == "cpu" else GPU_TOKEN_BUDGET)
+    blocks = BlockManager(info.num_kv_blocks, spec.block_size, prefix_caching=config.cache.prefix_caching)
+    outbox = Outbox(info.worker_id, ports.gateways, clock)
+    sender = KVSender(info.worker_id, cache.storage, spec, ports.link, ports.peers, clock, transfer.window_mib * 2**20)
+    receiver = KVReceiver(cache.storage, spec, ports.peers, clock)
+    decode = DecodePhase(
+        blocks,
+        DecodeScheduler(blocks, scheduler.max_running),
+        ReservationQueue(spec.block_size, scheduler.max_running, scheduler.reserve_headroom),
+        receiver,
+        cache,
+        ports.peers,
+        outbox,
+        clock,
+        DecodeLimits(int(config.cache.swap_gib * 2**30) // spec.bytes_per_block),
+    )
+    prefill = PrefillPhase(
+        blocks,
+        PrefillScheduler(blocks, lookahead_tokens=2 * budget),
+        sender,
+        outbox,
+        clock,
+        PrefillLimits(scheduler.max_waiting, transfer.layerwise_threshold_tokens, transfer.timeout_s, spec.num_layers),
+        decode.adopt,
+        lambda: decode.has_room,
+    )
+    parts = WorkerParts(runner, blocks, prefill, decode, sender, receiver, outbox)
+    loop = LoopSettings(budget, transfer.layers_per_part, config.health.heartbeat_s)
+    return Worker(info, parts, ports.peers, ports.loads, clock, loop)

@@ -1,0 +1,20 @@
+"""What a worker process is told when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from phasewise.core.config import ServingConfig
+from phasewise.core.placement import WorkerId, WorkerRole
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """One worker of a cluster. `device` is a torch device name: `cpu`, `cuda:0`."""
+
+    worker_id: WorkerId
+    role: WorkerRole
+    device: str
+    num_threads: int
+    config: ServingConfig
+    log_collector: str | None = None

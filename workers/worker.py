@@ -1,0 +1,300 @@
+"""One worker: an engine, the two phases, a mailbox and the step loop that joins them. A plain class, no Ray.
+
+A round of the loop:
+
+    mailbox → phases (messages are taken between steps, never inside one)
+    poll      deadlines, leases, ended handoffs, new offers
+    plan      the decode phase its tokens first, then the prefill phase within what is left of the token budget
+    run       one ragged batch through the engine; KV of long prompts leaves while later layers compute
+    take      each phase its results; one message to each gateway; a load report when something changed
+
+When there is nothing to run the loop sleeps in the mailbox, until a message comes or the next deadline is due.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from decode_workers.phase import DecodePhase
+from engine.batch import ScheduledBatch, ScheduledSequence, StepResult
+from engine.block_manager import BlockManager
+from kv_transfer.receiver import KVReceiver
+from kv_transfer.sender import KVSender
+from phasewise.core.clock import Clock
+from phasewise.core.errors import InternalError, Unavailable
+from phasewise.core.messages import (
+    AbortRequest,
+    GatewayLost,
+    KVAbort,
+    KVAccepted,
+    KVCommit,
+    KVDone,
+    KVFailed,
+    KVOffer,
+    KVPart,
+    KVPartAck,
+    KVRefused,
+    PeerLost,
+    PrefillTask,
+    WorkerInfo,
+    WorkerLoad,
+    WorkerMessage,
+)
+from phasewise.core.outbox import Outbox
+from phasewise.core.placement import WorkerState
+from phasewise.core.ports import LoadPort, PeerPort
+from prefill_workers.phase import PrefillPhase
+from workers.roles import may_prefill, may_reserve
+
+logger = logging.getLogger(__name__)
+
+
+class Runner(Protocol):
+    """The engine as the loop sees it (engine/model_runner.py)."""
+
+    def run(
+        self,
+        batch: ScheduledBatch,
+        on_layers_done: Callable[[int, int], None] | None = None,
+        layers_per_group: int = 0,
+    ) -> StepResult: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoopSettings:
+    """What the loop needs of the configuration."""
+
+    token_budget: int
+    layers_per_part: int
+    heartbeat_s: float
+    report_interval_s: float = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerParts:
+    """What a worker is made of (workers/build.py)."""
+
+    runner: Runner
+    blocks: BlockManager
+    prefill: PrefillPhase
+    decode: DecodePhase
+    sender: KVSender
+    receiver: KVReceiver
+    outbox: Outbox
+
+
+class Worker:
+    """`post` may be called from any thread; everything else belongs to the thread that calls `run`."""
+
+    def __init__(
+        self,
+        info: WorkerInfo,
+        parts: WorkerParts,
+        peers: PeerPort,
+        loads: LoadPort,
+        clock: Clock,
+        settings: LoopSettings,
+    ) -> None:
+        self.info = info
+        self._parts = parts
+        self._peers = peers
+        self._loads = loads
+        self._clock = clock
+        self._settings = settings
+        self._mailbox: queue.SimpleQueue[tuple[WorkerMessage, torch.Tensor | None] | None] = queue.SimpleQueue()
+        self._role = info.role
+        self._state = WorkerState.READY
+        self._stopping = False
+        self._num_steps = 0
+        self._num_aborts = 0
+        self._last_load: WorkerLoad | None = None
+        self._last_report_s = float("-inf")
+
+    # ---- from any thread
+
+    def post(self, message: WorkerMessage, payload: torch.Tensor | None = None) -> None:
+        """Puts a message, and the payload of a part, into the mailbox."""
+        self._mailbox.put((message, payload))
+
+    def stop(self) -> None:
+        """Makes `run` return after the round that it is in."""
+        self._stopping = True
+        self._mailbox.put(None)
+
+    # ---- the loop's thread
+
+    def run(self) -> None:
+        """Rounds until `stop`."""
+        while not self._stopping:
+            if not self.round():
+                self._report(idle=True)
+                self._wait()
+        self._state = WorkerState.STOPPED
+        self._report(idle=True)
+
+    def round(self) -> bool:
+        """One round without waiting. True when the engine ran, so that there may be more to do."""
+        self._drain_mailbox()
+        parts = self._parts
+        parts.prefill.poll()
+        parts.decode.poll()
+        decodes = parts.decode.plan()
+        prompts = parts.prefill.plan(self._settings.token_budget - len(decodes))
+        ran = bool(decodes or prompts)
+        if ran:
+            self._run(decodes, prompts)
+        parts.outbox.flush()
+        self._report(idle=False)
+        return ran
+
+    def load(self) -> WorkerLoad:
+        """What this worker holds, right now."""
+        parts = self._parts
+        return WorkerLoad(
+            worker_id=self.info.worker_id,
+            role=self._role,
+            state=self._state,
+            num_waiting=len(parts.prefill.scheduler.waiting),
+            num_running=len(parts.prefill.scheduler.running) + len(parts.decode.scheduler.running),
+            num_preempted=len(parts.decode.scheduler.preempted),
+            num_reservations=parts.decode.num_reservations,
+            num_handoffs_out=parts.prefill.num_handoffs,
+            waiting_prompt_tokens=parts.prefill.waiting_prompt_tokens,
+            num_kv_blocks=parts.blocks.num_blocks,
+            num_used_blocks=parts.blocks.num_used_blocks,
+            num_cached_blocks=parts.blocks.num_cached_blocks,
+            counters=self._counters(),
+        )
+
+    # ---- inside
+
+    def _run(self, decodes: list[ScheduledSequence], prompts: list[ScheduledSequence]) -> None:
+        parts, layers_per_part = self._parts, self._settings.layers_per_part
+        items = (*decodes, *prompts)
+
+        def on_layers_done(first_layer: int, num_layers: int) -> None:
+            parts.prefill.on_layers_done(prompts, first_layer, num_layers)
+
+        try:
+            result = parts.runner.run(ScheduledBatch(items), on_layers_done if prompts else None, layers_per_part)
+        except Exception:
+            logger.exception("a step failed", extra={"worker_id": self.info.worker_id})
+            self._fail(items)
+            return
+        self._num_steps += 1
+        num_decodes = len(decodes)
+        tokens = (entry[0] for entry in result.tokens[:num_decodes])
+        parts.decode.take(zip(decodes, tokens, strict=True))
+        for i, item in enumerate(prompts, num_decodes):
+            parts.prefill.take(item, result.tokens[i], result.prompt_logprobs[i])
+
+    def _fail(self, items: tuple[ScheduledSequence, ...]) -> None:
+        """The engine broke on this batch: its requests end with an error, the worker lives on."""
+        for request_id in {item.sequence.request_id for item in items}:
+            error = InternalError("the engine failed on this request's batch; the worker's log has the cause")
+            self._parts.prefill.fail(request_id, error)
+            self._parts.decode.fail(request_id, error)
+
+    def _drain_mailbox(self) -> None:
+        while True:
+            try:
+                entry = self._mailbox.get_nowait()
+            except queue.Empty:
+                return
+            if entry is not None:
+                self._dispatch(*entry)
+
+    def _wait(self) -> None:
+        """Sleeps until a message comes, a deadline is due, or a heartbeat is."""
+        parts, now_s = self._parts, self._clock.now_s()
+        due_s = min(
+            parts.prefill.next_deadline_s(),
+            parts.decode.next_deadline_s(),
+            parts.sender.next_deadline_s(),
+            now_s + self._settings.heartbeat_s,
+        )
+        try:
+            entry = self._mailbox.get(timeout=max(due_s - now_s, 0.0))
+        except queue.Empty:
+            return
+        if entry is not None:
+            self._dispatch(*entry)
+
+    def _dispatch(self, message: WorkerMessage, payload: torch.Tensor | None) -> None:
+        parts = self._parts
+        match message:
+            case PrefillTask():
+                self._on_task(message)
+            case AbortRequest(request_id, sample_index):
+                in_prefill = parts.prefill.on_abort(request_id, sample_index)
+                in_decode = parts.decode.on_abort(request_id, sample_index)
+                self._num_aborts += in_prefill or in_decode
+            case KVOffer():
+                self._on_offer(message)
+            case KVAccepted():
+                parts.prefill.on_accepted(message)
+            case KVRefused() | KVFailed():
+                parts.prefill.on_refused(message)
+            case KVPart():
+                assert payload is not None
+                parts.receiver.on_part(message, payload)
+            case KVPartAck(transfer_id, part_index):
+                parts.sender.on_part_ack(transfer_id, part_index)
+            case KVCommit():
+                parts.receiver.on_commit(message)
+            case KVAbort(transfer_id, reason):
+                parts.decode.on_transfer_abort(transfer_id, reason)
+            case KVDone(transfer_id):
+                parts.sender.on_done(transfer_id)
+            case PeerLost(worker_id):
+                parts.prefill.on_peer_lost(worker_id)
+                parts.decode.on_peer_lost(worker_id)
+            case GatewayLost(gateway_id):
+                parts.prefill.on_gateway_lost(gateway_id)
+                parts.decode.on_gateway_lost(gateway_id)
+
+    def _on_task(self, task: PrefillTask) -> None:
+        if may_prefill(self._role, self._state):
+            self._parts.prefill.on_task(task)
+        else:
+            error = Unavailable(f"worker {self.info.worker_id} ({self._role.value}) takes no prompts now")
+            self._parts.outbox.failure(task.gateway_id, task.request.request_id, error)
+
+    def _on_offer(self, offer: KVOffer) -> None:
+        if may_reserve(self._role, self._state):
+            self._parts.decode.on_offer(offer)
+        else:
+            reason = f"worker {self.info.worker_id} ({self._role.value}) takes no handoffs now"
+            self._peers.send(offer.sender, KVRefused(offer.transfer_id, reason))
+
+    def _report(self, *, idle: bool) -> None:
+        """Reports the load when it changed, at most every `report_interval_s` while busy, and as a heartbeat."""
+        now_s = self._clock.now_s()
+        since_s = now_s - self._last_report_s
+        if not idle and since_s < self._settings.report_interval_s:
+            return
+        load = self.load()
+        if load != self._last_load or since_s >= self._settings.heartbeat_s:
+            self._last_load = load
+            self._last_report_s = now_s
+            self._loads.report(load)
+
+    def _counters(self) -> dict[str, float]:
+        receiver = self._parts.receiver.counters
+        return {
+            **self._parts.prefill.counters,
+            **self._parts.decode.counters,
+            "steps": float(self._num_steps),
+            "aborts": float(self._num_aborts),
+            "handoff_bytes_out": float(self._parts.sender.num_bytes_sent),
+            "handoff_bytes_in": float(receiver.num_bytes),
+            "checksum_failures": float(receiver.checksum_failures),
+            "late_parts": float(receiver.late_parts),
+            "leases_expired": float(receiver.leases_expired),
+        }
