@@ -18,12 +18,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from control_plane.gateway.service import ModelCard
+from engine.gguf_config import read_gguf_config
+from engine.model_config import read_model_config
 from phasewise.core.config import PoolConfig, ServingConfig, split_address
 from phasewise.core.errors import ConfigError, ServingError
+from phasewise.core.gguf_file import GGUFFile
 from phasewise.core.logs import LogCollector
 from phasewise.core.mailboxes import ActorHandle
 from phasewise.core.messages import WorkerInfo
-from phasewise.core.model_source import ModelFacts, ModelSource, model_facts, resolve_model
+from phasewise.core.model_source import ModelFacts, ModelSource, config_file, model_facts, resolve_model
 from phasewise.core.placement import WorkerId, WorkerRole
 from workers.settings import WorkerSettings
 
@@ -77,6 +80,7 @@ class Launcher:
         config = self._config
         source = resolve_model(config.model.path)
         facts = model_facts(source)
+        check_architecture(source)
         for name in ("http", "grpc"):
             check_port(getattr(config.gateway, name), name)
         self._progress("starting processes", 0.0)
@@ -266,6 +270,14 @@ def worker_settings(config: ServingConfig, device: str, collector: str | None) -
         for role, pool in pools
         for i in range(pool.workers)
     ]
+
+
+def check_architecture(source: ModelSource) -> None:
+    """Raises ModelLoadError when the engine does not know the model: said before anything is started."""
+    if source.kind == "gguf":
+        read_gguf_config(GGUFFile(source.path))
+    else:
+        read_model_config(config_file(source))
 
 
 def check_port(address: str, name: str) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from cli.errors import did_you_mean, one_line
+from cli.interrupts import on_interrupt
 from phasewise.core.errors import ServingError
 
 if TYPE_CHECKING:
-    from phasewise.client import Client
+    from phasewise.client import Client, Stream
     from phasewise.options import Options
 
 HELP = """/reset  forget the conversation
@@ -31,6 +34,7 @@ class ChatRepl:
         self._system = system
         self._greeting = greeting
         self._is_interactive = sys.stdin.isatty()
+        self._is_reading = False
         self.messages: list[dict[str, str]] = []
         self._reset()
 
@@ -41,15 +45,33 @@ class ChatRepl:
             import readline  # noqa: F401
 
             self._note(f"{self._greeting}; /help for help")
-        while (line := self._read()) is not None:
-            if line.startswith("/"):
-                if not self._command(line):
-                    return
-            elif line:
+        previous = signal.signal(signal.SIGINT, self._interrupt)
+        try:
+            self._loop()
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    def _loop(self) -> None:
+        while True:
+            try:
+                line = self._read()
+            except KeyboardInterrupt:  # the line that was being typed is dropped
+                self._note("")
+                continue
+            if line is None or (line.startswith("/") and not self._command(line)):
+                return
+            if line and not line.startswith("/"):
                 self._turn(line)
 
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        """Ctrl-C outside of an answer: it raises once per line that is being read, and means nothing elsewhere."""
+        if self._is_reading:
+            self._is_reading = False
+            raise KeyboardInterrupt
+
     def _read(self) -> str | None:
-        """The next line, stripped; "" after a Ctrl-C at the prompt; None at the end."""
+        """The next line, stripped; None at the end. Raises KeyboardInterrupt."""
+        self._is_reading = True
         try:
             if self._is_interactive:
                 return input("> ").strip()
@@ -58,9 +80,8 @@ class ChatRepl:
         except EOFError:
             self._note("")
             return None
-        except KeyboardInterrupt:
-            self._note("")
-            return ""
+        finally:
+            self._is_reading = False
 
     def _command(self, line: str) -> bool:
         """Carries out a / command; False when it ends the conversation."""
@@ -79,21 +100,34 @@ class ChatRepl:
     def _turn(self, text: str) -> None:
         self.messages.append({"role": "user", "content": text})
         parts: list[str] = []
-        try:
-            with self._client.chat(self.messages, stream=True, **self._options) as stream:
-                for delta in stream:
-                    parts.append(delta.text)
-                    print(delta.text, end="", flush=True)
-        except KeyboardInterrupt:
-            self._note("\n(stopped)")
-        except ServingError as error:
-            self._end_turn("".join(parts))
-            if not self._is_interactive:
-                raise
-            self._note(f"phasewise: {one_line(error.message)}")
-            return
-        print(flush=True)
+        streams: list[Stream] = []
+        failure = None
+
+        def stop() -> None:
+            for stream in streams:
+                stream.close()
+
+        with on_interrupt(stop) as interrupt:
+            try:
+                streams.append(self._client.chat(self.messages, stream=True, **self._options))
+                if interrupt.came:  # before there was anything to close
+                    streams[0].close()
+                with streams[0] as stream:
+                    for delta in stream:
+                        parts.append(delta.text)
+                        print(delta.text, end="", flush=True)
+            except ServingError as error:
+                failure = error
         self._end_turn("".join(parts))
+        if interrupt.came:
+            self._note("\n(stopped)")
+        elif failure is None:
+            print(flush=True)
+        elif self._is_interactive:
+            line_end = "\n" if parts else ""
+            self._note(f"{line_end}phasewise: {one_line(failure.message)}")
+        else:
+            raise failure
 
     def _end_turn(self, answer: str) -> None:
         if answer:

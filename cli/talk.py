@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.errors import UsageProblem, no_cluster_at
+from cli.interrupts import on_interrupt
 from phasewise.core.config import split_address
-from phasewise.core.errors import Unavailable
+from phasewise.core.errors import ServingError, Unavailable
 
 if TYPE_CHECKING:
     from phasewise.client import Client
@@ -73,7 +74,7 @@ def generate_command(
         "stop": stop or None,
         "timeline": timeline,
     }
-    with open_client(grpc, timeout_s=timeout) as client:
+    with open_client(grpc, timeout_s=timeout) as client, closed_by_interrupt(client):
         messages = [{"role": "user", "content": text}]
         stream = client.chat(messages, stream=True, **options) if chat else client.stream(text, **options)
         with stream:
@@ -116,7 +117,9 @@ def chat_command(
 
     options: Options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     with open_client(grpc, timeout_s=timeout) as client:
-        ChatRepl(client, options, system=system, greeting=f"{client.model().name} at {grpc}").run()
+        with closed_by_interrupt(client):
+            model = client.model()
+        ChatRepl(client, options, system=system, greeting=f"{model.name} at {grpc}").run()
 
 
 @contextmanager
@@ -136,6 +139,19 @@ def open_client(address: str, *, timeout_s: float) -> Iterator[Client]:
             if _is_listening(host, port):
                 raise
             raise no_cluster_at(address, flag="--grpc") from None
+
+
+@contextmanager
+def closed_by_interrupt(client: Client) -> Iterator[None]:
+    """In this block Ctrl-C closes the client, which ends its calls; KeyboardInterrupt follows when they are over."""
+    with on_interrupt(client.close) as interrupt:
+        try:
+            yield
+        except (ServingError, RuntimeError):  # a closed client says so in one of the two
+            if not interrupt.came:
+                raise
+    if interrupt.came:
+        raise KeyboardInterrupt
 
 
 def _is_listening(host: str, port: int) -> bool:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 REQUEST_TIMEOUT_S = 10.0
+HANDOFF_COUNTERS = (("handoffs_out", "out"), ("handoffs_in", "in"))
 STATE_STYLES = {"ready": "green", "loading": "yellow", "draining": "yellow", "lost": "red", "stopped": "red"}
 
 
@@ -100,11 +101,13 @@ def status_view(status: Mapping[str, Any]) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table()
+    # No lines, short names: a row fits into 80 characters. `pre` are the preempted, `resv` the open reservations.
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("worker", "pid", "role", "state"):
         table.add_column(name, no_wrap=True)
-    for name in ("waiting", "running", "preempted", "KV blocks used", "KV use", "reserved", "handoffs", "done"):
-        table.add_column(name, justify="right")
+    for name in ("wait", "run", "pre", "KV used", "resv"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("handoffs")
     for worker in status["workers"]:
         state = str(worker["state"])
         table.add_row(
@@ -113,10 +116,9 @@ def status_view(status: Mapping[str, Any]) -> RenderableType:
             str(worker["role"]),
             Text(state, style=STATE_STYLES.get(state, "")),
             *(_number(worker, name) for name in ("waiting", "running", "preempted")),
-            f"{_number(worker, 'kv_used_blocks')}/{_number(worker, 'kv_blocks')}",
-            _share(worker),
-            *(_number(worker, name) for name in ("reservations", "handoffs")),
-            _handoffs_done(worker),
+            _kv_used(worker),
+            _number(worker, "reservations"),
+            _handoffs(worker),
         )
     return Group(Text(_cluster_line(status)), table, Text(_gateway_line(status)))
 
@@ -126,20 +128,17 @@ def _number(fields: Mapping[str, Any], name: str) -> str:
     return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _share(worker: Mapping[str, Any]) -> str:
+def _kv_used(worker: Mapping[str, Any]) -> str:
+    """Used share of the KV blocks, and how many blocks there are."""
     total = worker.get("kv_blocks")
-    return f"{worker.get('kv_used_blocks', 0) / total:.0%}" if total else "-"
+    return f"{worker.get('kv_used_blocks', 0) / total:.0%} of {total}" if total else "-"
 
 
-def _handoffs_done(worker: Mapping[str, Any]) -> str:
-    """Handoffs that this worker has sent (out) or received (in) since it started."""
+def _handoffs(worker: Mapping[str, Any]) -> str:
+    """Handoffs being sent now, and those sent (out) and received (in) since the worker started."""
     counters = worker.get("counters") or {}
-    parts = [
-        f"{counters[key]:g} {text}"
-        for key, text in (("handoffs_out", "out"), ("handoffs_in", "in"))
-        if counters.get(key)
-    ]
-    return ", ".join(parts) or "0"
+    done = [f"{counters[key]:g} {text}" for key, text in HANDOFF_COUNTERS if counters.get(key)]
+    return ", ".join([f"{_number(worker, 'handoffs')} open", *done])
 
 
 def _cluster_line(status: Mapping[str, Any]) -> str:

@@ -300,7 +300,8 @@ def bind_http(address: str) -> socket.socket:
     """A listening socket. Raises ConfigError when the port is taken or the host is not ours."""
     host, port = split_address(address, field="gateway.http")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # With the protocol named, asyncio turns Nagle's algorithm off on every connection.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

@@ -30,6 +30,9 @@ def read_gguf_config(file: GGUFFile) -> ModelConfig:
         )
     if file.metadata.get(f"{name}.expert_count"):
         raise ModelLoadError(f"{file.path}: mixture-of-experts models ({name}.expert_count) are not supported")
+    num_parts = file.metadata.get("split.count", 1)
+    if num_parts > 1:
+        raise ModelLoadError(f"{file.path} is one of {num_parts} parts; join them with: llama-gguf-split --merge")
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise ModelLoadError(f"{file.path}: tensor 'token_embd.weight' is missing; the file is damaged")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Seq
 
+import numpy as np
 import torch
 
 from phasewise.core.kv_spec import KVCacheSpec
@@ -27,7 +29,7 @@ class PagedKVCache:
         self.block_size = spec.block_size
         self.device = torch.device(device)
         shape = (spec.num_layers, 2, num_blocks * spec.block_size, spec.num_kv_heads, spec.head_dim)
-        self.storage = torch.zeros(shape, dtype=TORCH_DTYPES[spec.dtype], device=self.device)
+        self.storage = _zeros(shape, TORCH_DTYPES[spec.dtype], self.device)
 
     def blocks_view(self) -> torch.Tensor:
         """The same memory as [num_layers, 2, num_blocks, block_size * num_kv_heads * head_dim]."""
@@ -56,3 +58,11 @@ class PagedKVCache:
 
     def _index(self, blocks: Seq[int]) -> torch.Tensor:
         return torch.tensor(blocks, dtype=torch.int64, device=self.device)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy takes pages that the system hands out as zeros when they are first used; torch would write them all now, and
+    # a cache that is mostly empty would cost its full size in memory.
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -67,9 +68,9 @@ def write_json(document: Mapping[str, Any], path: str) -> None:
 
 
 def print_report(document: Mapping[str, Any], console: Console) -> None:
-    """One row per point, and what must be known to trust the numbers."""
+    """Rates and latencies of every point, and what must be known to trust the numbers."""
     points = document["points"]
-    console.print(_table(points))
+    console.print(_rates(points), _latencies(points), sep="")
     for point in points:
         for note in notes(point, document["target"]["tbt_basis"]):
             console.print(f"{point['label']}: {note}", style="yellow", highlight=False, markup=False)
@@ -99,36 +100,43 @@ def notes(point: Mapping[str, Any], tbt_basis: str) -> list[str]:
     return found
 
 
-def _table(points: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(title="latencies in ms: p50 / p90 / p99 (mean)", title_justify="left")
-    table.add_column("run", no_wrap=True)
-    for name in ("ok", "failed", "req/s", "tokens/s in", "out", "TTFT", "TBT", "TPOT", "E2E"):
-        table.add_column(name, justify="right", overflow="fold")
-    has_slo = any(point["slo"] for point in points)
-    if has_slo:
-        table.add_column("goodput req/s", justify="right")
+def _rates(points: Sequence[Mapping[str, Any]]) -> Table:
+    table = _plain_table("run", "ok", "failed", "req/s", "in tok/s", "out tok/s", "goodput req/s")
     for point in points:
-        cells = [
+        goodput = "-"
+        if point["slo"]:
+            goodput = f"{point['goodput_requests_per_s']:.2f} ({point['slo_attainment']:.0%})"
+        table.add_row(
             point["label"],
             str(point["completed"]),
             str(point["failed"]),
             f"{point['requests_per_s']:.2f}",
             f"{point['prompt_tokens_per_s']:.0f}",
             f"{point['output_tokens_per_s']:.0f}",
-            *(latency_cell(point[name]) for name in ("ttft_s", "tbt_s", "tpot_s", "e2e_s")),
-        ]
-        if has_slo:
-            cells.append(f"{point['goodput_requests_per_s']:.2f} ({point['slo_attainment']:.0%})")
-        table.add_row(*cells)
+            goodput,
+        )
     return table
 
 
-def latency_cell(values: Mapping[str, float]) -> str:
-    """`p50 / p90 / p99 (mean)` in milliseconds."""
-    if not values["count"]:
-        return "-"
-    p50, p90, p99, mean = (_milliseconds(values[name]) for name in ("p50", "p90", "p99", "mean"))
-    return f"{p50} / {p90} / {p99} ({mean})"
+def _latencies(points: Sequence[Mapping[str, Any]]) -> Table:
+    table = _plain_table("run", "ms", "p50", "p90", "p99", "mean", "max", "values")
+    for point in points:
+        for name, label in (("ttft_s", "TTFT"), ("tbt_s", "TBT"), ("tpot_s", "TPOT"), ("e2e_s", "E2E")):
+            values = point[name]
+            cells = ["-"] * 5
+            if values["count"]:
+                cells = [_milliseconds(values[part]) for part in ("p50", "p90", "p99", "mean", "max")]
+            table.add_row(point["label"] if label == "TTFT" else "", label, *cells, str(values["count"]))
+    return table
+
+
+def _plain_table(first: str, *others: str) -> Table:
+    """Without lines between columns, so that it fits into 80 characters."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
 
 
 def _milliseconds(seconds: float) -> str:

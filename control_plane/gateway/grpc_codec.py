@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
 from control_plane.gateway.service import (
     GenerateInput,
     GenerationStream,
@@ -20,7 +23,8 @@ from phasewise.rpc.codec import FINISH_REASON_TO_PB
 
 
 def decode_generate(request: pb.GenerateRequest, timeout_s: float | None) -> GenerateInput:
-    """Raises InvalidRequest when there is no prompt."""
+    """Raises InvalidRequest when there is no prompt, or a field that this version does not know."""
+    refuse_unknown_fields(request)
     kind = request.WhichOneof("prompt")
     if kind is None:
         raise InvalidRequest("the request has no prompt: set text, token_ids or messages", field="prompt")
@@ -34,6 +38,26 @@ def decode_generate(request: pb.GenerateRequest, timeout_s: float | None) -> Gen
         timeout_s=timeout_s,
         cache_salt=request.cache_salt,
     )
+
+
+def refuse_unknown_fields(message: Message, path: str = "") -> None:
+    """A parameter that a newer client sends and this server would ignore must not look as if it had worked.
+
+    Raises:
+        InvalidRequest: names the message and the number of the field.
+    """
+    for unknown in UnknownFieldSet(message):
+        place = path or message.DESCRIPTOR.name
+        raise InvalidRequest(
+            f"{place} has field number {unknown.field_number}, which this server does not know; "
+            "leave it out or update the server",
+            field=place,
+        )
+    for descriptor, value in message.ListFields():
+        if descriptor.message_type is None or descriptor.message_type.GetOptions().map_entry:
+            continue
+        for item in (value,) if isinstance(value, Message) else value:
+            refuse_unknown_fields(item, descriptor.name)
 
 
 def decode_tokenize(request: pb.TokenizeRequest) -> tuple[str | None, tuple[Mapping[str, Any], ...] | None]:

@@ -123,9 +123,7 @@ class LlamaModel:
         self._embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         self._layers = [DecoderLayer(config, i, dtype, device) for i in range(config.num_layers)]
         self._norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
-        self._head = Linear(
-            config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=device, short_sums=False
-        )
+        self._head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=device)
         if config.tie_word_embeddings:
             self._head.weight = self._embedding
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 
 import phasewise
+from phasewise.core.model_source import resolve_model
 from tests.support.served import PHASEWISE, Served, held, served, until
 
 pytestmark = pytest.mark.cluster
@@ -147,6 +150,32 @@ def test_a_bad_start_is_one_clear_line(name: str) -> None:
     assert done.returncode != 0
     assert "Traceback" not in done.stderr + done.stdout
     assert expected in done.stderr.splitlines()[-1], done.stderr
+
+
+def test_bad_model_files_are_one_clear_line(tmp_path: Path, tiny_model: tuple[Path, Any]) -> None:
+    built_in = resolve_model("smollm2-135m").path
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(built_in.read_bytes()[:50_000_000])
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model[0], other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"architectures": ["MambaForCausalLM"]}))
+    torn = tmp_path / "torn"
+    shutil.copytree(tiny_model[0], torn)
+    weights = torn / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    for path, expected in ((cut, "cut"), (other, "MambaForCausalLM"), (torn, "model.safetensors")):
+        done = subprocess.run(
+            [PHASEWISE, "serve", str(path), "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode != 0
+        assert "Traceback" not in done.stderr + done.stdout
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith("phasewise:"), done.stderr
+        assert expected in last
 
 
 def test_a_config_file_with_a_typing_error_names_the_right_key(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import phasewise
+from phasewise.rpc import phasewise_pb2 as pb
 from tests.support.served import Served, held, until
 
 pytestmark = pytest.mark.cluster
@@ -47,6 +48,22 @@ def test_bad_request_names_field_and_remedy_and_the_cluster_serves_on(client: ph
     assert caught.value.field.startswith(field)
     assert not caught.value.retry_safe
     assert client.generate(token_ids=[1, 2], max_tokens=2, ignore_eos=True).usage.num_output_tokens == 2
+
+
+def test_unknown_fields_are_refused_and_not_ignored(cluster: Served) -> None:
+    request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1]))
+    top = request.SerializeToString() + b"\xf8\x3f\x01"  # field 1023, a varint
+    request.sampling.max_tokens = 3
+    sampling = request.sampling.SerializeToString() + b"\xf8\x3f\x01"
+    nested = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1]), sampling=pb.Sampling.FromString(sampling))
+    with grpc.insecure_channel(cluster.grpc) as channel:
+        call = channel.unary_stream("/phasewise.v1.Inference/Generate")
+        for body, place in ((top, "GenerateRequest"), (nested.SerializeToString(), "sampling")):
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call(body, timeout=30))
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert "1023" in caught.value.details()
+            assert place in caught.value.details()
 
 
 def test_wrong_role_order_in_chat(client: phasewise.Client) -> None:

@@ -270,6 +270,7 @@ def test_other_damage_is_named(good_file: bytes, tmp_path: Path) -> None:
     [
         ("gpt2", {}, "architecture 'gpt2' is not supported; supported: llama, qwen2, qwen3"),
         ("llama", {"llama.expert_count": 8}, "mixture-of-experts"),
+        ("llama", {"split.count": 3}, "is one of 3 parts; join them"),
         ("llama", {"llama.rope.scaling.type": "longrope"}, "RoPE scaling 'longrope'"),
         ("llama", {"llama.rope.dimension_count": 32}, "partial rotary positions \\(32 of 64\\)"),
     ],

@@ -1,0 +1,134 @@
+"""Placement and the ledger: events in, decisions out."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from control_plane.cluster_scheduler import ClusterScheduler
+from phasewise.core.clock import ManualClock
+from phasewise.core.errors import Overloaded, Unavailable
+from phasewise.core.kv_spec import KVCacheSpec
+from phasewise.core.messages import WorkerInfo, WorkerLoad
+from phasewise.core.placement import WorkerRole, WorkerState
+from phasewise.core.profile import DeviceProfile
+
+SPEC = KVCacheSpec(2, 1, 4, 16, "float32")
+FAST = DeviceProfile(0.0, 0.001, 0.01, 0.001)
+SLOW = DeviceProfile(0.0, 0.003, 0.03, 0.003)
+
+
+def make(workers: dict[str, DeviceProfile], *, max_waiting: int = 100, num_blocks: int = 1000) -> ClusterScheduler:
+    scheduler = ClusterScheduler(ManualClock(), max_waiting=max_waiting, overdue_s=30.0)
+    for worker_id, profile in workers.items():
+        role = WorkerRole(worker_id.split("-")[0])
+        info = WorkerInfo(worker_id, role, 1, "h", "cpu", "float32", 1, SPEC, num_blocks, 4096, profile)
+        scheduler.worker_joined(info)
+    return scheduler
+
+
+def test_equal_workers_share_equal_work() -> None:
+    scheduler = make({"prefill-0": FAST, "prefill-1": FAST, "decode-0": FAST, "decode-1": FAST})
+    placements = [scheduler.place(f"r{i}", 100, 1, 64) for i in range(40)]
+    for name in ("prefill-0", "prefill-1"):
+        assert sum(p.prefill_worker == name for p in placements) == 20
+    for name in ("decode-0", "decode-1"):
+        assert sum(p.decode_worker == name for p in placements) == 20
+
+
+def test_a_slow_gpu_gets_its_share_and_no_more() -> None:
+    scheduler = make({"prefill-0": FAST, "prefill-1": SLOW, "decode-0": FAST, "decode-1": SLOW})
+    placements = [scheduler.place(f"r{i}", 100, 1, 64) for i in range(80)]
+    assert sum(p.prefill_worker == "prefill-0" for p in placements) == pytest.approx(60, abs=2)
+    assert sum(p.decode_worker == "decode-0" for p in placements) > 50
+
+
+def test_the_queue_is_measured_in_work_not_in_requests() -> None:
+    scheduler = make({"prefill-0": FAST, "prefill-1": FAST, "decode-0": FAST})
+    long = scheduler.place("long", 3000, 1, 8).prefill_worker
+    others = {scheduler.place(f"s{i}", 100, 1, 8).prefill_worker for i in range(20)}
+    assert others == {"prefill-0", "prefill-1"} - {long}
+
+
+def test_work_leaves_the_ledger_at_first_token_and_at_the_end() -> None:
+    scheduler = make({"prefill-0": FAST, "prefill-1": FAST, "decode-0": FAST})
+    first = scheduler.place("a", 3000, 1, 8).prefill_worker
+    scheduler.first_token("a")
+    assert scheduler.place("b", 10, 1, 8).prefill_worker != first, "equal again: the one less used is next"
+    scheduler.finished("b", 5)
+    scheduler.finished("a", 5)
+    scheduler.finished("a", 5)  # told twice: no harm
+    assert scheduler.num_open == 0
+    assert all(
+        (w.num_prompts, w.num_prompt_tokens, w.num_decoding, w.num_pledged_tokens) == (0, 0, 0, 0)
+        for w in scheduler._work.values()
+    )
+
+
+def test_ledger_is_empty_after_any_history() -> None:
+    rng = random.Random(1)
+    scheduler = make({"prefill-0": FAST, "decode-0": FAST, "decode-1": SLOW, "mixed-0": FAST})
+    open_ids: list[str] = []
+    for i in range(500):
+        open_ids.append(f"r{i}")
+        scheduler.place(f"r{i}", rng.randrange(1, 2000), rng.randrange(1, 5), rng.randrange(1, 500))
+        if rng.random() < 0.5:
+            scheduler.first_token(rng.choice(open_ids))
+        if rng.random() < 0.6:
+            scheduler.finished(open_ids.pop(rng.randrange(len(open_ids))), rng.randrange(300))
+    for request_id in open_ids:
+        scheduler.finished(request_id, 1)
+    for work in scheduler._work.values():
+        assert (work.num_prompts, work.num_prompt_tokens, work.num_decoding) == (0, 0, 0)
+        assert work.num_pledged_tokens == pytest.approx(0.0, abs=1e-6)
+
+
+def test_mixed_workers_take_whole_requests() -> None:
+    scheduler = make({"mixed-0": FAST, "mixed-1": FAST})
+    placements = [scheduler.place(f"r{i}", 100, 1, 64) for i in range(10)]
+    assert all(p.is_local for p in placements)
+    assert sum(p.prefill_worker == "mixed-0" for p in placements) == 5
+
+
+def test_full_kv_sends_work_elsewhere() -> None:
+    scheduler = make({"prefill-0": FAST, "decode-0": FAST, "decode-1": SLOW}, num_blocks=100)
+    placements = [scheduler.place(f"r{i}", 700, 1, 100) for i in range(8)]
+    assert {p.decode_worker for p in placements} == {"decode-0", "decode-1"}
+
+
+def test_bounds() -> None:
+    scheduler = make({"prefill-0": FAST, "decode-0": FAST}, max_waiting=3)
+    for i in range(3):
+        scheduler.place(f"r{i}", 10, 1, 8)
+    with pytest.raises(Overloaded) as caught:
+        scheduler.place("r3", 10, 1, 8)
+    assert caught.value.retry_after_s
+    scheduler.first_token("r0")
+    scheduler.place("r3", 10, 1, 8)
+
+
+def test_a_lost_worker_gets_nothing_and_an_empty_pool_is_said() -> None:
+    scheduler = make({"prefill-0": FAST, "decode-0": FAST, "decode-1": FAST})
+    assert scheduler.worker_lost("decode-0")
+    assert not scheduler.worker_lost("decode-0"), "news only once"
+    assert {scheduler.place(f"r{i}", 10, 1, 8).decode_worker for i in range(5)} == {"decode-1"}
+    scheduler.worker_load(WorkerLoad("decode-0", WorkerRole.DECODE, WorkerState.READY))
+    assert scheduler.place("late", 10, 1, 8).decode_worker == "decode-1", "the dead stay dead"
+    scheduler.worker_lost("decode-1")
+    with pytest.raises(Unavailable, match="no decode worker is ready"):
+        scheduler.place("r", 10, 1, 8)
+
+
+def test_a_silent_worker_is_lost_after_its_time() -> None:
+    clock = ManualClock()
+    scheduler = ClusterScheduler(clock, max_waiting=9, overdue_s=30.0)
+    for name in ("prefill-0", "decode-0"):
+        role = WorkerRole(name.split("-")[0])
+        scheduler.worker_joined(WorkerInfo(name, role, 1, "h", "cpu", "float32", 1, SPEC, 9, 99, FAST))
+    clock.advance(29.0)
+    scheduler.worker_load(WorkerLoad("prefill-0", WorkerRole.PREFILL, WorkerState.READY))
+    assert scheduler.tick() == []
+    clock.advance(2.0)
+    assert scheduler.tick() == ["decode-0"]
+    assert scheduler.tick() == []
