@@ -9,6 +9,7 @@ requests (fresh random prompts, so no prefix is cached). Says where the time goe
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -79,7 +80,7 @@ def measure(client: phasewise.Client, prompt: list[int], num_tokens: int) -> Sam
     assert done.usage.num_cached_tokens == 0
     at = {event.stage: event.at_unix_s for event in done.timeline}
     order = sorted(at, key=lambda stage: at[stage])
-    stages = {f"{a} → {b}": at[b] - at[a] for a, b in zip(order, order[1:], strict=False)}
+    stages = {f"{a} → {b}": at[b] - at[a] for a, b in itertools.pairwise(order)}
     return Sample(ttft_s, end_s - start_s, stages)
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import queue
 import secrets
 import shutil
+import socket
+import sys
 import tempfile
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +35,8 @@ from workers.settings import WorkerSettings
 logger = logging.getLogger(__name__)
 
 GATEWAY_ID = "gateway-0"
+LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
+"""Where a private Ray listens. On Linux it replaces 127.0.0.1 itself by an address that the network can reach."""
 _PROGRESS_INTERVAL_S = 0.2
 _CALL_TIMEOUT_S = 120.0
 
@@ -42,15 +46,18 @@ Progress = Callable[[str, float], None]
 
 @dataclass(slots=True)
 class Cluster:
-    """A running cluster. `addresses` has the `http` and `grpc` addresses that are really listened on."""
+    """A running cluster. `addresses` has the `http` and `grpc` addresses that are really listened on.
+
+    Whoever wants it to end puts a reason into `ends`; "" is an orderly end. (A SimpleQueue, because a signal handler
+    puts it there: an Event's lock could be held by the very thread that the handler interrupts.)
+    """
 
     config: ServingConfig
     model_name: str
     workers: list[WorkerInfo] = field(default_factory=list)
     addresses: dict[str, str] = field(default_factory=dict)
     context_length: int = 0
-    ended: threading.Event = field(default_factory=threading.Event)
-    end_reason: str = ""
+    ends: queue.SimpleQueue[str] = field(default_factory=queue.SimpleQueue)
 
 
 class Launcher:
@@ -85,6 +92,7 @@ class Launcher:
             check_port(getattr(config.gateway, name), name)
         self._progress("starting processes", 0.0)
         collector = self._start_ray()
+        self._progress("starting processes", 0.5)
         cluster = Cluster(config, config.model.served_name or source.name)
         self._create_actors(collector)
         cluster.addresses["http"] = self._ask(self._gateway.bind.remote())
@@ -131,6 +139,7 @@ class Launcher:
             "logging_level": logging.ERROR,
         }
         if self._config.ray.address != "local":
+            check_ray_address(self._config.ray.address)
             try:
                 ray.init(address=self._config.ray.address, **options)
             except (ConnectionError, ValueError, RuntimeError) as error:
@@ -148,7 +157,7 @@ class Launcher:
             include_dashboard=False,
             object_store_memory=self._config.ray.object_store_mib * 2**20,
             _temp_dir=f"{folder}/r",
-            _node_ip_address="127.0.0.1",
+            _node_ip_address=LOOPBACK,
             **options,
         )
         return collector.path
@@ -223,13 +232,12 @@ class Launcher:
         )
 
     def _watch(self, cluster: Cluster) -> None:
-        """`cluster.ended` is set when the gateway or the control plane is gone: without them nothing is served."""
+        """The cluster ends when the gateway or the control plane is gone: without them nothing is served."""
 
         def on_end(name: str) -> Callable[[Any], None]:
             def end(future: Any) -> None:
                 if self._is_up:
-                    cluster.end_reason = f"the {name} process has ended"
-                    cluster.ended.set()
+                    cluster.ends.put(f"the {name} process has ended")
 
             return end
 
@@ -280,10 +288,22 @@ def check_architecture(source: ModelSource) -> None:
         read_model_config(config_file(source))
 
 
+def check_ray_address(address: str) -> None:
+    """Raises ConfigError when nobody listens there: Ray itself would try for over a minute."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not separator or not port.isdigit():
+        return  # "auto" and the like: Ray knows what they mean
+    try:
+        socket.create_connection((host, int(port)), timeout=5.0).close()
+    except OSError as error:
+        raise ConfigError(
+            f"ray.address: nothing answers at {address} ({error.strerror or error}); start Ray there with "
+            "'ray start --head', or leave ray.address out for a private cluster"
+        ) from None
+
+
 def check_port(address: str, name: str) -> None:
     """Raises ConfigError when somebody listens on `address` already: said before anything is started."""
-    import socket
-
     host, port = split_address(address, field=f"gateway.{name}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import queue
 import signal
-import threading
 from collections import Counter
 from types import FrameType
 from typing import Annotated, Any
@@ -67,13 +68,20 @@ def serve(config: ServingConfig) -> None:
     """Runs a cluster until Ctrl-C or SIGTERM."""
     setup_logging("serve", log_format=config.logging.format, level=config.logging.level)
     stop = _StopSignals()
-    with stop, _StartUpDisplay(config.logging.format == "text") as display, Launcher(config, display.show) as launcher:
+    with contextlib.ExitStack() as exits:
+        exits.enter_context(stop)
+        display = exits.enter_context(_StartUpDisplay(config.logging.format == "text"))
+
+        def progress(step: str, share: float) -> None:
+            stop.install()  # Ray puts handlers of its own in place when it starts
+            display.show(step, share)
+
+        launcher = exits.enter_context(Launcher(config, progress))
         cluster = launcher.start()
         display.close()
-        stop.take_over(cluster.ended)
+        stop.take_over(cluster.ends)
         _announce(cluster)
-        cluster.ended.wait()
-        reason = cluster.end_reason
+        reason = cluster.ends.get()
         if not reason:
             seconds = config.gateway.drain_s
             logger.info("stopping; open requests have %g s (press Ctrl-C again to stop at once)", seconds)
@@ -84,31 +92,37 @@ def serve(config: ServingConfig) -> None:
 
 
 class _StopSignals:
-    """Ctrl-C and SIGTERM: an exception while starting, an event while serving, an end at once the second time."""
+    """Ctrl-C and SIGTERM: an exception while starting, an orderly end while serving, an end at once the second time."""
 
     def __init__(self) -> None:
-        self._event: threading.Event | None = None
+        self._ends: queue.SimpleQueue[str] | None = None
+        self._count = 0
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> _StopSignals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._old[number] = signal.signal(number, self._handle)
+        self._old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.install()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
-    def take_over(self, event: threading.Event) -> None:
-        """From now on a signal sets `event`. Ray has put handlers of its own in place meanwhile: undone here."""
-        self._event = event
+    def install(self) -> None:
+        """Puts the handlers in place, whoever has replaced them meanwhile."""
         for number in self._old:
             signal.signal(number, self._handle)
 
+    def take_over(self, ends: queue.SimpleQueue[str]) -> None:
+        """From now on a signal asks for an end."""
+        self._ends = ends
+        self.install()
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._event is None or self._event.is_set():
+        if self._ends is None or self._count:
             raise KeyboardInterrupt
-        self._event.set()
+        self._count += 1
+        self._ends.put("")
 
 
 class _StartUpDisplay:

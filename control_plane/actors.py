@@ -1,6 +1,6 @@
 """The Ray shells of the control plane and of the gateways: each builds plain objects and delegates.
 
-This is the only file of the package that knows Ray (by its errors; actors and handles are plain Python here).
+This is the only file of the package that knows Ray.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc.aio
+import ray
 import uvicorn
 from ray.exceptions import RayError
 
@@ -125,7 +126,10 @@ class ControlPlaneActor:
         while not self._is_stopping:
             await asyncio.sleep(self._health.heartbeat_s)
             for worker_id in self._scheduler.tick():
+                handle = self._workers.get(worker_id)
                 self._tell_lost(worker_id, f"silent for {self._health.overdue_s} s")
+                if handle is not None:
+                    ray.kill(handle)  # nobody listens to it any more
 
     def _on_worker_lost(self, worker_id: WorkerId, reason: str) -> None:
         if not self._is_stopping and self._scheduler.worker_lost(worker_id):
@@ -236,7 +240,11 @@ class GatewayActor:
         assert self._socket is not None
         config, tokenizer = self._settings.config.gateway, self._tokenizer
         self._workers.connect(workers)
-        limits = RequestLimits(config.default_timeout_s, default_max_tokens=config.default_max_tokens)
+        limits = RequestLimits(
+            config.default_timeout_s,
+            default_max_tokens=config.default_max_tokens,
+            max_samples=self._settings.config.scheduler.max_running,
+        )
         addresses = {"http": format_address(self._socket), "grpc": config.grpc}
         loop = RequestLoop(
             self._settings.gateway_id,
@@ -272,9 +280,9 @@ class GatewayActor:
             self._loop.deliver(output)
 
     async def worker_lost(self, worker_id: WorkerId) -> None:
-        self._workers.forget(worker_id)
         if self._loop is not None:
-            self._loop.worker_lost(worker_id)
+            self._loop.worker_lost(worker_id)  # its aborts still go out: a silent worker may live
+        self._workers.forget(worker_id)
 
     async def drain(self, timeout_s: float) -> None:
         """Takes no more requests; returns when the open ones have ended."""

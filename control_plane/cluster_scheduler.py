@@ -2,7 +2,7 @@
 
 The scheduler keeps a ledger: for every open request its placement and the work that is left of it. Gateways feed it
 (arrival, first token, end), because they hold the truth about their requests; workers' load reports tell who is alive
-and how full. After a restart of the control plane the gateways send their open placements again (`restore`).
+and how full.
 
 Events                       Decision
     worker_joined / _lost      (lost: nothing here; each gateway fails or moves its own requests)
@@ -115,10 +115,6 @@ class ClusterScheduler:
         for worker_id in set(pair):
             self._work[worker_id].num_placed += 1
         return placement
-
-    def restore(self, placement: Placement, arrival: Arrival, *, prefill_pending: bool) -> None:
-        """Takes an open request into the ledger of a restarted control plane."""
-        self._enter(_Entry(placement, arrival, prefill_pending))
 
     def first_token(self, request_id: str) -> None:
         entry = self._entries.get(request_id)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from phasewise.core.clock import Clock
 from phasewise.core.messages import WorkerInfo, WorkerLoad
-from phasewise.core.placement import WorkerId, WorkerRole, WorkerState
+from phasewise.core.placement import WorkerId, WorkerState
 
 
 @dataclass(slots=True)
@@ -57,14 +57,5 @@ class WorkerRegistry:
     def members(self) -> list[Member]:
         return [replace(m) for m in self._members.values()]
 
-    def ready(self, *, prefill: bool = False, decode: bool = False) -> list[Member]:
-        """Ready members whose role may do all that is asked for."""
-        return [
-            m
-            for m in self._members.values()
-            if m.is_ready and (not prefill or m.load.role.can_prefill) and (not decode or m.load.role.can_decode)
-        ]
-
-    def has_role(self, worker_id: WorkerId, role: WorkerRole) -> bool:
-        member = self._members.get(worker_id)
-        return member is not None and member.load.role is role
+    def ready(self) -> list[Member]:
+        return [m for m in self._members.values() if m.is_ready]

@@ -26,10 +26,11 @@ from kv_transfer.state import ReceiveStatus
 from phasewise.core.clock import Clock
 from phasewise.core.errors import DeadlineExceeded, Overloaded, ServingError
 from phasewise.core.lifecycle import RequestStatus, Stage
-from phasewise.core.messages import KVOffer, KVRefused, PrefillTask, TokenChunk
+from phasewise.core.messages import KVDone, KVFailed, KVOffer, KVRefused, PrefillTask, TokenChunk
 from phasewise.core.outbox import Outbox
 from phasewise.core.placement import WorkerId
 from phasewise.core.ports import PeerPort
+from phasewise.core.recent import RecentNames
 from phasewise.core.request import SampledToken
 
 
@@ -76,12 +77,17 @@ class DecodePhase:
         self._limits = limits
         self._swapped: dict[DecodeJob, Any] = {}
         self._num_swapped_blocks = 0
+        self._handed_in = RecentNames()
+        self.has_made_room = False  # the last plan preempted somebody, who may come back at once
         self.counters: dict[str, float] = dict.fromkeys(("output_tokens", "preemptions", "handoffs_in"), 0.0)
 
     # ---- messages
 
     def on_offer(self, offer: KVOffer) -> None:
         """An offer that can never be taken is refused at once; others wait for room."""
+        if offer.request.request_id in self._handed_in:  # only our word that it came was lost
+            self._peers.send(offer.sender, KVDone(offer.transfer_id))
+            return
         reason = self._receiver.refusal(offer) or self._offers.impossible(offer, self._room())
         if reason:
             self._peers.send(offer.sender, KVRefused(offer.transfer_id, reason))
@@ -89,11 +95,12 @@ class DecodePhase:
             self._offers.add(offer, self._clock.now_s() + offer.time_left_s)
 
     def on_transfer_abort(self, transfer_id: str, reason: str) -> None:
-        self._offers.remove(transfer_id=transfer_id)
+        self._offers.remove(lambda offer: offer.transfer_id == transfer_id)
         self._receiver.on_abort(transfer_id, reason)
 
     def on_abort(self, request_id: str, sample_index: int | None) -> bool:
         """Forgets a request, or one sample. True when something of it was here."""
+        self._settle()
         found = False
         for job in list(self.scheduler.jobs()):
             same = job.sequence.request_id == request_id
@@ -110,16 +117,18 @@ class DecodePhase:
             if sample_index is None or len(reservation.dropped_samples) == request.sampling.n:
                 self._receiver.fail(reservation.offer.transfer_id, "the request was cancelled")
         if sample_index is None:
-            for offer in self._offers.remove(request_id=request_id):
+            for offer in self._offers.remove(lambda offer: offer.request.request_id == request_id):
                 self._peers.send(offer.sender, KVRefused(offer.transfer_id, "the request was cancelled"))
                 found = True
         return found
 
     def on_peer_lost(self, worker_id: WorkerId) -> None:
-        self._offers.remove(sender=worker_id)
+        self._offers.remove(lambda offer: offer.sender == worker_id)
         self._receiver.on_peer_lost(worker_id)
 
     def on_gateway_lost(self, gateway_id: str) -> None:
+        self._settle()
+        self._offers.remove(lambda offer: offer.gateway_id == gateway_id)
         for job in list(self.scheduler.jobs()):
             if job.gateway_id == gateway_id:
                 self._end(job, RequestStatus.CANCELLED)
@@ -148,19 +157,16 @@ class DecodePhase:
             if job.deadline_s <= now_s:
                 self._fail(job, DeadlineExceeded("the request's deadline passed during decode"))
         for offer in self._offers.expired(now_s):
-            self._peers.send(offer.sender, KVRefused(offer.transfer_id, "no room came free in the request's time"))
+            self._peers.send(offer.sender, KVFailed(offer.transfer_id, "no room came free in the request's time"))
         self._receiver.expire()
-        for reservation in self._receiver.pop_ended():
-            if reservation.status is ReceiveStatus.DONE:
-                self._begin(reservation)
-            else:
-                self._blocks.release(reservation.block_table)
-        while (next_offer := self._offers.next_acceptable(self._room())) is not None:
-            self._reserve(next_offer)
+        self._settle()
+        while (waiting := self._offers.next_acceptable(self._room())) is not None:
+            self._reserve(waiting.offer, waiting.deadline_s)
 
     def plan(self) -> list[ScheduledSequence]:
         """The next step's decodes; carries out the preemptions and copies that they need."""
         plan = self.scheduler.schedule()
+        self.has_made_room = bool(plan.swap_out)
         self._carry_out(plan)
         # A request that failed for want of swap space may have taken planned samples with it.
         live = (job for job in plan.jobs if job.status is RequestStatus.DECODING)
@@ -186,10 +192,9 @@ class DecodePhase:
             if reason is not None:
                 self._end(job, RequestStatus.FINISHED)
 
-    @property
-    def has_room(self) -> bool:
-        """Whether another prompt may begin that stays on this worker."""
-        return self.scheduler.has_room
+    def has_room(self, num_sequences: int) -> bool:
+        """Whether so many more sequences may join: prompts that stay on this worker."""
+        return self.scheduler.has_room(num_sequences)
 
     @property
     def num_reservations(self) -> int:
@@ -201,6 +206,14 @@ class DecodePhase:
 
     # ---- inside
 
+    def _settle(self) -> None:
+        """Takes over handoffs that have ended. Before an abort too, which must find them among the sequences."""
+        for reservation in self._receiver.pop_ended():
+            if reservation.status is ReceiveStatus.DONE:
+                self._begin(reservation)
+            else:
+                self._blocks.release(reservation.block_table)
+
     def _room(self) -> Room:
         reserved = sum(r.offer.request.sampling.n for r in self._receiver.reservations)
         return Room(
@@ -210,14 +223,14 @@ class DecodePhase:
             num_preempted=len(self.scheduler.preempted),
         )
 
-    def _reserve(self, offer: KVOffer) -> None:
+    def _reserve(self, offer: KVOffer, lease_end_s: float) -> None:
         """Sets blocks aside; what the prefix cache has of the prompt need not travel."""
         request = offer.request
         cached = self._blocks.match_prefix(request.prompt_token_ids, request.cache_salt)
         self._blocks.share(cached)
         missing = self._blocks.blocks_for(len(request.prompt_token_ids)) - len(cached)
         block_table = cached + self._blocks.allocate(missing)
-        self._receiver.accept(offer, block_table, len(cached) * self._blocks.block_size)
+        self._receiver.accept(offer, block_table, len(cached) * self._blocks.block_size, lease_end_s)
 
     def _begin(self, reservation: Reservation) -> None:
         """A handoff is whole: its samples join the running batch, sharing the prompt's blocks."""
@@ -225,6 +238,7 @@ class DecodePhase:
         assert commit is not None
         request = offer.request
         self.counters["handoffs_in"] += 1
+        self._handed_in.add(request.request_id)
         duration_s = max(self._clock.unix_s() - commit.started_unix_s, 0.0)
         self._outbox.event(
             offer.gateway_id,
@@ -253,6 +267,8 @@ class DecodePhase:
 
     def _carry_out(self, plan: DecodePlan) -> None:
         for job, blocks in plan.swap_out:
+            if job.status is not RequestStatus.PREEMPTED:
+                continue  # its request failed a moment ago, in this loop
             self.counters["preemptions"] += 1
             if self._num_swapped_blocks + len(blocks) > self._limits.max_swapped_blocks:
                 self._fail(job, Overloaded("KV blocks and swap space are used up", retry_after_s=5.0))

@@ -8,10 +8,10 @@ already goes first. An offer whose time is over, or that can never fit, is refus
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from phasewise.core.messages import KVOffer
-from phasewise.core.placement import WorkerId
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class ReservationQueue:
     def add(self, offer: KVOffer, deadline_s: float) -> None:
         self._waiting.append(WaitingOffer(offer, deadline_s))
 
-    def next_acceptable(self, room: Room) -> KVOffer | None:
+    def next_acceptable(self, room: Room) -> WaitingOffer | None:
         """Takes the first waiting offer out of the queue when there is room for it; else None."""
         if not self._waiting or room.num_preempted:
             return None
@@ -72,7 +72,7 @@ class ReservationQueue:
                 return None
         elif room.num_free_blocks < self.blocks_needed(offer):
             return None
-        return self._waiting.popleft().offer
+        return self._waiting.popleft()
 
     def expired(self, now_s: float) -> list[KVOffer]:
         """Takes out the offers whose time is over."""
@@ -80,12 +80,8 @@ class ReservationQueue:
         self._waiting = deque(w for w in self._waiting if w.deadline_s > now_s)
         return over
 
-    def remove(self, *, transfer_id: str = "", request_id: str = "", sender: WorkerId = "") -> list[KVOffer]:
+    def remove(self, matches: Callable[[KVOffer], bool]) -> list[KVOffer]:
         """Takes out the offers that match: aborted by their sender, cancelled, or their sender lost."""
-
-        def matches(offer: KVOffer) -> bool:
-            return offer.transfer_id == transfer_id or offer.request.request_id == request_id or offer.sender == sender
-
         removed = [w.offer for w in self._waiting if matches(w.offer)]
         self._waiting = deque(w for w in self._waiting if not matches(w.offer))
         return removed

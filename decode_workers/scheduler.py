@@ -61,10 +61,9 @@ class DecodeScheduler:
     def num_live(self) -> int:
         return len(self.running) + len(self.preempted)
 
-    @property
-    def has_room(self) -> bool:
-        """True when another sequence may join now."""
-        return not self.preempted and len(self.running) < self._max_running
+    def has_room(self, num_sequences: int) -> bool:
+        """True when so many more sequences may join now."""
+        return not self.preempted and len(self.running) + num_sequences <= self._max_running
 
     def jobs(self) -> Iterator[DecodeJob]:
         yield from self.running

@@ -75,9 +75,8 @@ class KVReceiver:
             return "KV caches differ: " + "; ".join(self._spec.differences(offer.spec))
         return ""
 
-    def accept(self, offer: KVOffer, block_table: list[int], num_cached_tokens: int) -> None:
+    def accept(self, offer: KVOffer, block_table: list[int], num_cached_tokens: int, lease_end_s: float) -> None:
         """Takes the offer into `block_table`, whose first `num_cached_tokens` tokens are in place already."""
-        lease_end_s = self._clock.now_s() + offer.time_left_s
         self._reservations[offer.transfer_id] = Reservation(offer, block_table, num_cached_tokens, lease_end_s)
         self._peers.send(offer.sender, KVAccepted(offer.transfer_id, num_cached_tokens))
 
@@ -113,9 +112,14 @@ class KVReceiver:
 
     def on_commit(self, commit: KVCommit) -> None:
         reservation = self._reservations.get(commit.transfer_id)
-        if reservation is not None:
-            reservation.commit = commit
-            self._finish_if_whole(reservation)
+        if reservation is None:
+            return
+        request = reservation.offer.request
+        if commit.num_tokens != len(request.prompt_token_ids) or len(commit.first_tokens) != request.sampling.n:
+            self.fail(commit.transfer_id, "the commit does not fit the offer")
+            return
+        reservation.commit = commit
+        self._finish_if_whole(reservation)
 
     def on_abort(self, transfer_id: str, reason: str) -> None:
         """The sender gave up: it needs no answer."""

@@ -35,7 +35,6 @@ class _Transfer:
     waiting: deque[tuple[PartSpan, list[int]]] = field(default_factory=deque)  # behind the window
     in_flight: dict[int, int] = field(default_factory=dict)  # part index → bytes
     num_parts: int = 0
-    num_bytes: int = 0
     commit: KVCommit | None = None
 
 
@@ -65,15 +64,19 @@ class KVSender:
         self._window_bytes = window_bytes
         self._transfers: dict[str, _Transfer] = {}
         self._bytes_in_flight = 0
+        self._num_offers = 0
         self.num_bytes_sent = 0
 
-    def offer(self, transfer_id: str, peer: WorkerId, request: Request, gateway_id: str, time_left_s: float) -> None:
-        """Asks `peer` to set blocks aside."""
+    def offer(self, peer: WorkerId, request: Request, gateway_id: str, time_left_s: float) -> str:
+        """Asks `peer` to set blocks aside. The transfer's id is never used twice: a late part finds nothing."""
+        self._num_offers += 1
+        transfer_id = f"{request.request_id}#{self._worker_id}.{self._num_offers}"
         self._transfers[transfer_id] = _Transfer(peer, self._clock.now_s() + time_left_s)
         self._peers.send(
             peer,
             KVOffer(transfer_id, WIRE_VERSION, self._worker_id, self._spec, request, gateway_id, time_left_s),
         )
+        return transfer_id
 
     def status(self, transfer_id: str) -> SendStatus:
         return self._transfers[transfer_id].status
@@ -81,10 +84,6 @@ class KVSender:
     def reason(self, transfer_id: str) -> str:
         """Why a transfer failed, or ""."""
         return self._transfers[transfer_id].reason
-
-    def num_bytes(self, transfer_id: str) -> int:
-        """Bytes sent so far for this transfer."""
-        return self._transfers[transfer_id].num_bytes
 
     def push(self, transfer_id: str, span: PartSpan, block_table: list[int]) -> None:
         """Sends KV that is computed, or queues it behind the window. Tokens that the receiver has are left out.
@@ -145,8 +144,8 @@ class KVSender:
 
     def next_deadline_s(self) -> float:
         """When `expire` has something to do next; infinity when never."""
-        live = (SendStatus.DONE, SendStatus.FAILED)
-        return min((t.deadline_s for t in self._transfers.values() if t.status not in live), default=float("inf"))
+        ended = (SendStatus.DONE, SendStatus.FAILED)
+        return min((t.deadline_s for t in self._transfers.values() if t.status not in ended), default=float("inf"))
 
     # ---- messages from the receiver
 
@@ -164,7 +163,7 @@ class KVSender:
 
     def on_done(self, transfer_id: str) -> None:
         transfer = self._transfers.get(transfer_id)
-        if transfer is not None and transfer.status is SendStatus.COMMITTED:
+        if transfer is not None and transfer.status in (SendStatus.OFFERED, SendStatus.COMMITTED):
             self._release_window(transfer)
             self._move(transfer, SendStatus.DONE)
 
@@ -205,7 +204,6 @@ class KVSender:
         )
         transfer.in_flight[part.part_index] = num_bytes
         transfer.num_parts += 1
-        transfer.num_bytes += num_bytes
         self._bytes_in_flight += num_bytes
         self.num_bytes_sent += num_bytes
         self._link.send_part(transfer.peer, part, payload)

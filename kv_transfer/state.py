@@ -33,7 +33,8 @@ class ReceiveStatus(StrEnum):
 
 
 SEND_TRANSITIONS: dict[SendStatus, frozenset[SendStatus]] = {
-    SendStatus.OFFERED: frozenset({SendStatus.ACCEPTED, SendStatus.FAILED}),
+    # Straight to DONE when an earlier attempt had arrived and only the receiver's word was lost.
+    SendStatus.OFFERED: frozenset({SendStatus.ACCEPTED, SendStatus.DONE, SendStatus.FAILED}),
     SendStatus.ACCEPTED: frozenset({SendStatus.SENDING, SendStatus.COMMITTED, SendStatus.FAILED}),
     SendStatus.SENDING: frozenset({SendStatus.COMMITTED, SendStatus.FAILED}),
     SendStatus.COMMITTED: frozenset({SendStatus.DONE, SendStatus.FAILED}),

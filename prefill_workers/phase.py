@@ -23,7 +23,7 @@ from kv_transfer.plan import PartSpan
 from kv_transfer.sender import KVSender
 from kv_transfer.state import SendStatus
 from phasewise.core.clock import Clock
-from phasewise.core.errors import DeadlineExceeded, Overloaded, ServingError, TransferFailed
+from phasewise.core.errors import DeadlineExceeded, InternalError, Overloaded, ServingError, TransferFailed
 from phasewise.core.lifecycle import RequestStatus, Stage
 from phasewise.core.messages import KVAccepted, KVFailed, KVRefused, PrefillTask, PromptLogprobs, TokenChunk
 from phasewise.core.outbox import Outbox
@@ -48,8 +48,8 @@ class PrefillLimits:
 class PrefillPhase:
     """Plans prompt chunks and takes their results. Used by the step loop's thread alone.
 
-    `adopt(sequences, task, deadline_s)` gives sequences that stay on this worker to its decode phase; `has_decode_room`
-    tells whether it would take another.
+    `adopt(sequences, task, deadline_s)` gives sequences that stay on this worker to its decode phase;
+    `has_decode_room(n)` tells whether it would take n more.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class PrefillPhase:
         clock: Clock,
         limits: PrefillLimits,
         adopt: Callable[[list[Sequence], PrefillTask, float], None],
-        has_decode_room: Callable[[], bool],
+        has_decode_room: Callable[[int], bool],
     ) -> None:
         self._blocks = blocks
         self.scheduler = scheduler
@@ -72,9 +72,6 @@ class PrefillPhase:
         self._adopt = adopt
         self._has_decode_room = has_decode_room
         self._jobs: dict[str, PrefillJob] = {}
-        self._first_tokens: dict[str, tuple[SampledToken | None, ...]] = {}  # of prompts in handoff
-        self._prompt_logprobs: dict[str, list[SampledToken]] = {}
-        self._ended_samples: dict[str, set[int]] = {}
         self.counters: dict[str, float] = dict.fromkeys(
             ("handoffs_out", "handoff_failures", "prompt_tokens", "prefix_query_tokens", "prefix_hit_tokens"), 0.0
         )
@@ -82,9 +79,9 @@ class PrefillPhase:
     # ---- messages
 
     def on_task(self, task: PrefillTask) -> None:
-        """A new prompt. Refused at once when the queue is full; ignored when it is here already."""
+        """A new prompt. Refused at once when the queue is full."""
         request = task.request
-        if request.request_id in self._jobs:
+        if request.request_id in self._jobs:  # ids are never used twice, so this is the same message once more
             return
         if len(self.scheduler.waiting) >= self._limits.max_waiting:
             error = Overloaded(f"{self._limits.max_waiting} requests are waiting already", retry_after_s=1.0)
@@ -108,9 +105,8 @@ class PrefillPhase:
         if job is None:
             return False
         if sample_index is not None:
-            ended = self._ended_samples.setdefault(request_id, set())
-            ended.add(sample_index)
-            if len(ended) < job.task.request.sampling.n:
+            job.ended_samples.add(sample_index)
+            if len(job.ended_samples) < job.task.request.sampling.n:
                 return True
         self._drop(job, RequestStatus.CANCELLED, "the request was cancelled")
         return True
@@ -121,8 +117,16 @@ class PrefillPhase:
             if job.transfer_id == message.transfer_id:
                 self._event(job, Stage.RESERVED)
 
-    def on_refused(self, message: KVRefused | KVFailed) -> None:
+    def on_failed(self, message: KVFailed) -> None:
+        """The receiver gave up; another attempt may succeed."""
         self._sender.on_failed(message.transfer_id, message.reason)
+
+    def on_refused(self, message: KVRefused) -> None:
+        """The receiver can never take it: another attempt, or another request like it, would end the same way."""
+        self._sender.on_failed(message.transfer_id, message.reason)
+        for job in list(self._jobs.values()):
+            if job.transfer_id == message.transfer_id:
+                self._fail(job, InternalError(f"the KV handoff was refused: {message.reason}"))
 
     def on_peer_lost(self, worker_id: WorkerId) -> None:
         """The decode worker is gone: no second offer to it can help."""
@@ -148,11 +152,14 @@ class PrefillPhase:
         """Deadlines, ended handoffs, new offers: before a step is planned."""
         now_s = self._clock.now_s()
         self._sender.expire()
+        self._sender.pump()  # what failed has left room in the window
         for job in list(self._jobs.values()):
             if job.deadline_s <= now_s:
                 self._fail(job, DeadlineExceeded("the request's deadline passed during prefill"))
             elif job.transfer_id:
                 self._poll_transfer(job)
+        if any(self._is_offered_again(job) for job in self._jobs.values()):
+            return  # new reservations could take the room that a computed prompt is waiting for
         for job in self.scheduler.jobs_to_reserve():
             job.move(RequestStatus.RESERVING)
             self._offer(job)
@@ -161,7 +168,7 @@ class PrefillPhase:
     def plan(self, budget: int) -> list[ScheduledSequence]:
         """Prompt chunks for the next step, within `budget` tokens."""
         items = []
-        for job, num_tokens in self.scheduler.schedule(budget, self._is_reserved, self._may_run_here):
+        for job, num_tokens in self.scheduler.schedule(budget, self._may_start):
             sequence = job.sequence
             if sequence.num_computed_tokens == job.num_cached_tokens:
                 self._begin(job)
@@ -187,17 +194,13 @@ class PrefillPhase:
         self.counters["prompt_tokens"] += item.num_tokens
         self._blocks.publish(sequence)
         if sequence.sampling.prompt_logprobs is not None:
-            self._prompt_logprobs.setdefault(job.request_id, []).extend(prompt_logprobs)
+            job.prompt_logprobs.extend(prompt_logprobs)
         if not sequence.is_prefilling:
             self._finish(job, tokens)
 
     @property
-    def num_open(self) -> int:
-        return len(self._jobs)
-
-    @property
     def num_handoffs(self) -> int:
-        return len(self._first_tokens)
+        return sum(job.status is RequestStatus.HANDOFF for job in self._jobs.values())
 
     @property
     def waiting_prompt_tokens(self) -> int:
@@ -222,15 +225,14 @@ class PrefillPhase:
         """The prompt is computed and its first tokens are sampled, one per sample."""
         self.scheduler.finish_prefill(job)
         self._event(job, Stage.PREFILL_END)
-        logprobs = self._prompt_logprobs.pop(job.request_id, None)
-        if logprobs is not None:
+        if job.sequence.sampling.prompt_logprobs is not None:
             first = SampledToken(job.sequence.token_ids[0])
-            self._outbox.prompt_logprobs(job.task.gateway_id, PromptLogprobs(job.request_id, (first, *logprobs)))
-        ended = self._ended_samples.get(job.request_id, set())
+            logprobs = PromptLogprobs(job.request_id, (first, *job.prompt_logprobs))
+            self._outbox.prompt_logprobs(job.task.gateway_id, logprobs)
         live: list[SampledToken | None] = []
         for index, token in enumerate(tokens):
             reason = self._fork(job.sequence, index, token).finish_reason()
-            goes_on = reason is None and index not in ended
+            goes_on = reason is None and index not in job.ended_samples
             live.append(token if goes_on else None)
             self._outbox.chunk(job.task.gateway_id, TokenChunk(job.request_id, index, 0, (token,), reason))
         self._event(job, Stage.FIRST_TOKEN)
@@ -262,7 +264,7 @@ class PrefillPhase:
 
     def _hand_off(self, job: PrefillJob, first_tokens: tuple[SampledToken | None, ...]) -> None:
         job.move(RequestStatus.HANDOFF)
-        self._first_tokens[job.request_id] = first_tokens
+        job.first_tokens = first_tokens
         if not self._is_layerwise(job):
             self._push_all(job)
         self._commit(job)
@@ -270,20 +272,28 @@ class PrefillPhase:
     # ---- inside: the handoff
 
     def _offer(self, job: PrefillJob) -> None:
-        placement, retry = job.task.placement, job.num_offers
+        task = job.task
         job.num_offers += 1
-        job.transfer_id = f"{placement.transfer_id}.{retry}"
         time_left_s = job.deadline_s - self._clock.now_s()
-        self._sender.offer(job.transfer_id, placement.decode_worker, job.task.request, job.task.gateway_id, time_left_s)
+        job.transfer_id = self._sender.offer(task.placement.decode_worker, task.request, task.gateway_id, time_left_s)
+
+    def _is_offered_again(self, job: PrefillJob) -> bool:
+        """True for a computed prompt whose first handoff failed, until its second is accepted."""
+        again = job.status is RequestStatus.HANDOFF and job.num_offers > 1
+        return again and self._sender.status(job.transfer_id) is SendStatus.OFFERED
 
     def _is_layerwise(self, job: PrefillJob) -> bool:
         return job.sequence.num_prompt_tokens >= self._limits.layerwise_threshold_tokens
 
-    def _is_reserved(self, job: PrefillJob) -> bool:
-        return bool(job.transfer_id) and self._sender.status(job.transfer_id) is SendStatus.ACCEPTED
-
-    def _may_run_here(self, job: PrefillJob) -> bool:
-        return job.task.request.sampling.max_tokens == 1 or self._has_decode_room()
+    def _may_start(self, job: PrefillJob) -> bool:
+        """Is there room to decode what this prompt leads to? Never needed when its first token is its last."""
+        sampling = job.task.request.sampling
+        if sampling.max_tokens == 1:
+            return True
+        if job.needs_handoff:
+            return bool(job.transfer_id) and self._sender.status(job.transfer_id) is SendStatus.ACCEPTED
+        coming = sum(j.task.request.sampling.n for j in self.scheduler.running if not j.needs_handoff)
+        return self._has_decode_room(coming + sampling.n)
 
     def _push(self, job: PrefillJob, span: PartSpan) -> None:
         if not job.has_pushed:
@@ -295,7 +305,8 @@ class PrefillPhase:
         self._push(job, PartSpan(0, self._limits.num_layers, 0, job.sequence.num_prompt_tokens))
 
     def _commit(self, job: PrefillJob) -> None:
-        first_tokens = self._first_tokens[job.request_id]
+        ended = job.ended_samples  # also those that ended since the prompt was computed
+        first_tokens = tuple(None if i in ended else token for i, token in enumerate(job.first_tokens))
         num_tokens = job.sequence.num_prompt_tokens
         self._sender.commit(job.transfer_id, num_tokens, first_tokens, self._limits.handoff_timeout_s)
 
@@ -318,7 +329,23 @@ class PrefillPhase:
             self._fail(job, TransferFailed(f"the KV handoff failed {job.num_offers} times: {reason}"))
             return
         self._sender.forget(job.transfer_id)
+        if job.status is RequestStatus.HANDOFF:
+            self._unreserve_waiting()
         self._offer(job)
+
+    def _unreserve_waiting(self) -> None:
+        """Gives back what prompts that do not run yet have reserved.
+
+        A computed prompt that is offered again holds blocks here and needs room there; a prompt that has room there may
+        be waiting for blocks here. Without this the two would wait for each other.
+        """
+        for job in self.scheduler.waiting:
+            if job.status is RequestStatus.RESERVING:
+                self._sender.abort(job.transfer_id, "a handoff that failed goes first")
+                self._sender.forget(job.transfer_id)
+                job.transfer_id = ""
+                job.num_offers -= 1
+                job.move(RequestStatus.WAITING)
 
     # ---- inside: endings
 
@@ -339,9 +366,6 @@ class PrefillPhase:
             self._sender.forget(job.transfer_id)
         self._blocks.release(job.sequence.block_table)
         job.sequence.block_table = []
-        self._first_tokens.pop(job.request_id, None)
-        self._prompt_logprobs.pop(job.request_id, None)
-        self._ended_samples.pop(job.request_id, None)
         del self._jobs[job.request_id]
 
     def _event(self, job: PrefillJob, stage: Stage, *, num_tokens: int = 0) -> None:

@@ -10,12 +10,14 @@ It leaves when its last chunk has run (`finish_prefill`) or when it is cancelled
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.block_manager import BlockManager
 from engine.sequence import Sequence
 from phasewise.core.lifecycle import RequestStatus, check_transition
 from phasewise.core.messages import PrefillTask
+from phasewise.core.placement import WorkerId
+from phasewise.core.request import SampledToken
 
 
 @dataclass(slots=True, eq=False)
@@ -30,6 +32,9 @@ class PrefillJob:
     num_offers: int = 0
     num_cached_tokens: int = 0  # of the prompt, found in this worker's prefix cache
     has_pushed: bool = False
+    prompt_logprobs: list[SampledToken] = field(default_factory=list)
+    first_tokens: tuple[SampledToken | None, ...] = ()  # known once the prompt is computed
+    ended_samples: set[int] = field(default_factory=set)  # cancelled one by one
 
     @property
     def request_id(self) -> str:
@@ -68,24 +73,26 @@ class PrefillScheduler:
                 queue.remove(job)
 
     def jobs_to_reserve(self) -> list[PrefillJob]:
-        """Waiting prompts that are about to run and have not asked for their reservation; at least the first one."""
-        ahead = sum(job.sequence.num_uncomputed_tokens for job in self.running)
+        """Waiting prompts that are about to run and have not asked for their reservation.
+
+        Counted for each decode worker by itself, at least one for each, so that a full one does not starve others.
+        """
+        running = sum(job.sequence.num_uncomputed_tokens for job in self.running)
+        ahead: dict[WorkerId, int] = {}
         wanted: list[PrefillJob] = []
-        for index, job in enumerate(self.waiting):
-            if index > 0 and ahead >= self._lookahead_tokens:
-                break
-            ahead += job.sequence.num_uncomputed_tokens
+        for job in self.waiting:
+            peer = job.task.placement.decode_worker
+            if peer in ahead and ahead[peer] >= self._lookahead_tokens:
+                continue
+            ahead[peer] = ahead.get(peer, running) + job.sequence.num_uncomputed_tokens
             if job.needs_handoff and job.status is RequestStatus.WAITING:
                 wanted.append(job)
         return wanted
 
-    def schedule(
-        self, budget: int, is_reserved: Callable[[PrefillJob], bool], may_run_here: Callable[[PrefillJob], bool]
-    ) -> list[tuple[PrefillJob, int]]:
+    def schedule(self, budget: int, may_start: Callable[[PrefillJob], bool]) -> list[tuple[PrefillJob, int]]:
         """(job, number of tokens) for the next step: running prompts first, then new ones while budget and blocks last.
 
-        `is_reserved` tells whether the decode worker has set blocks aside; `may_run_here` whether this worker has room
-        to decode a prompt that stays.
+        `may_start` tells whether there is room to decode: a reservation elsewhere, or space here if the prompt stays.
         """
         planned: list[tuple[PrefillJob, int]] = []
         for job in self.running:
@@ -97,9 +104,7 @@ class PrefillScheduler:
         for job in list(self.waiting):
             if budget <= 0:
                 break
-            if job.needs_handoff and not is_reserved(job):
-                continue
-            if not job.needs_handoff and not may_run_here(job):
+            if not may_start(job):
                 continue
             if not self._admit(job):
                 break

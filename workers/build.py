@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import Callable
@@ -78,7 +79,7 @@ def load_engine(settings: WorkerSettings, progress: Callable[[float], None], clo
     if num_blocks < 2:
         raise ConfigError(
             f"cache.kv_cache_gib={config.cache.kv_cache_gib} holds no two blocks of {spec.bytes_per_block} bytes; "
-            f"give at least {2 * spec.bytes_per_block / 2**30:.3f}"
+            f"give at least {math.ceil(2 * spec.bytes_per_block / 2**30 * 1e4) / 1e4}"
         )
     cache = PagedKVCache(spec, num_blocks, settings.device)
     capacity = num_blocks * spec.block_size
@@ -142,7 +143,7 @@ def assemble(
         clock,
         PrefillLimits(scheduler.max_waiting, transfer.layerwise_threshold_tokens, transfer.timeout_s, spec.num_layers),
         decode.adopt,
-        lambda: decode.has_room,
+        decode.has_room,
     )
     parts = WorkerParts(runner, blocks, prefill, decode, sender, receiver, outbox)
     loop = LoopSettings(budget, transfer.layers_per_part, config.health.heartbeat_s)

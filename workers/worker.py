@@ -49,6 +49,7 @@ from phasewise.core.messages import (
 from phasewise.core.outbox import Outbox
 from phasewise.core.placement import WorkerState
 from phasewise.core.ports import LoadPort, PeerPort
+from phasewise.core.recent import RecentNames
 from prefill_workers.phase import PrefillPhase
 from workers.roles import may_prefill, may_reserve
 
@@ -113,6 +114,9 @@ class Worker:
         self._stopping = False
         self._num_steps = 0
         self._num_aborts = 0
+        # Requests, transfers, workers and gateways that are over. Messages may overtake each other on the way here:
+        # what comes after its own end must not begin.
+        self._gone = RecentNames()
         self._last_load: WorkerLoad | None = None
         self._last_report_s = float("-inf")
 
@@ -139,7 +143,7 @@ class Worker:
         self._report(idle=True)
 
     def round(self) -> bool:
-        """One round without waiting. True when the engine ran, so that there may be more to do."""
+        """One round without waiting. True when there may be more to do at once."""
         self._drain_mailbox()
         parts = self._parts
         parts.prefill.poll()
@@ -151,7 +155,7 @@ class Worker:
             self._run(decodes, prompts)
         parts.outbox.flush()
         self._report(idle=False)
-        return ran
+        return ran or parts.decode.has_made_room
 
     def load(self) -> WorkerLoad:
         """What this worker holds, right now."""
@@ -232,6 +236,8 @@ class Worker:
             case PrefillTask():
                 self._on_task(message)
             case AbortRequest(request_id, sample_index):
+                if sample_index is None:
+                    self._gone.add(request_id)
                 in_prefill = parts.prefill.on_abort(request_id, sample_index)
                 in_decode = parts.decode.on_abort(request_id, sample_index)
                 self._num_aborts += in_prefill or in_decode
@@ -239,8 +245,10 @@ class Worker:
                 self._on_offer(message)
             case KVAccepted():
                 parts.prefill.on_accepted(message)
-            case KVRefused() | KVFailed():
+            case KVRefused():
                 parts.prefill.on_refused(message)
+            case KVFailed():
+                parts.prefill.on_failed(message)
             case KVPart():
                 assert payload is not None
                 parts.receiver.on_part(message, payload)
@@ -249,17 +257,22 @@ class Worker:
             case KVCommit():
                 parts.receiver.on_commit(message)
             case KVAbort(transfer_id, reason):
+                self._gone.add(transfer_id)
                 parts.decode.on_transfer_abort(transfer_id, reason)
             case KVDone(transfer_id):
                 parts.sender.on_done(transfer_id)
             case PeerLost(worker_id):
+                self._gone.add(worker_id)
                 parts.prefill.on_peer_lost(worker_id)
                 parts.decode.on_peer_lost(worker_id)
             case GatewayLost(gateway_id):
+                self._gone.add(gateway_id)
                 parts.prefill.on_gateway_lost(gateway_id)
                 parts.decode.on_gateway_lost(gateway_id)
 
     def _on_task(self, task: PrefillTask) -> None:
+        if task.request.request_id in self._gone or task.gateway_id in self._gone:
+            return  # its abort overtook it
         if may_prefill(self._role, self._state):
             self._parts.prefill.on_task(task)
         else:
@@ -267,11 +280,14 @@ class Worker:
             self._parts.outbox.failure(task.gateway_id, task.request.request_id, error)
 
     def _on_offer(self, offer: KVOffer) -> None:
-        if may_reserve(self._role, self._state):
+        names = (offer.transfer_id, offer.request.request_id, offer.sender, offer.gateway_id)
+        if any(name in self._gone for name in names):
+            self._peers.send(offer.sender, KVFailed(offer.transfer_id, "it was cancelled"))
+        elif may_reserve(self._role, self._state):
             self._parts.decode.on_offer(offer)
         else:
             reason = f"worker {self.info.worker_id} ({self._role.value}) takes no handoffs now"
-            self._peers.send(offer.sender, KVRefused(offer.transfer_id, reason))
+            self._peers.send(offer.sender, KVFailed(offer.transfer_id, reason))
 
     def _report(self, *, idle: bool) -> None:
         """Reports the load when it changed, at most every `report_interval_s` while busy, and as a heartbeat."""

@@ -46,10 +46,11 @@ def refuse_unknown_fields(message: Message, path: str = "") -> None:
     Raises:
         InvalidRequest: names the message and the number of the field.
     """
-    for unknown in UnknownFieldSet(message):
+    unknown = UnknownFieldSet(message)
+    if len(unknown):
         place = path or message.DESCRIPTOR.name
         raise InvalidRequest(
-            f"{place} has field number {unknown.field_number}, which this server does not know; "
+            f"{place} has field number {unknown[0].field_number}, which this server does not know; "
             "leave it out or update the server",
             field=place,
         )

@@ -102,7 +102,7 @@ class InferenceServicer(phasewise_pb2_grpc.InferenceServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
         try:
             text, messages = decode_tokenize(request)
-            token_ids = self._service.tokenize(text, messages, request.model or None)
+            token_ids = await asyncio.to_thread(self._service.tokenize, text, messages, request.model or None)
         except Exception as error:
             await _abort(context, error, "")
         return pb.TokenizeResponse(token_ids=token_ids)

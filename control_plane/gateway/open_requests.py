@@ -32,8 +32,12 @@ class OpenSample:
 
 @dataclass(slots=True)
 class OpenRequest:
-    """One request from its arrival to its end. `pending` is what the client has not fetched yet."""
+    """One request from its arrival to its end. `pending` is what the client has not fetched yet.
 
+    `client_id` is the id that the client knows; workers know `request.request_id`.
+    """
+
+    client_id: str
     request: Request
     gateway_id: str
     received_s: float
@@ -101,19 +105,22 @@ class OpenRequest:
 
 
 def merge_deltas(deltas: list[SampleDelta]) -> list[SampleDelta]:
-    """Joins neighbouring deltas of one sample: a slow reader gets fewer and larger ones."""
-    merged: list[SampleDelta] = []
+    """Joins what is new of each sample: a slow reader gets fewer and larger deltas. Linear in what is joined."""
+    if len(deltas) < 2:
+        return deltas
+    by_sample: dict[int, list[SampleDelta]] = {}
     for delta in deltas:
-        last = merged[-1] if merged else None
-        if last is None or last.sample_index != delta.sample_index or last.finish_reason is not None:
-            merged.append(delta)
-            continue
-        merged[-1] = SampleDelta(
-            last.sample_index,
-            last.text + delta.text,
-            last.token_ids + delta.token_ids,
-            last.tokens + delta.tokens,
-            delta.finish_reason,
-            delta.stop_reason,
-        )
-    return merged
+        by_sample.setdefault(delta.sample_index, []).append(delta)
+    return [_join(parts) for parts in by_sample.values()]
+
+
+def _join(parts: list[SampleDelta]) -> SampleDelta:
+    last = parts[-1]
+    return SampleDelta(
+        last.sample_index,
+        "".join(part.text for part in parts),
+        tuple(token_id for part in parts for token_id in part.token_ids),
+        tuple(token for part in parts for token in part.tokens),
+        last.finish_reason,
+        last.stop_reason,
+    )

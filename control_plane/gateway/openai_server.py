@@ -8,6 +8,7 @@ It reads a body, makes `GenerateInput` of it, and writes what the service's stre
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
@@ -155,7 +156,7 @@ class _Api:
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequest("give exactly one of prompt and messages", field="text")
         messages = None if body.messages is None else tuple(body.messages)
-        tokens = self._service.tokenize(body.prompt, messages, body.model)
+        tokens = await asyncio.to_thread(self._service.tokenize, body.prompt, messages, body.model)
         limit = self._service.model.context_length
         return call.json({"tokens": tokens, "count": len(tokens), "max_model_len": limit})
 

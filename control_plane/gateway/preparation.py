@@ -30,14 +30,16 @@ _INT64 = (-(2**63), 2**63 - 1)
 class RequestLimits:
     """What this gateway allows and assumes.
 
-    `default_max_tokens` is for chats that name none; None: what the context leaves. `max_kv_tokens` is the KV capacity
-    of the smallest decode worker in tokens: a request that could never fit is refused at once; None: not limited.
+    `max_samples` bounds n: no worker's batch holds more. `default_max_tokens` is for chats that name none; None: what
+    the context leaves. `max_kv_tokens` is the KV capacity of the smallest decode worker in tokens: a request that could
+    never fit is refused at once; None: not limited.
     """
 
     default_timeout_s: float = 600.0
     max_timeout_s: float = 86_400.0
     default_max_tokens: int | None = None
     max_kv_tokens: int | None = None
+    max_samples: int = MAX_SAMPLES
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +168,7 @@ class RequestPreparer:
         ends = () if given.ignore_eos else self._card.eos_token_ids
         top_k = _check_int("top_k", given.top_k if given.top_k is not None else 0, -1, None)
         return SamplingParams(
-            n=_check_int("n", given.n if given.n is not None else 1, 1, MAX_SAMPLES),
+            n=_check_int("n", given.n if given.n is not None else 1, 1, min(MAX_SAMPLES, self._limits.max_samples)),
             temperature=_range_or("temperature", given.temperature, 1.0, 0.0, 2.0),
             top_p=_range_or("top_p", given.top_p, 1.0, 0.0, 1.0, above_low=True),
             top_k=max(top_k, 0),

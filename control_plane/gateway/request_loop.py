@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 from control_plane.gateway.detokenizer import SampleText, token_info
@@ -99,7 +101,11 @@ class RequestLoop:
         self._max_open_requests = max_open_requests
         self._addresses = addresses
         self._started_s = clock.now_s()
-        self._open: dict[str, OpenStream] = {}
+        self._open: dict[str, OpenStream] = {}  # by the id that workers know
+        self._open_client_ids: set[str] = set()
+        self._nonce = secrets.token_hex(4)
+        self._num_accepted = 0
+        self._lost_workers: set[WorkerId] = set()
         self._is_admitting = False
         self._all_closed = asyncio.Event()
         self._all_closed.set()
@@ -114,7 +120,9 @@ class RequestLoop:
         """Accepts a request and starts it. An error that is raised was counted, and nothing is left of the request."""
         try:
             self._check_admission()
-            stream, timeout_s = self._accept(await self._prepare(request))
+            prepared = await self._prepare(request)
+            self._check_admission()  # much may have happened while a long prompt was tokenised
+            stream, timeout_s = self._accept(prepared)
         except ServingError as error:
             self._metrics.request_refused(error.code)
             raise
@@ -198,13 +206,16 @@ class RequestLoop:
 
     def worker_lost(self, worker_id: WorkerId) -> None:
         """Ends the requests that the worker still held. (Moving them elsewhere will begin here: RECOVERING.)"""
+        self._lost_workers.add(worker_id)
         for stream in list(self._open.values()):
             placement, record = stream.record.placement, stream.record
             if placement is None:
                 continue
-            in_prefill = placement.prefill_worker == worker_id and not record.is_decoding
+            # A first token that is not here yet may have died with the prefill worker, even when decoding has begun.
+            has_all_first = all(sample.token_ids for sample in record.samples)
+            in_prefill = placement.prefill_worker == worker_id and not (record.is_decoding and has_all_first)
             if in_prefill or placement.decode_worker == worker_id:
-                self._fail(stream, WorkerLost(f"worker {worker_id} was lost; sending the request again is safe"))
+                self._fail(stream, _worker_lost(worker_id))
 
     # ---- inside: start
 
@@ -216,24 +227,29 @@ class RequestLoop:
 
     async def _prepare(self, given: GenerateInput) -> PreparedRequest:
         """Checks and tokenises; a long text on a thread of its own, so that streams go on meanwhile."""
-        if given.text is not None and len(given.text) > _LONG_TEXT:
+        num_characters = len(given.text or "") + sum(len(str(m.get("content", ""))) for m in given.messages or ())
+        if num_characters > _LONG_TEXT:
             return await asyncio.to_thread(self._preparer.prepare, given)
         return self._preparer.prepare(given)
 
     def _accept(self, prepared: PreparedRequest) -> tuple[OpenStream, float]:
         """Opens the record of a request; (stream, seconds it may take)."""
-        request = prepared.request
-        if request.request_id in self._open:
+        client_id = prepared.request.request_id
+        if client_id in self._open_client_ids:
             raise DuplicateRequest(
-                f"a request with the id {request.request_id!r} is open already; use another id", field="request_id"
+                f"a request with the id {client_id!r} is open already; use another id", field="request_id"
             )
+        # A client may use its id again at once; what workers still send for the earlier request must not reach it.
+        self._num_accepted += 1
+        request = replace(prepared.request, request_id=f"{client_id}~{self._nonce}{self._num_accepted}")
         samples = [
             OpenSample(SampleText(self._tokenizer, prepared.stop, continues_text=prepared.continues_text))
             for _ in range(request.sampling.n)
         ]
-        record = OpenRequest(request, self.gateway_id, self._clock.now_s(), samples)
+        record = OpenRequest(client_id, request, self.gateway_id, self._clock.now_s(), samples)
         stream = OpenStream(record, self._cancel)
         self._open[request.request_id] = stream
+        self._open_client_ids.add(client_id)
         self._all_closed.clear()
         self._metrics.request_started()
         self._record_event(record, Stage.RECEIVED)
@@ -253,6 +269,9 @@ class RequestLoop:
             raise record.error
         record.placement = placement
         self._move(record, RequestStatus.PLACED)
+        for worker_id in (placement.prefill_worker, placement.decode_worker):
+            if worker_id in self._lost_workers:  # lost while the answer was on its way
+                raise _worker_lost(worker_id)
         self._record_event(record, Stage.PLACED)
         self._metrics.placed(is_local=placement.is_local)
         time_left_s = record.received_s + timeout_s - self._clock.now_s()
@@ -289,7 +308,7 @@ class RequestLoop:
         sample.last_token_s = now_s
         record.pending.extend(deltas)
         if deltas[-1].finish_reason is not None:
-            self._on_sample_end(stream, chunk.sample_index, by_worker=chunk.finish_reason is not None)
+            self._on_sample_end(stream, chunk.sample_index, by_worker=not isinstance(deltas[-1].stop_reason, str))
         stream.wake()
 
     def _on_sample_end(self, stream: OpenStream, sample_index: int, *, by_worker: bool) -> None:
@@ -306,7 +325,7 @@ class RequestLoop:
 
     def _finish(self, stream: OpenStream) -> None:
         record = stream.record
-        record.status = RequestStatus.FINISHED
+        self._move(record, RequestStatus.FINISHED)
         self._record_event(record, Stage.FINISHED)
         self._observe_finished(record)
         self._close(stream)
@@ -318,7 +337,7 @@ class RequestLoop:
         level = logging.WARNING if error.code != "internal" else logging.ERROR
         logger.log(level, "request failed: %s", error.message, extra={"request_id": record.request_id})
         record.error = error
-        record.status = RequestStatus.FAILED
+        self._move(record, RequestStatus.FAILED)
         self._metrics.request_failed(error.code, **self._token_counts(record))
         self._abort(record, None)
         self._close(stream)
@@ -330,7 +349,7 @@ class RequestLoop:
         if record.is_over:
             return
         record.error = RequestCancelled("the client cancelled the request")
-        record.status = RequestStatus.CANCELLED
+        self._move(record, RequestStatus.CANCELLED)
         self._metrics.cancelled(**self._token_counts(record))
         self._abort(record, None)
         self._close(stream)
@@ -344,8 +363,10 @@ class RequestLoop:
         record = stream.record
         if stream.timer is not None:
             stream.timer.cancel()
-        if self._open.pop(record.request_id, None) is not None and record.placement is not None:
-            self._placer.finished(record.request_id, record.num_output_tokens)
+        if self._open.pop(record.request_id, None) is not None:
+            self._open_client_ids.discard(record.client_id)
+            if record.placement is not None:
+                self._placer.finished(record.request_id, record.num_output_tokens)
         if not self._open:
             self._all_closed.set()
 
@@ -401,7 +422,8 @@ class OpenStream:
 
     @property
     def request_id(self) -> str:
-        return self.record.request_id
+        """The client's own."""
+        return self.record.client_id
 
     @property
     def prompt_token_ids(self) -> tuple[int, ...]:
@@ -449,6 +471,10 @@ class OpenStream:
     async def aclose(self) -> None:
         """Cancels what is still running; harmless after the end."""
         self._cancel(self)
+
+
+def _worker_lost(worker_id: WorkerId) -> WorkerLost:
+    return WorkerLost(f"worker {worker_id} was lost; sending the request again is safe")
 
 
 def stage_durations(events: Iterable[TimelineEvent]) -> dict[str, float]:

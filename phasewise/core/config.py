@@ -53,6 +53,17 @@ class PoolsConfig(_Section):
     decode: PoolConfig = PoolConfig(workers=1)
     mixed: PoolConfig = PoolConfig(workers=0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_default_sizes(cls, values: Any) -> Any:
+        """A section that sets only, say, `threads` leaves the pool's own number of workers as it is."""
+        if not isinstance(values, dict):
+            return values
+        sized = {
+            name: {"workers": 1, **values[name]} for name in ("prefill", "decode") if isinstance(values.get(name), dict)
+        }
+        return {**values, **sized}
+
     @model_validator(mode="after")
     def _can_serve(self) -> PoolsConfig:
         if self.mixed.workers == 0 and not (self.prefill.workers and self.decode.workers):

@@ -11,7 +11,8 @@
     RECOVERING  a worker was lost; prompt and tokens so far are about to be placed again
     FINISHED, FAILED, CANCELLED   the end, exactly one of them; holds nothing anywhere
 
-A request that stays on one worker (mixed role) skips RESERVING and HANDOFF.
+A request that stays on one worker (mixed role) skips RESERVING and HANDOFF. A gateway's own record stays PLACED until
+the end: what happens in between is the workers' knowledge, and comes to it as a timeline.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _BROKEN = frozenset({_S.FAILED, _S.CANCELLED, _S.RECOVERING})
 
 TRANSITIONS: dict[RequestStatus, frozenset[RequestStatus]] = {
     _S.RECEIVED: frozenset({_S.PLACED, _S.FAILED, _S.CANCELLED}),
-    _S.PLACED: frozenset({_S.WAITING}) | _BROKEN,
+    _S.PLACED: frozenset({_S.WAITING, _S.FINISHED}) | _BROKEN,
     _S.WAITING: frozenset({_S.RESERVING, _S.PREFILLING}) | _BROKEN,
     _S.RESERVING: frozenset({_S.PREFILLING, _S.WAITING}) | _BROKEN,
     _S.PREFILLING: frozenset({_S.HANDOFF, _S.DECODING, _S.FINISHED}) | _BROKEN,

@@ -110,4 +110,6 @@ class LogCollector:
 
     def _run(self) -> None:
         while line := self._socket.recv(_MAX_BYTES):
-            print(line.decode("utf-8", "replace"), file=self._out, flush=True)
+            # When the reader of our output has left, lines are lost; the socket must be emptied all the same.
+            with contextlib.suppress(OSError, ValueError):
+                print(line.decode("utf-8", "replace"), file=self._out, flush=True)

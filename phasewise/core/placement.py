@@ -49,8 +49,3 @@ class Placement:
     def is_local(self) -> bool:
         """True when one worker does both phases, so no KV moves."""
         return self.prefill_worker == self.decode_worker
-
-    @property
-    def transfer_id(self) -> str:
-        """Names the handoff of this attempt; never used twice, so a late writer finds nothing to write to."""
-        return f"{self.request_id}#{self.attempt}"

@@ -43,6 +43,9 @@ class SamplingParams:
 class Request:
     """One accepted request, as every worker sees it.
 
+    `request_id` is the client's id with a suffix of the gateway's, and never used twice: what is still on its way for
+    an earlier request of the same client id cannot reach this one.
+
     `cache_salt` separates prefix caches: two requests share KV only when their salts are equal.
     """
 

@@ -80,7 +80,7 @@ def test_random_histories_lose_no_block_and_always_get_on() -> None:
         left: dict[str, int] = {}
         names = iter(range(1000))
         for _ in range(400):
-            if rng.random() < 0.2 and scheduler.has_room and blocks.num_free_blocks > 3:
+            if rng.random() < 0.2 and scheduler.has_room(1) and blocks.num_free_blocks > 3:
                 name = str(next(names))
                 scheduler.add(sequence_of(name, rng.randrange(1, 9), blocks), "g", 1e9)
                 left[name] = rng.randrange(1, 20)
@@ -132,6 +132,7 @@ def test_offers_are_first_come_first_served_and_expire() -> None:
     assert [offer.request.request_id for offer in queue.expired(50.0)] == ["big"]
     taken = queue.next_acceptable(Room(30, 10, 1, 0))
     assert taken is not None
-    assert taken.request.request_id == "small"
+    assert taken.offer.request.request_id == "small"
+    assert taken.deadline_s == 60.0
     assert queue.impossible(offer_of("r", 200), Room(30, 30, 0, 0))
     assert queue.impossible(offer_of("r", 4, n=9), Room(30, 30, 0, 0))

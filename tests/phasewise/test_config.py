@@ -66,6 +66,12 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_config(tmp_path / "no-such.yaml")
 
 
+def test_a_pool_section_keeps_the_size_that_it_does_not_set() -> None:
+    config = build_config({"pools": {"prefill": {"threads": 2}, "mixed": {"threads": 1}}}, source="test")
+    assert (config.pools.prefill.workers, config.pools.prefill.threads) == (1, 2)
+    assert config.pools.mixed.workers == 0
+
+
 def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("# nothing yet\n")

@@ -1,0 +1,177 @@
+"""The gateway's loop over scripted workers: orders of messages that a cluster produces only now and then."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from control_plane.gateway.open_requests import merge_deltas
+from control_plane.gateway.preparation import RequestLimits, RequestPreparer
+from control_plane.gateway.request_loop import OpenStream, RequestLoop
+from control_plane.gateway.service import GenerateInput, ModelCard, SampleDelta, SamplingInput
+from control_plane.gateway.text import TextTokenizer
+from control_plane.gateway.vocabulary import ByteVocabulary
+from control_plane.metrics import GatewayMetrics
+from phasewise.core.clock import MonotonicClock
+from phasewise.core.errors import DeadlineExceeded, DuplicateRequest, Unavailable, WorkerLost
+from phasewise.core.lifecycle import Stage
+from phasewise.core.messages import AbortRequest, PrefillTask, TimelineEvent, TokenChunk, WorkerOutput
+from phasewise.core.placement import Placement
+from phasewise.core.request import FinishReason, SampledToken
+
+
+class Cluster:
+    """Placer and workers: places at once, records what is sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, Any]] = []
+        self.before_place: Callable[[], None] = lambda: None
+        self.open: set[str] = set()
+        tokenizer = TextTokenizer(ByteVocabulary(), vocab_size=300, eos_token_ids=(), chat_template=None)
+        card = ModelCard("m", 100_000, 300, "float32", 1, (), False)
+        preparer = RequestPreparer(tokenizer, card, RequestLimits(600.0))
+        metrics, clock = GatewayMetrics("m"), MonotonicClock()
+        self.loop = RequestLoop(
+            "g", card, tokenizer, preparer, self, self, metrics, clock, max_open_requests=10, addresses={}
+        )
+        self.loop.start_admitting()
+
+    async def place(self, request_id: str, *_: Any) -> Placement:
+        self.before_place()
+        self.open.add(request_id)
+        return Placement(request_id, "prefill-0", "decode-0")
+
+    def first_token(self, request_id: str) -> None: ...
+
+    def finished(self, request_id: str, num_output_tokens: int) -> None:
+        self.open.remove(request_id)
+
+    async def snapshot(self) -> list[Any]:
+        return []
+
+    def send(self, worker_id: str, message: Any) -> None:
+        self.sent.append((worker_id, message))
+
+    async def ask(self, request_id: str = "r", **sampling: Any) -> OpenStream:
+        options = SamplingInput(**{"max_tokens": 4, **sampling})
+        return await self.loop.generate(GenerateInput(text="hello", request_id=request_id, sampling=options))
+
+    def say(self, stream: OpenStream, position: int, text: str, reason: FinishReason | None = None) -> None:
+        tokens = tuple(SampledToken(ord(character)) for character in text)
+        chunk = TokenChunk(stream.record.request_id, 0, position, tokens, reason)
+        self.loop.deliver(WorkerOutput("decode-0", chunks=(chunk,)))
+
+
+async def collect(stream: OpenStream) -> str:
+    async with asyncio.timeout(5):
+        return "".join([delta.text async for delta in stream])
+
+
+async def test_an_id_used_again_does_not_meet_its_own_past() -> None:
+    cluster = Cluster()
+    old = await cluster.ask()
+    await old.aclose()
+    new = await cluster.ask()
+    assert old.request_id == new.request_id == "r"
+    cluster.say(old, 0, "A")  # said before the worker heard the abort
+    for position, character in enumerate("abc"):
+        cluster.say(new, position, character)
+    cluster.say(new, 3, "d", FinishReason.LENGTH)
+    assert await collect(new) == "abcd"
+    tasks = [m.request.request_id for _, m in cluster.sent if isinstance(m, PrefillTask)]
+    assert len(set(tasks)) == 2
+    assert cluster.open == set()
+
+
+async def test_one_id_is_open_once() -> None:
+    cluster = Cluster()
+    stream = await cluster.ask()
+    with pytest.raises(DuplicateRequest):
+        await cluster.ask()
+    await stream.aclose()
+    await (await cluster.ask()).aclose()
+
+
+async def test_tokens_that_overtake_each_other_are_put_in_order() -> None:
+    cluster = Cluster()
+    stream = await cluster.ask()
+    cluster.say(stream, 3, "d", FinishReason.LENGTH)
+    cluster.say(stream, 1, "bc")
+    cluster.say(stream, 0, "a")
+    assert await collect(stream) == "abcd"
+
+
+async def test_a_stop_string_ends_the_workers_too() -> None:
+    cluster = Cluster()
+    stream = await cluster.ask(max_tokens=50, stop=("cd",))
+    for position, character in enumerate("abcdef"):
+        cluster.say(stream, position, character)
+    assert await collect(stream) == "ab"
+    aborts = [worker_id for worker_id, m in cluster.sent if isinstance(m, AbortRequest)]
+    assert sorted(aborts) == ["decode-0", "prefill-0"]
+    assert stream.usage.num_output_tokens == 4
+    assert cluster.open == set()
+
+
+async def test_a_worker_lost_while_placing() -> None:
+    cluster = Cluster()
+    cluster.before_place = lambda: cluster.loop.worker_lost("decode-0")
+    with pytest.raises(WorkerLost):
+        await cluster.ask()
+    assert cluster.open == set()
+
+
+async def test_a_prefill_worker_lost_with_its_first_token() -> None:
+    cluster = Cluster()
+    stream = await cluster.ask()
+    event = TimelineEvent(stream.record.request_id, Stage.HANDOFF_END, 1.0, "decode-0")
+    cluster.loop.deliver(WorkerOutput("decode-0", events=(event,)))
+    cluster.say(stream, 1, "b")
+    cluster.loop.worker_lost("prefill-0")
+    cluster.say(stream, 2, "c")
+    with pytest.raises(WorkerLost):
+        await collect(stream)
+
+
+async def test_a_prefill_worker_lost_after_its_work_is_done_hurts_nobody() -> None:
+    cluster = Cluster()
+    stream = await cluster.ask()
+    cluster.say(stream, 0, "a")
+    event = TimelineEvent(stream.record.request_id, Stage.HANDOFF_END, 1.0, "decode-0")
+    cluster.loop.deliver(WorkerOutput("decode-0", events=(event,)))
+    cluster.loop.worker_lost("prefill-0")
+    cluster.say(stream, 1, "bcd", FinishReason.LENGTH)
+    assert await collect(stream) == "abcd"
+
+
+async def test_drain_lets_no_prepared_request_in() -> None:
+    cluster = Cluster()
+    long = GenerateInput(text="x" * 30_000, sampling=SamplingInput(max_tokens=4))
+    task = asyncio.create_task(cluster.loop.generate(long))
+    await asyncio.sleep(0)
+    await cluster.loop.drain(0.1)
+    with pytest.raises(Unavailable):
+        await task
+
+
+async def test_a_deadline_while_placing() -> None:
+    cluster = Cluster()
+    given = GenerateInput(text="hi", sampling=SamplingInput(max_tokens=4), timeout_s=0.05)
+    stream = await cluster.loop.generate(given)
+    with pytest.raises(DeadlineExceeded):
+        await collect(stream)
+    assert any(isinstance(m, AbortRequest) for _, m in cluster.sent)
+    assert cluster.open == set()
+
+
+def test_merged_deltas_are_those_of_each_sample_joined() -> None:
+    deltas = [SampleDelta(i % 2, f"{i} ", (i,)) for i in range(6)] + [
+        SampleDelta(0, "end", (9,), (), FinishReason.STOP, "x")
+    ]
+    assert merge_deltas(deltas) == [
+        SampleDelta(0, "0 2 4 end", (0, 2, 4, 9), (), FinishReason.STOP, "x"),
+        SampleDelta(1, "1 3 5 ", (1, 3, 5)),
+    ]
