@@ -120,16 +120,16 @@ class LlamaModel:
         self.config = config
         self.dtype = dtype
         self.device = device
-        self._embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
-        self._layers = [DecoderLayer(config, i, dtype, device) for i in range(config.num_layers)]
-        self._norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
-        self._head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=device)
+        self.embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.layers = [DecoderLayer(config, i, dtype, device) for i in range(config.num_layers)]
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
+        self.head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=device)
         if config.tie_word_embeddings:
-            self._head.weight = self._embedding
+            self.head.weight = self.embedding
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[num_tokens] int64 → hidden states [num_tokens, hidden_size]"""
-        return self._embedding.index_select(0, input_ids)
+        return self.embedding.index_select(0, input_ids)
 
     def run_layers(
         self,
@@ -141,29 +141,29 @@ class LlamaModel:
         backend: AttentionBackend,
     ) -> torch.Tensor:
         """Layers `first` to `first + count`; `hidden` is overwritten and returned."""
-        for layer in self._layers[first : first + count]:
+        for layer in self.layers[first : first + count]:
             hidden = layer(hidden, rotary, rope, backend)
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_rows, hidden_size] → [num_rows, vocab_size] float32"""
-        return self._head(self._norm(hidden)).float()
+        return self.head(self.norm(hidden)).float()
 
     def weight_views(self) -> dict[str, torch.Tensor]:
         """Name in a Hugging Face checkpoint → the part of a weight that it fills."""
-        views = {"model.embed_tokens.weight": self._embedding, "model.norm.weight": self._norm.weight}
-        for i, layer in enumerate(self._layers):
+        views = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm.weight}
+        for i, layer in enumerate(self.layers):
             views |= layer.weight_views(f"model.layers.{i}")
         if not self.config.tie_word_embeddings:
-            views |= _linear_views("lm_head", self._head)
+            views |= _linear_views("lm_head", self.head)
         return views
 
     def finish_loading(self) -> None:
         """Lays the weights out for the device; `weight_views` is not valid afterwards."""
-        for layer in self._layers:
+        for layer in self.layers:
             for linear in layer.linears():
                 linear.finish_loading()
-        self._head.finish_loading()
+        self.head.finish_loading()
 
 
 def _linear_views(name: str, linear: Linear, first: int = 0, count: int | None = None) -> dict[str, torch.Tensor]:
