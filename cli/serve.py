@@ -179,7 +179,7 @@ def _announce(cluster: Cluster) -> None:
         f"Phasewise serves {cluster.model_name} ({first.dtype} on {first.device}, context {cluster.context_length}) "
         f"with {pools} at http://{http} and grpc {grpc}\n"
         f"Try:  curl http://{http}/v1/chat/completions -H 'Content-Type: application/json' "
-        """-d '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'""",
+        """-d '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}'""",
         flush=True,
     )
 
