@@ -95,7 +95,10 @@ class ModelRunner:
         # Only these rows go through the output head: it is as large as many layers.
         if len(sampled_rows) < len(hidden):
             hidden = hidden[torch.tensor(sampled_rows, device=hidden.device)]
-        logits = self._model.logits(hidden)
+        return self._sample_rows(batch, self._model.logits(hidden))
+
+    def _sample_rows(self, batch: ScheduledBatch, logits: torch.Tensor) -> tuple[tuple[SampledToken, ...], ...]:
+        """Tokens per item; logits: one row per item that samples, in order."""
         rows: list[SampleRow] = []
         logits_row = 0
         for item in batch.items:

@@ -19,6 +19,9 @@ from phasewise.core.messages import PrefillTask
 from phasewise.core.placement import WorkerId
 from phasewise.core.request import SampledToken
 
+CHUNK_STEP = 256
+"""Prompts are cut at multiples of it, where the budget allows."""
+
 
 @dataclass(slots=True, eq=False)
 class PrefillJob:
@@ -48,6 +51,14 @@ class PrefillJob:
     def move(self, status: RequestStatus) -> None:
         check_transition(self.status, status)
         self.status = status
+
+
+def _chunk(job: PrefillJob, budget: int) -> int:
+    """How much of a prompt runs next. A cut is made at a round number: attention kernels are planned per shape."""
+    num_left = job.sequence.num_uncomputed_tokens
+    if num_left <= budget:
+        return num_left
+    return budget if budget < CHUNK_STEP else budget // CHUNK_STEP * CHUNK_STEP
 
 
 class PrefillScheduler:
@@ -98,7 +109,7 @@ class PrefillScheduler:
         for job in self.running:
             if budget <= 0:
                 return planned
-            num_tokens = min(job.sequence.num_uncomputed_tokens, budget)
+            num_tokens = _chunk(job, budget)
             planned.append((job, num_tokens))
             budget -= num_tokens
         for job in list(self.waiting):
@@ -108,7 +119,7 @@ class PrefillScheduler:
                 continue
             if not self._admit(job):
                 break
-            num_tokens = min(job.sequence.num_uncomputed_tokens, budget)
+            num_tokens = _chunk(job, budget)
             planned.append((job, num_tokens))
             budget -= num_tokens
         return planned

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import socket
@@ -15,7 +16,7 @@ from decode_workers.reservations import ReservationQueue
 from decode_workers.scheduler import DecodeScheduler
 from engine.block_manager import BlockManager
 from engine.kv_cache import PagedKVCache
-from engine.loader import load_model
+from engine.loader import LoadedModel, load_model
 from engine.model_runner import ModelRunner
 from kv_transfer.link import Link
 from kv_transfer.receiver import KVReceiver
@@ -33,6 +34,8 @@ from prefill_workers.scheduler import PrefillScheduler
 from workers.profiler import measure_profile
 from workers.settings import WorkerSettings
 from workers.worker import LoopSettings, Runner, Worker, WorkerParts
+
+logger = logging.getLogger(__name__)
 
 CPU_TOKEN_BUDGET = 128  # a step stays short enough for an abort to be heard within a second
 GPU_TOKEN_BUDGET = 2048  # Splitwise, figure 6: prompt throughput falls beyond
@@ -84,10 +87,23 @@ def load_engine(settings: WorkerSettings, progress: Callable[[float], None], clo
     cache = PagedKVCache(spec, num_blocks, settings.device)
     capacity = num_blocks * spec.block_size
     max_model_len = min(config.model.max_model_len or capacity, loaded.config.max_position_embeddings, capacity)
-    runner = ModelRunner(loaded, cache, max_model_len)
+    runner = make_runner(loaded, cache, max_model_len, config.scheduler.max_running)
     profile = measure_profile(runner, config.cache.block_size, num_blocks, loaded.config.vocab_size, clock)
     progress(1.0)
     return LoadedEngine(runner, cache, max_model_len, profile)
+
+
+def make_runner(loaded: LoadedModel, cache: PagedKVCache, max_model_len: int, max_batch: int) -> ModelRunner:
+    """The fast runner on a GPU, the plain one elsewhere, and for shapes that the kernels do not know."""
+    head_dim = loaded.config.head_dim
+    if cache.device.type != "cuda":
+        return ModelRunner(loaded, cache, max_model_len)
+    if head_dim & (head_dim - 1) or head_dim < 16:
+        logger.warning("no fast kernels for head dim %d: using plain attention", head_dim)
+        return ModelRunner(loaded, cache, max_model_len)
+    from engine.cuda.runner import CudaModelRunner  # needs Triton, which CPU machines do not have
+
+    return CudaModelRunner(loaded, cache, max_model_len, max_batch=max_batch)
 
 
 def resolve_dtype(dtype: str, device: str) -> str:

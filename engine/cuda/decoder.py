@@ -1,0 +1,160 @@
+"""The Llama family on CUDA with few launches: the same weights and the same function as engine/models/llama.py.
+
+Norms are folded: the norm's weight goes into the product behind it when the model is loaded, and the row's 1 / rms,
+which is a scalar, is multiplied in after the product, where the next kernel reads its result anyway. Products that end
+in the residual stream add to it themselves. A layer is then
+
+    qkv = x · Wqkv          scale, bias, head norms, rotary, cache      (rope_and_cache)
+    attention               x += attended · Wo
+    gate_up = x · Wgu       scale, silu, product                         (silu_mul)
+                            x += act · Wdown
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from engine.cuda.kernels import gemv, rope_and_cache, row_scales, silu_mul, skinny_product, skinny_tile
+from engine.layers.linear import Linear
+from engine.layers.rotary import rope_frequencies
+from engine.models.llama import DecoderLayer, LlamaModel
+
+# From this many rows on one pass over x for all scales beats computing a row's scale in every program that needs it.
+_ROWS_FOR_SCALES = 65
+
+Attend = Callable[[int, torch.Tensor, torch.Tensor], None]
+"""(layer, qkv [num_tokens, heads, head_dim] with rotated queries and keys, out [num_tokens, num_heads, head_dim])"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    head_norms: tuple[torch.Tensor, torch.Tensor] | None
+    output: torch.Tensor
+    output_bias: torch.Tensor | None
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+
+class CudaDecoder:
+    """Runs layers of `model` over rows of tokens. Folds the model's norms on construction: the model stays valid."""
+
+    def __init__(self, model: LlamaModel, max_model_len: int) -> None:
+        config = model.config
+        self.config = config
+        self._model = model
+        self._eps = config.rms_norm_eps
+        self._layers = [_fold(layer) for layer in model.layers]
+        frequencies, factor = rope_frequencies(config.rope, config.head_dim)
+        angles = torch.arange(max_model_len, dtype=torch.float32).unsqueeze(1) * frequencies
+        self._rope = ((angles.cos() * factor).to(model.device), (angles.sin() * factor).to(model.device))
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self._model.embed(input_ids)
+
+    def run_layers(
+        self,
+        x: torch.Tensor,
+        first: int,
+        count: int,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        storage: torch.Tensor,
+        attend: Attend,
+    ) -> torch.Tensor:
+        """Layers `first` to `first + count`; x [num_tokens, hidden] is overwritten and returned.
+
+        positions, slots: [num_tokens] int64 (a negative slot writes no KV); storage: that of the PagedKVCache.
+        """
+        config, num_tokens = self.config, x.shape[0]
+        attended = x.new_empty(num_tokens, config.num_heads, config.head_dim)
+        flat = attended.view(num_tokens, -1)
+        act = x.new_empty(num_tokens, config.intermediate_size)
+        many = num_tokens >= _ROWS_FOR_SCALES
+        for index in range(first, first + count):
+            layer = self._layers[index]
+            scales = row_scales(x, self._eps) if many else None
+            qkv = _product(x, layer.qkv).view(num_tokens, -1, config.head_dim)
+            rope_and_cache(
+                qkv,
+                x,
+                scales,
+                layer.qkv_bias,
+                layer.head_norms,
+                self._rope,
+                positions,
+                slots,
+                storage[index],
+                self._eps,
+                config.num_heads,
+            )
+            attend(index, qkv, attended)
+            _add_product(x, flat, layer.output)
+            if layer.output_bias is not None:
+                x += layer.output_bias
+            scales = row_scales(x, self._eps) if many else None
+            gate_up = _product(x, layer.gate_up)
+            silu_mul(gate_up, x, scales, self._eps, act)
+            _add_product(x, act, layer.down)
+        return x
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """[num_rows, hidden] → [num_rows, vocab_size], in the model's dtype."""
+        return _product(self._model.norm(x), _weight(self._model.head))
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x · Wᵀ by the kernel that is fastest for so many rows."""
+    num_tokens, (rows, columns) = x.shape[0], weight.shape
+    if num_tokens == 1:
+        return gemv(x, weight, x.new_empty(1, rows), adds=False)
+    tile = skinny_tile(num_tokens, rows, columns, x.dtype)
+    if tile is not None:
+        return skinny_product(x, weight, x.new_empty(num_tokens, rows), tile, adds=False)
+    return torch.mm(x, weight.t())
+
+
+def _add_product(x: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor) -> None:
+    """x += inputs · Wᵀ, in one kernel."""
+    num_tokens, (rows, columns) = x.shape[0], weight.shape
+    tile = skinny_tile(num_tokens, rows, columns, x.dtype)
+    if num_tokens == 1:
+        gemv(inputs, weight, x, adds=True)
+    elif tile is not None:
+        skinny_product(inputs, weight, x, tile, adds=True)
+    else:
+        x.addmm_(inputs, weight.t())
+
+
+def _fold(layer: DecoderLayer) -> _Layer:
+    attention, mlp = layer.attention, layer.mlp
+    head_norms = None
+    if attention.query_norm is not None and attention.key_norm is not None:
+        head_norms = (attention.query_norm.weight, attention.key_norm.weight)
+    return _Layer(
+        qkv=_fold_norm(attention.qkv, layer.attention_norm.weight),
+        qkv_bias=attention.qkv.bias,
+        head_norms=head_norms,
+        output=_weight(attention.output),
+        output_bias=attention.output.bias,
+        gate_up=_fold_norm(mlp.gate_up, layer.mlp_norm.weight),
+        down=_weight(mlp.down),
+    )
+
+
+def _fold_norm(linear: Linear, norm: torch.Tensor) -> torch.Tensor:
+    """Multiplies the norm's weight into the product behind it, and leaves ones in its place."""
+    weight = _weight(linear)
+    for rows in weight.split(4096):  # in float32, without a second copy of the whole
+        rows.copy_(rows.float() * norm)
+    norm.fill_(1.0)
+    return weight
+
+
+def _weight(linear: Linear) -> torch.Tensor:
+    assert linear.weight is not None, "packed weights are for the CPU"
+    return linear.weight
