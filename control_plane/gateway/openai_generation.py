@@ -59,7 +59,7 @@ class Answer:
         self._choices = [Choice(index) for index in range(len(streams) * num_samples)]
         self._unechoed = set(range(len(streams))) if echo_texts is not None else set()
 
-    async def whole(self, envelope: Envelope, *, with_timeline: bool) -> bytes:
+    async def whole(self, envelope: Envelope, *, with_timeline: bool, with_token_ids: bool) -> bytes:
         """The body of an answer in one piece. Raises what the streams raise."""
         form = self._form
         try:
@@ -76,7 +76,10 @@ class Answer:
                     if delta.tokens and (logprobs := form.logprobs(choice, delta.tokens)) is not None:
                         choice.logprobs.append(logprobs)
             body = envelope.fields()
-            body["choices"] = [form.choice(choice) for choice in self._choices]
+            body["choices"] = [
+                form.choice(choice) | ({"token_ids": choice.token_ids} if with_token_ids else {})
+                for choice in self._choices
+            ]
             body["usage"] = self._usage()
             if with_timeline:
                 body["timeline"] = self._timeline()

@@ -50,6 +50,7 @@ class Choice:
     index: int
     text: list[str] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     has_begun: bool = False
@@ -59,6 +60,7 @@ class Choice:
     def take(self, delta: SampleDelta) -> None:
         """Adds what is new, for an answer in one piece."""
         self.text.append(delta.text)
+        self.token_ids.extend(delta.token_ids)
         if delta.finish_reason is not None:
             self.finish_reason = delta.finish_reason.value
             self.stop_reason = delta.stop_reason
@@ -216,21 +218,29 @@ class CompletionForm:
 class ChunkWriter:
     """Lines of one event stream."""
 
-    def __init__(self, envelope: Envelope, form: ChatForm | CompletionForm, wants_usage: bool) -> None:
+    def __init__(
+        self, envelope: Envelope, form: ChatForm | CompletionForm, wants_usage: bool, wants_token_ids: bool = False
+    ) -> None:
         self._envelope = envelope
         self._form = form
+        self._wants_token_ids = wants_token_ids
         self._head = "data: " + dumps(envelope.fields())[:-1] + ',"choices":[{"index":'
         # With include_usage every chunk has the field, null but in the last.
         self._tail = '}],"usage":null}\n\n' if wants_usage else "}]}\n\n"
 
     def delta(self, choice: Choice, delta: SampleDelta) -> bytes:
         """The event of one delta; nothing for a delta that brings the client nothing."""
-        if not (delta.text or delta.tokens or delta.finish_reason is not None) and choice.has_begun:
+        # With token ids every delta is news: their text may still be held back.
+        has_news = delta.text or delta.tokens or delta.finish_reason is not None or self._wants_token_ids
+        if not has_news and choice.has_begun:
             return b""
         finish, reason = "null", "null"
         if delta.finish_reason is not None:
             finish, reason = quote(delta.finish_reason.value), dumps(delta.stop_reason)
-        return self._chunk(choice, delta.text, delta.tokens, f'{finish},"stop_reason":{reason}')
+        finish = f'{finish},"stop_reason":{reason}'
+        if self._wants_token_ids:
+            finish += f',"token_ids":{dumps(list(delta.token_ids))}'
+        return self._chunk(choice, delta.text, delta.tokens, finish)
 
     def echo(self, choice: Choice, text: str, tokens: Sequence[TokenInfo]) -> bytes:
         """The prompt, as the beginning of a choice."""

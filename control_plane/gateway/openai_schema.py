@@ -68,6 +68,7 @@ class _GenerateBody(_Body):
     stop: Any = None  # a string or a list of strings: checked by `_stop`
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    return_token_ids: bool | None = None
     timeout: float | None = None
     cache_salt: str | None = None
     user: Any = None

@@ -187,14 +187,16 @@ class _Api:
     ) -> Response:
         receive, card = call.request.receive, self._service.model
         answer = await until_disconnect(receive, open_answer(self._service, inputs, form, echo_text))
-        kind = form.chunk_kind if body.stream else form.kind
+        kind, with_token_ids = form.chunk_kind if body.stream else form.kind, bool(body.return_token_ids)
         envelope = Envelope(
             form.prefix + call.request_id, kind, int(self._clock.unix_s()), card.name, _fingerprint(card)
         )
         try:
             if body.stream:
-                return await _stream(call, answer, ChunkWriter(envelope, form, body.wants_usage), body.wants_usage)
-            content = await until_disconnect(receive, answer.whole(envelope, with_timeline=call.wants_timeline))
+                writer = ChunkWriter(envelope, form, body.wants_usage, with_token_ids)
+                return await _stream(call, answer, writer, body.wants_usage)
+            whole = answer.whole(envelope, with_timeline=call.wants_timeline, with_token_ids=with_token_ids)
+            content = await until_disconnect(receive, whole)
             return Response(content, headers=call.headers, media_type="application/json")
         except BaseException:
             await answer.aclose()  # a client may leave before the work has even begun, and then it cleans nothing up

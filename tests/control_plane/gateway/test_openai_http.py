@@ -105,6 +105,20 @@ def test_seed_decides(client: openai.OpenAI, model: str) -> None:
     assert len({text(seed) for seed in range(4)}) > 1
 
 
+def test_token_ids_come_with_every_event(http: httpx.Client, model: str) -> None:
+    body: dict[str, Any] = {"model": model, "prompt": PROMPT, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    body["return_token_ids"] = True
+    (choice,) = http.post("/v1/completions", json=body).json()["choices"]
+    assert len(choice["token_ids"]) == 12
+    with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: {")]
+    events = [json.loads(line)["choices"][0] for line in lines]
+    assert [token_id for event in events for token_id in event["token_ids"]] == choice["token_ids"]
+    assert "".join(event["text"] for event in events) == choice["text"]
+    del body["return_token_ids"]
+    assert "token_ids" not in http.post("/v1/completions", json=body).json()["choices"][0]
+
+
 def test_stop_string_is_cut(client: openai.OpenAI, model: str) -> None:
     asked: dict[str, Any] = {"model": model, "messages": QUESTION, "temperature": 0, "max_tokens": 60}
     asked["extra_body"] = {"ignore_eos": True}  # an answer long enough to be cut, whatever the model
