@@ -107,19 +107,24 @@ class Launcher:
 
     def stop(self, *, drain_s: float) -> None:
         """Stops in order; requests that are open get `drain_s` to finish. May be called again, and half-way up."""
-        if self._is_up:
-            self._is_up = False
-            for step in (
-                lambda: self._ask(self._gateway.drain.remote(drain_s), drain_s + 10.0),
-                lambda: self._ask(self._control_plane.stop.remote(), 10.0),
-                lambda: self._ask_all([w.stop.remote() for w in self._workers.values()], 15.0),
-                lambda: self._ask(self._gateway.stop.remote(), 15.0),
-            ):
-                try:
-                    step()
-                except Exception as error:  # a process that is gone must not keep the others from ending
-                    logger.warning("while stopping: %s", " ".join(str(error).split())[:300])
-        self._exit.close()
+        try:
+            if self._is_up:
+                self._is_up = False
+                self._stop_in_order(drain_s)
+        finally:
+            self._exit.close()
+
+    def _stop_in_order(self, drain_s: float) -> None:
+        for step in (
+            lambda: self._ask(self._gateway.drain.remote(drain_s), drain_s + 10.0),
+            lambda: self._ask(self._control_plane.stop.remote(), 10.0),
+            lambda: self._ask_all([w.stop.remote() for w in self._workers.values()], 15.0),
+            lambda: self._ask(self._gateway.stop.remote(), 15.0),
+        ):
+            try:
+                step()
+            except Exception as error:  # a process that is gone must not keep the others from ending
+                logger.warning("while stopping: %s", " ".join(str(error).split())[:300])
 
     # ---- inside: start
 

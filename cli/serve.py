@@ -97,6 +97,7 @@ class _StopSignals:
     def __init__(self) -> None:
         self._ends: queue.SimpleQueue[str] | None = None
         self._count = 0
+        self._is_cleaning = False
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> _StopSignals:
@@ -119,10 +120,12 @@ class _StopSignals:
         self.install()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._ends is None or self._count:
-            raise KeyboardInterrupt
         self._count += 1
-        self._ends.put("")
+        if self._ends is not None and self._count == 1:
+            self._ends.put("")
+        elif not self._is_cleaning:
+            self._is_cleaning = True  # once is enough: what is being cleaned up must not be interrupted
+            raise KeyboardInterrupt
 
 
 class _StartUpDisplay:

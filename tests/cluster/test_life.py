@@ -55,6 +55,21 @@ def test_a_signal_leaves_no_process_no_shared_memory_no_port(
             assert probe.connect_ex((host, int(port))) != 0
 
 
+def test_an_impatient_user_leaves_nothing_behind_either(tiny_model: tuple[Path, Any]) -> None:
+    with served(str(tiny_model[0]), "--prefill", "0", "--decode", "0", "--mixed", "1") as cluster:
+        with phasewise.Client(cluster.grpc, max_retries=0) as client:
+            stream = iter(client.stream(token_ids=[1, 2, 3], max_tokens=8000, temperature=0.0, ignore_eos=True))
+            next(stream)
+            cluster.signal(signal.SIGINT)
+            until(lambda: any("stopping" in line for line in cluster.lines), 10.0)
+            for _ in range(4):  # the first of these asks for an end at once, the others come while it is being made
+                cluster.signal(signal.SIGINT)
+            assert cluster.wait_end() == 130
+            with pytest.raises(phasewise.ServingError):
+                list(stream)
+        assert session_processes(cluster.pid) == []
+
+
 def test_shutdown_lets_open_requests_finish(tiny_model: tuple[Path, Any]) -> None:
     with served(str(tiny_model[0])) as cluster, phasewise.Client(cluster.grpc, max_retries=0) as client:
         stream = client.stream(token_ids=[1, 2, 3], max_tokens=300, temperature=0.0, ignore_eos=True)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -23,8 +26,10 @@ class Served:
     """A running cluster. `http` and `grpc` are its addresses, `lines` all that it printed so far."""
 
     def __init__(self, arguments: list[str]) -> None:
+        self._temp = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))  # short: it holds Unix sockets
         self._process = subprocess.Popen(
             [PHASEWISE, "serve", *arguments],
+            env={**os.environ, "TMPDIR": str(self._temp)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -44,12 +49,19 @@ class Served:
         assert self._ready.wait(START_TIMEOUT_S), "\n".join(self.lines)
         assert self.http, "the cluster did not start:\n" + "\n".join(self.lines)
 
+    def folders(self) -> list[str]:
+        """What the cluster's processes have left in the folder for temporary files."""
+        return [str(path) for path in self._temp.iterdir()]
+
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
     def wait_end(self, timeout_s: float = 60.0) -> int:
         code = self._process.wait(timeout_s)
         self._reader.join(10.0)
+        left = self.folders() if self._temp.exists() else []
+        shutil.rmtree(self._temp, ignore_errors=True)
+        assert left == [], left
         return code
 
     def status(self) -> dict[str, Any]:
