@@ -344,7 +344,7 @@ def silu_mul(
 
 @dataclass(frozen=True, slots=True)
 class DecodeTile:
-    """How a decode attention program works. The fastest of some 20 per batch size on an H100 (benchmarks/engine.py)."""
+    """How a decode attention program works. The fastest of some 20 per batch size tried on an H100."""
 
     keys: int
     num_splits: int
