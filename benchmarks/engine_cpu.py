@@ -129,7 +129,7 @@ def run_ours(loaded: LoadedModel, prompts: list[list[int]]) -> tuple[float, floa
     ]
 
     def step() -> None:
-        items = tuple(ScheduledSequence(sequence, sequence.num_uncomputed_tokens, 1) for sequence in sequences)
+        items = tuple(ScheduledSequence(sequence, sequence.num_unscheduled_tokens, 1) for sequence in sequences)
         for item, (token,) in zip(items, runner.run(ScheduledBatch(items)).tokens, strict=True):
             item.sequence.num_computed_tokens += item.num_tokens
             item.sequence.token_ids.append(token.token_id)

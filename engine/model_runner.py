@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from engine.attention.select import select_backend
-from engine.batch import ScheduledBatch, ScheduledSequence, StepResult
+from engine.batch import ComputedStep, PendingStep, ScheduledBatch, ScheduledSequence, StepResult
 from engine.forward_inputs import build_forward_inputs
 from engine.kv_cache import PagedKVCache
 from engine.layers.rotary import RotaryEmbedding
@@ -40,6 +40,20 @@ class ModelRunner:
         with torch.inference_mode():
             self._rotary = RotaryEmbedding(loaded.config, max_model_len, loaded.model.dtype, loaded.model.device)
         self._backend = select_backend(attention, kv_cache, loaded.config.windows)
+
+    @property
+    def num_steps_ahead(self) -> int:
+        """How many steps may be submitted beyond the one that is collected next: none, `submit` computes at once."""
+        return 0
+
+    def submit(
+        self,
+        batch: ScheduledBatch,
+        on_layers_done: Callable[[int, int], None] | None = None,
+        layers_per_group: int = 0,
+    ) -> PendingStep:
+        """Begins a step. Arguments and errors as for `run`."""
+        return ComputedStep(self.run(batch, on_layers_done, layers_per_group))
 
     @torch.inference_mode()
     def run(
@@ -113,7 +127,7 @@ class ModelRunner:
     ) -> tuple[SampledToken, ...]:
         """Describes the prompt tokens that follow this chunk's tokens."""
         sequence, wanted = item.sequence, item.sequence.sampling.prompt_logprobs
-        start = sequence.num_computed_tokens + 1
+        start = item.start + 1
         targets = sequence.token_ids[start : min(start + item.num_tokens, sequence.num_prompt_tokens)]
         if wanted is None or not targets:
             return ()

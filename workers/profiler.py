@@ -27,7 +27,7 @@ def measure_profile(runner: Runner, block_size: int, num_blocks: int, vocab_size
     def seconds(items: list[tuple[int, int]]) -> float:
         step = _step(items, block_size, vocab_size)
         start_s = clock.now_s()
-        runner.run(step)
+        runner.submit(step).collect()
         return clock.now_s() - start_s
 
     for first_use in ([(0, short_prompt)], [(short_prompt, 1)]):

@@ -203,7 +203,7 @@ class GpuEngine:
         for sequence, num_tokens in work:
             missing = self.blocks.blocks_for(sequence.num_computed_tokens + num_tokens) - len(sequence.block_table)
             sequence.block_table += self.blocks.allocate(max(missing, 0))
-            items.append(ScheduledSequence(sequence, num_tokens, int(num_tokens == sequence.num_uncomputed_tokens)))
+            items.append(ScheduledSequence(sequence, num_tokens, int(num_tokens == sequence.num_unscheduled_tokens)))
         result = self.runner.run(ScheduledBatch(tuple(items)))
         for item, tokens in zip(items, result.tokens, strict=True):
             item.sequence.num_computed_tokens += item.num_tokens
@@ -214,7 +214,7 @@ class GpuEngine:
         params = SamplingParams(**{"temperature": 0.0, **sampling})
         sequences = [Sequence("r", params, list(p), len(p)) for p in prompts]
         while running := [s for s in sequences if s.num_output_tokens < num_tokens]:
-            self.step([(s, min(s.num_uncomputed_tokens, chunk)) for s in running])
+            self.step([(s, min(s.num_unscheduled_tokens, chunk)) for s in running])
         for sequence in sequences:
             self.blocks.release(sequence.block_table)
         return [s.token_ids[s.num_prompt_tokens :] for s in sequences]
