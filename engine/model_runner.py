@@ -46,6 +46,9 @@ class ModelRunner:
         """How many steps may be submitted beyond the one that is collected next: none, `submit` computes at once."""
         return 0
 
+    def warm_up(self, token_budget: int) -> None:
+        """Does what would hold up the first steps of up to `token_budget` tokens. Call it before the cache is used."""
+
     def submit(
         self,
         batch: ScheduledBatch,
@@ -117,7 +120,7 @@ class ModelRunner:
         logits_row = 0
         for item in batch.items:
             if item.num_samples:
-                rows += [SampleRow(item.sequence, index, logits_row) for index in _sample_indices(item)]
+                rows += [SampleRow(item.sequence, index, logits_row) for index in sample_indices(item)]
                 logits_row += 1
         tokens = iter(sample(logits, rows))
         return tuple(tuple(next(tokens) for _ in range(item.num_samples)) for item in batch.items)
@@ -139,6 +142,6 @@ class ModelRunner:
         return tuple(described)
 
 
-def _sample_indices(item: ScheduledSequence) -> list[int]:
+def sample_indices(item: ScheduledSequence) -> list[int]:
     """A single sample continues the sequence it belongs to; several are the first tokens of samples 0 to n - 1."""
     return [item.sequence.sample_index] if item.num_samples == 1 else list(range(item.num_samples))

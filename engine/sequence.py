@@ -25,10 +25,10 @@ class Sequence:
     sample_index: int = 0
     cache_salt: str = ""
     num_computed_tokens: int = 0
-    num_in_flight_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     # Owned by BlockManager.publish: the hash chain of the blocks that are in the prefix cache already.
     block_hashes: list[bytes] = field(default_factory=list)
+    num_in_flight_tokens: int = 0
 
     @property
     def num_tokens(self) -> int:

@@ -88,6 +88,7 @@ def load_engine(settings: WorkerSettings, progress: Callable[[float], None], clo
     capacity = num_blocks * spec.block_size
     max_model_len = min(config.model.max_model_len or capacity, loaded.config.max_position_embeddings, capacity)
     runner = make_runner(loaded, cache, max_model_len, config.scheduler.max_running)
+    runner.warm_up(token_budget(config, settings.device))
     profile = measure_profile(runner, config.cache.block_size, num_blocks, loaded.config.vocab_size, clock)
     progress(1.0)
     return LoadedEngine(runner, cache, max_model_len, profile)
@@ -104,6 +105,11 @@ def make_runner(loaded: LoadedModel, cache: PagedKVCache, max_model_len: int, ma
     from engine.cuda.runner import CudaModelRunner  # needs Triton, which CPU machines do not have
 
     return CudaModelRunner(loaded, cache, max_model_len, max_batch=max_batch)
+
+
+def token_budget(config: ServingConfig, device: str) -> int:
+    """Most tokens in one step of a worker."""
+    return config.scheduler.token_budget or (CPU_TOKEN_BUDGET if device == "cpu" else GPU_TOKEN_BUDGET)
 
 
 def resolve_dtype(dtype: str, device: str) -> str:
@@ -135,7 +141,7 @@ def assemble(
 ) -> Worker:
     """Wires a worker around an engine."""
     spec, scheduler, transfer = info.kv_spec, config.scheduler, config.transfer
-    budget = scheduler.token_budget or (CPU_TOKEN_BUDGET if info.device == "cpu" else GPU_TOKEN_BUDGET)
+    budget = token_budget(config, info.device)
     blocks = BlockManager(info.num_kv_blocks, spec.block_size, prefix_caching=config.cache.prefix_caching)
     outbox = Outbox(info.worker_id, ports.gateways, clock)
     sender = KVSender(info.worker_id, cache.storage, spec, ports.link, ports.peers, clock, transfer.window_mib * 2**20)
