@@ -198,7 +198,7 @@ def offline_seconds(bench: Bench, count: int, prompt: int, output: int) -> float
         spec,
         bench.cache.num_blocks,
         9216,
-        DeviceProfile(0, 0, 0, 0),
+        DeviceProfile.linear(0, 0, 0, 0),
     )
     config = build_config(
         {"scheduler": {"token_budget": 4096, "max_running": 512}, "cache": {"prefix_caching": False}},

@@ -196,7 +196,7 @@ def test_every_stage_of_a_timeline_is_on_the_page() -> None:
 def exported_metrics() -> set[str]:
     """Names of all metrics as a scrape has them, `_total` included."""
     spec = KVCacheSpec(1, 1, 64, 16, "float32")
-    profile = DeviceProfile(0.0, 0.0, 0.0, 0.0)
+    profile = DeviceProfile.linear(0.0, 0.0, 0.0, 0.0)
     info = WorkerInfo("prefill-0", WorkerRole.PREFILL, 1, "host", "cpu", "float32", 1, spec, 8, 128, profile)
     load = WorkerLoad(
         "prefill-0",

@@ -36,7 +36,7 @@ def measure_profile(runner: Runner, block_size: int, num_blocks: int, vocab_size
     one_s, many_s = seconds([(short_prompt, 1)]), seconds([(short_prompt, 1)] * batch)
     token_s = max(long_s - short_s, 0.0) / max(long_prompt - short_prompt, 1)
     sequence_s = max(many_s - one_s, 0.0) / max(batch - 1, 1)
-    return DeviceProfile(
+    return DeviceProfile.linear(
         prefill_base_s=max(short_s - short_prompt * token_s, 0.0),
         prefill_token_s=token_s,
         decode_base_s=max(one_s - sequence_s, 0.0),
