@@ -56,7 +56,7 @@ class Grid:
 
 
 def start_up_grid(device: str, token_budget: int, max_running: int) -> Grid:
-    """A second on a CPU, some three on a GPU. A worker on a busy machine measures itself slower than it is, which is
+    """Few and small enough for every start. A worker on a busy machine measures itself slower than it is, which is
     what a router should believe at that moment."""
     if device == "cpu":
         return Grid((12, 96), (0,), (1, 8), (12,), 1)

