@@ -72,22 +72,16 @@ def full_grid(token_budget: int, max_running: int) -> Grid:
     return Grid(prompts, (0, *contexts), batches, (128, *contexts), 7)
 
 
-def measure_profile(
-    engine: PreparedEngine,
-    grid: Grid,
-    clock: Clock,
-    budget_s: float = float("inf"),
-    progress: Callable[[], None] = lambda: None,
-) -> DeviceProfile:
-    """Measures the steps of `grid`, smaller ones first, half of `budget_s` for each phase.
+def measure_profile(engine: PreparedEngine, grid: Grid, clock: Clock, budget_s: float = 1e9) -> DeviceProfile:
+    """Measures the steps of `grid`, smaller ones first; at most half of `budget_s` goes to prefill.
 
     A step that would not end in its time, as the points so far foretell it, is left out; each phase has one point at
-    least. `progress` is called after each point.
+    least.
     """
     timer = _StepTimer(engine, clock)
-    half_s = budget_s / 2
-    prompts = _measure(timer.prefill_s, timer.prefill_cells(grid), grid.repeats, clock, half_s, progress)
-    decodes = _measure(timer.decode_s, timer.decode_cells(grid), grid.repeats, clock, half_s, progress)
+    end_s = clock.now_s() + budget_s
+    prompts = _measure(timer.prefill_s, timer.prefill_cells(grid), grid.repeats, clock, end_s - budget_s / 2)
+    decodes = _measure(timer.decode_s, timer.decode_cells(grid), grid.repeats, clock, end_s)
     decodes = [Point(p.size, p.size * p.context_tokens, p.seconds) for p in decodes]
     return DeviceProfile(StepTimes(tuple(prompts)), StepTimes(tuple(decodes)), engine.facts)
 
@@ -187,12 +181,10 @@ def _measure(
     cells: list[tuple[int, int]],
     repeats: int,
     clock: Clock,
-    budget_s: float,
-    progress: Callable[[], None],
+    end_s: float,
 ) -> list[Point]:
-    """Points (size, context, median seconds) of `cells`, as far as `budget_s` goes."""
+    """Points (size, context, median seconds) of `cells`, as far as the time until `end_s` goes."""
     points: list[Point] = []
-    end_s = clock.now_s() + budget_s
     for number, (size, context) in enumerate(cells):
         left_s = end_s - clock.now_s()
         if points and 2 * StepTimes(tuple(points)).seconds(size, context) > left_s:
@@ -203,7 +195,6 @@ def _measure(
         num_runs = repeats if affordable >= repeats else max(int(affordable), 1)
         median_s = statistics.median(seconds(size, context) for _ in range(num_runs))
         points.append(Point(size, context, round(median_s, 7)))
-        progress()
     return points
 
 
