@@ -201,7 +201,7 @@ def mixed_worker(bench: Bench, load: OfflineLoad) -> Worker:
         spec,
         bench.cache.num_blocks,
         9216,
-        DeviceProfile(0, 0, 0, 0),
+        DeviceProfile.linear(0, 0, 0, 0),
     )
     config = build_config(
         {"scheduler": {"token_budget": 4096, "max_running": 512}, "cache": {"prefix_caching": False}},

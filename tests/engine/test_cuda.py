@@ -326,7 +326,7 @@ class Outputs:
 def serve(engine: GpuEngine, requests: list[Request], num_blocks: int) -> dict[tuple[str, int], list[int]]:
     """All requests at once through a worker's loop, which is a step ahead of what it has seen."""
     outputs, spec = Outputs(), engine.loaded.kv_cache_spec(16)
-    profile = DeviceProfile(0, 0, 0, 0)
+    profile = DeviceProfile.linear(0, 0, 0, 0)
     info = WorkerInfo("w", WorkerRole.MIXED, 0, "", "cuda", "float32", 1, spec, num_blocks, 512, profile)
     config = build_config({"scheduler": {"token_budget": 64, "max_running": 16}}, source="test")
     ports = Ports(outputs, outputs, outputs, outputs)

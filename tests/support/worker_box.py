@@ -72,7 +72,7 @@ class WorkerBox:
                 SPEC,
                 num_blocks,
                 num_blocks * SPEC.block_size,
-                DeviceProfile(0.0, 0.001, 0.0, 0.001),
+                DeviceProfile.linear(0.0, 0.001, 0.0, 0.001),
             )
             ports = Ports(self, self, self, link)
             worker = assemble(info, self.runners[worker_id], cache, self.config, ports, self.clock)
