@@ -24,7 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import phasewise
-from benchmarks.offline import Load, device_name, load_lone_engine, model_path, offline_seconds, write_result
+from benchmarks.offline import (
+    Load,
+    device_name,
+    load_lone_engine,
+    local_device,
+    model_path,
+    offline_seconds,
+    write_result,
+)
 from phasewise.core.config import load_config
 from phasewise.core.model_source import model_facts, resolve_model
 
@@ -60,7 +68,7 @@ def write_config(folder: Path, arguments: argparse.Namespace) -> Path:
     file = folder / "cluster.yaml"
     nobody = {"workers": 0}
     values = {
-        "model": {"path": model_path(arguments.model, folder), "max_model_len": 9216},
+        "model": {"path": model_path(arguments.model, folder), "device": local_device(), "max_model_len": 9216},
         "pools": {"prefill": nobody, "decode": nobody, "mixed": {"workers": 1}},
         "cache": {"kv_cache_gib": arguments.kv_cache_gib, "prefix_caching": False},
         "scheduler": {"token_budget": arguments.token_budget, "max_running": 512},

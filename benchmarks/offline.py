@@ -133,11 +133,8 @@ class LoneWorker:
 
 
 def load_lone_engine(config: ServingConfig) -> tuple[WorkerSettings, LoadedEngine]:
-    """The engine of the cluster's first worker, in this process."""
-    device = config.model.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = worker_settings(config, device, None)[0]
+    """The engine of the cluster's first worker, in this process. The configuration names the device."""
+    settings = worker_settings(config, config.model.device, None)[0]
     return settings, load_engine(settings, lambda share: None, MonotonicClock())
 
 
@@ -161,6 +158,11 @@ def offline_seconds(settings: WorkerSettings, engine: LoadedEngine, load: Load, 
     start_s = time.perf_counter()
     lone.worker.run()
     return end_s - start_s
+
+
+def local_device() -> str:
+    """For `model.device`, which here is never `auto`: a GPU that Ray does not find must not become a CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def device_name(device: str) -> str:

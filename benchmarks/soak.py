@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.offline import LoneWorker, device_name, load_lone_engine, model_path, write_result
+from benchmarks.offline import LoneWorker, device_name, load_lone_engine, local_device, model_path, write_result
 from phasewise.core.config import ServingConfig, build_config
 from phasewise.core.messages import AbortRequest, WorkerLoad, WorkerOutput
 from phasewise.core.model_source import model_facts, resolve_model
@@ -303,6 +303,7 @@ def main() -> None:
         values = {
             "model": {
                 "path": model_path(arguments.model, Path(folder)),
+                "device": local_device(),
                 "max_model_len": arguments.max_prompt + arguments.max_output,
             },
             "pools": {"prefill": nobody, "decode": nobody, "mixed": {"workers": 1}},
