@@ -60,7 +60,7 @@ def main() -> None:
         engine = run_engine_alone(config, arguments)
         with Cluster(config) as cluster:
             whole = {load.name: asyncio.run(measure_cluster(cluster, load, arguments.rounds)) for load in loads}
-    report(loads, engine, whole, arguments.output)
+    report(loads, engine, whole, PEER if arguments.model == "8b" else {}, arguments.output)
 
 
 def write_config(folder: Path, arguments: argparse.Namespace) -> Path:
@@ -164,7 +164,9 @@ async def one_request(client: phasewise.AsyncClient, prompt: list[int], num_toke
         raise SystemExit(f"a request gave {count} tokens instead of {num_tokens}")
 
 
-def report(loads: list[Load], engine: dict[str, Any], whole: dict[str, Any], output: Path | None) -> None:
+def report(
+    loads: list[Load], engine: dict[str, Any], whole: dict[str, Any], peer: dict[str, int], output: Path | None
+) -> None:
     rows, rounds, busy = [], {}, {}
     for load in loads:
         ours, alone = whole[load.name]["seconds"], engine["seconds"][load.name]
@@ -176,7 +178,7 @@ def report(loads: list[Load], engine: dict[str, Any], whole: dict[str, Any], out
         print("  busy cores: " + ", ".join(f"{k} {v:.2f}" for k, v in whole[load.name]["busy_cores"].items()))
         row = {"case": load.name, "unit": "tokens/s", "ours": round(rates[0], 1), "floor": round(rates[1], 1)}
         figures = {"must": round(MUST * rates[1], 1), "goal": round(GOAL * rates[1], 1), "better": "high"}
-        rows.append({**row, "peer": PEER.get(load.name), **figures})
+        rows.append({**row, "peer": peer.get(load.name), **figures})
         row = {"case": f"{load.name}, share of the engine alone", "unit": "%", "ours": round(share, 2), "floor": 100}
         rows.append({**row, "peer": None, "must": 100 * MUST, "goal": 100 * GOAL, "better": "high"})
         rounds[load.name] = {"cluster": _rounded(ours), "engine alone": _rounded(alone)}
