@@ -1,6 +1,6 @@
 """The engine on a CPU against transformers: SmolLM2-135M, float32, the same GGUF weights, the same number of threads.
 
-    python benchmarks/engine_cpu.py [--rounds 3] [--threads 1 2]
+    python -m benchmarks.engine_cpu [--rounds 3] [--threads 1 2]
 
 Ours and theirs run in turns and the best round of each counts, because other work on the machine disturbs both. The
 floor of a step is the larger of its bytes over the measured read bandwidth and its operations over the measured rate.
@@ -203,7 +203,7 @@ def report(rows: list[Row]) -> None:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "command": " ".join(["python", "benchmarks/engine_cpu.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "benchmarks.engine_cpu", *sys.argv[1:]]),
         "date": datetime.now(UTC).date().isoformat(),
         "rows": [asdict(row) for row in rows],
     }
