@@ -2,7 +2,8 @@
 
 The engine runs first, in a process of its own that ends before `phasewise serve` starts on the same device with the
 same configuration. Tokens/s count from the first request sent to the last token received; the best round of each
-counts. Beside them: the CPU time that each process took, as a share of one core while the load ran.
+counts. Beside them: the CPU time that each process took, as a share of one core while the load ran. On a CPU engine
+and gateway share the cores, so there the share says little and the CPU time all.
 
     python -m benchmarks.cluster --output benchmarks/results/cluster-h100.json
     python -m benchmarks.cluster --model tiny --loads 512x32x32 --kv-cache-gib 0.1
