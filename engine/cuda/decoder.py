@@ -23,7 +23,7 @@ from engine.layers.rotary import rope_frequencies
 from engine.models.llama import DecoderLayer, LlamaModel
 
 # From this many rows on one pass over x for all scales beats computing a row's scale in every program that needs it.
-_ROWS_FOR_SCALES = 65
+_ROWS_FOR_SCALES = 257
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer, qkv [num_tokens, heads, head_dim] with rotated queries and keys, out [num_tokens, num_heads, head_dim]) →
