@@ -76,6 +76,7 @@ PREFILL = {
 }
 OFFLINE = {(512, 512, 128): (None, 6811, 7150, 7500), (256, 1024, 256): (None, 5635, 5900, 6300)}
 BLOCK = 16
+TOKEN_BUDGET = 16_384  # of the offline loads: fewer, larger steps of prompts
 
 
 class Bench:
@@ -86,7 +87,7 @@ class Bench:
         self.cache = PagedKVCache(loaded.kv_cache_spec(BLOCK), num_blocks, "cuda")
         self.cache.storage.normal_()
         self.runner = CudaModelRunner(loaded, self.cache, 9216, max_batch=512)
-        self.runner.warm_up(4096)
+        self.runner.warm_up(TOKEN_BUDGET)
         self.rows: list[dict[str, Any]] = []
 
     def add(self, case: str, unit: str, ours: float, figures: tuple[Any, ...], better: str) -> None:
@@ -204,7 +205,7 @@ def mixed_worker(bench: Bench, load: OfflineLoad) -> Worker:
         DeviceProfile.linear(0, 0, 0, 0),
     )
     config = build_config(
-        {"scheduler": {"token_budget": 4096, "max_running": 512}, "cache": {"prefix_caching": False}},
+        {"scheduler": {"token_budget": TOKEN_BUDGET, "max_running": 512}, "cache": {"prefix_caching": False}},
         source="benchmark",
     )
     return assemble(info, bench.runner, bench.cache, config, Ports(load, load, load, load), MonotonicClock())

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +49,14 @@ class StepOutputs:
     tokens: torch.Tensor | None
 
 
+class Capture:
+    """Memory and a stream, which owns the libraries' workspaces, for graphs that never run beside each other."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream()
+
+
 class _Graph:
     """Captures `_step`, which reads what `_upload` sends."""
 
@@ -58,13 +65,13 @@ class _Graph:
         self._static = torch.zeros(num_bytes, dtype=torch.uint8, device=parts.kv_cache.device)
         self._graph = torch.cuda.CUDAGraph()
 
-    def _capture(self, pool: Any) -> None:
-        stream = torch.cuda.Stream()
+    def _capture(self, capture: Capture) -> None:
+        stream = capture.stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._step()  # compiles kernels and sets libraries up, which a capture must not see
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self._graph, pool=pool):
+        with torch.cuda.graph(self._graph, pool=capture.pool, stream=stream):
             self._outputs = self._step()
 
     def _replay(self) -> StepOutputs:
@@ -78,11 +85,11 @@ class _Graph:
 class DecodeGraph(_Graph):
     """A decode step of the first `batch` rows."""
 
-    def __init__(self, parts: StepParts, batch: int, pool: Any) -> None:
+    def __init__(self, parts: StepParts, batch: int, capture: Capture) -> None:
         super().__init__(parts, 3 * aligned(8 * batch) + aligned(4 * batch))
         self.batch = batch
         self._inputs = self._upload(TokenRows.padding(batch), np.zeros(batch, dtype=np.int32))
-        self._capture(pool)
+        self._capture(capture)
 
     def submit(self, tokens: TokenRows, contexts: np.ndarray) -> StepOutputs:
         self._upload(tokens, contexts)
@@ -119,14 +126,14 @@ class PromptGraph(_Graph):
     takes the host longer than the device computes. Row i of the logits is that of chunk i's last token.
     """
 
-    def __init__(self, parts: StepParts, num_tokens: int, pool: Any) -> None:
+    def __init__(self, parts: StepParts, num_tokens: int, capture: Capture) -> None:
         self.num_tokens = num_tokens
         self._num_tiles = num_tokens // prompt_tile(parts.kv_cache.storage.dtype)[0] + PROMPT_CHUNKS
         width = parts.rows.tables.shape[1]
         arrays = 4 * (PROMPT_CHUNKS * width + 2 * self._num_tiles + 3 * PROMPT_CHUNKS) + 8 * PROMPT_CHUNKS
         super().__init__(parts, 3 * aligned(8 * num_tokens) + arrays + 4 * aligned(0))
         self._inputs = self._upload([], TokenRows.padding(0))
-        self._capture(pool)
+        self._capture(capture)
 
     def submit(self, chunks: Seq[PromptChunk], tokens: TokenRows) -> StepOutputs:
         self._upload(chunks, tokens)
@@ -176,8 +183,8 @@ def decode_batches(max_batch: int) -> list[int]:
 
 def capture_all(parts: StepParts, max_batch: int) -> tuple[list[DecodeGraph], list[PromptGraph]]:
     """Graphs by growing size; captured from the largest down, so that all fit into the memory of the first."""
-    pool = torch.cuda.graph_pool_handle()
-    prompts = [PromptGraph(parts, num_tokens, pool) for num_tokens in reversed(PROMPT_TOKENS)]
-    decodes = [DecodeGraph(parts, batch, pool) for batch in reversed(decode_batches(max_batch))]
+    of_prompts, of_decodes = Capture(), Capture()
+    prompts = [PromptGraph(parts, num_tokens, of_prompts) for num_tokens in reversed(PROMPT_TOKENS)]
+    decodes = [DecodeGraph(parts, batch, of_decodes) for batch in reversed(decode_batches(max_batch))]
     torch.cuda.synchronize()
     return decodes[::-1], prompts[::-1]
