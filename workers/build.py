@@ -16,7 +16,7 @@ from decode_workers.reservations import ReservationQueue
 from decode_workers.scheduler import DecodeScheduler
 from engine.block_manager import BlockManager
 from engine.kv_cache import PagedKVCache
-from engine.loader import LoadedModel, load_model
+from engine.loader import LoadedModel, check_fp8, load_model
 from engine.model_runner import ModelRunner
 from kv_transfer.link import Link
 from kv_transfer.receiver import KVReceiver
@@ -59,6 +59,7 @@ class LoadedEngine:
     cache: PagedKVCache
     max_model_len: int
     profile: DeviceProfile
+    dtype: str
 
 
 def load_engine(settings: WorkerSettings, progress: Callable[[float], None], clock: Clock) -> LoadedEngine:
@@ -66,18 +67,22 @@ def load_engine(settings: WorkerSettings, progress: Callable[[float], None], clo
 
     Raises:
         ModelLoadError: the model's files are at fault.
-        ConfigError: the cache is too small for a single block.
+        ConfigError: the cache is too small for a single block, or fp8 is wanted where it cannot be computed.
     """
     torch.set_num_threads(settings.num_threads)
     config = settings.config
+    dtype = resolve_dtype(config.model.dtype, settings.device)
+    check_fp8("model.weights", config.model.weights, dtype=dtype, device=settings.device)
+    check_fp8("cache.dtype", config.cache.dtype, dtype=dtype, device=settings.device)
     loaded = load_model(
         resolve_model(config.model.path),
-        dtype=resolve_dtype(config.model.dtype, settings.device),
+        dtype=dtype,
+        weights=config.model.weights,
         device=settings.device,
         seed=config.model.seed,
         progress=lambda share: progress(0.95 * share),
     )
-    spec = loaded.kv_cache_spec(config.cache.block_size)
+    spec = loaded.kv_cache_spec(config.cache.block_size, config.cache.dtype)
     num_blocks = int(config.cache.kv_cache_gib * 2**30) // spec.bytes_per_block
     if num_blocks < 2:
         raise ConfigError(
@@ -90,7 +95,7 @@ def load_engine(settings: WorkerSettings, progress: Callable[[float], None], clo
     runner = make_runner(loaded, cache, max_model_len, config.scheduler.max_running)
     profile = measure_profile(runner, config.cache.block_size, num_blocks, loaded.config.vocab_size, clock)
     progress(1.0)
-    return LoadedEngine(runner, cache, max_model_len, profile)
+    return LoadedEngine(runner, cache, max_model_len, profile, loaded.dtype)
 
 
 def make_runner(loaded: LoadedModel, cache: PagedKVCache, max_model_len: int, max_batch: int) -> ModelRunner:
@@ -121,7 +126,7 @@ def worker_info(settings: WorkerSettings, engine: LoadedEngine) -> WorkerInfo:
         pid=os.getpid(),
         host=socket.gethostname(),
         device=settings.device,
-        dtype=engine.cache.spec.dtype,
+        dtype=engine.dtype,
         num_threads=settings.num_threads,
         kv_spec=engine.cache.spec,
         num_kv_blocks=engine.cache.num_blocks,
