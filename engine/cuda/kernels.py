@@ -4,18 +4,21 @@ The norms are folded into the products around them (engine/cuda/decoder.py): a p
 and the kernel behind it multiplies by each row's 1 / rms. So a layer is four products and three kernels.
 
 Shapes: x [num_tokens, hidden]; qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]; the cache's K and V of a
-layer [num_slots, num_kv_heads, head_dim]. Strides are those of contiguous tensors. Head dims are powers of two.
+layer [num_slots, num_kv_heads, head_dim], in x's dtype or fp8. Strides are those of contiguous tensors. Head dims are
+powers of two.
 """
 
 # ruff: noqa: SIM108 (a branch on a constant is decided when the kernel is compiled; a ternary would not be)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
+
+from engine.layers.fp8 import FP8_DTYPE
 
 
 @triton.jit
@@ -98,6 +101,14 @@ def _rope_and_cache_kernel(
     sin = tl.load(sin_ptr + position * half + lane, mask=lane < half, other=0.0)[None, :]
     rotated_first = tl.where(is_value[:, None], first, first * cos - second * sin)
     rotated_second = tl.where(is_value[:, None], second, second * cos + first * sin)
+    cache_dtype = keys_ptr.dtype.element_ty
+    if cache_dtype == tl.float8e4nv:
+        # Rounded here, so that prompts attend in this step to what later steps will read: it does not matter then where
+        # a prompt is cut. Clamped, because fp8 has NaN beyond its largest number.
+        stored_first = tl.clamp(rotated_first, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(cache_dtype)
+        stored_second = tl.clamp(rotated_second, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(cache_dtype)
+        rotated_first = tl.where(is_query[:, None], rotated_first, stored_first.to(tl.float32))
+        rotated_second = tl.where(is_query[:, None], rotated_second, stored_second.to(tl.float32))
     dtype = qkv_ptr.dtype.element_ty
     tl.store(qkv_ptr + place, rotated_first.to(dtype), mask=mask & ~is_value[:, None])
     tl.store(qkv_ptr + place + half, rotated_second.to(dtype), mask=mask & ~is_value[:, None])
@@ -110,7 +121,6 @@ def _rope_and_cache_kernel(
     # A negative slot belongs to a padding row of a captured graph: it writes nothing.
     key_mask = mask & (~is_query & ~is_value)[:, None] & (slot >= 0)
     value_mask = mask & is_value[:, None] & (slot >= 0)
-    cache_dtype = keys_ptr.dtype.element_ty
     tl.store(keys_ptr + cache_place, rotated_first.to(cache_dtype), mask=key_mask)
     tl.store(keys_ptr + cache_place + half, rotated_second.to(cache_dtype), mask=key_mask)
     tl.store(values_ptr + cache_place, rotated_first.to(cache_dtype), mask=value_mask)
@@ -352,8 +362,13 @@ class DecodeTile:
     num_stages: int
 
 
-def decode_tile(batch: int, dtype: torch.dtype, num_splits: int | None = None) -> DecodeTile:
+def decode_tile(
+    batch: int, dtype: torch.dtype, num_splits: int | None = None, cache_dtype: torch.dtype | None = None
+) -> DecodeTile:
     """Depends on the batch size alone, so that a captured graph holds for every context."""
+    if cache_dtype == FP8_DTYPE and dtype != torch.float32:  # as many bytes at a time as bf16 takes
+        tile = decode_tile(batch, dtype, num_splits)
+        return replace(tile, keys=min(2 * tile.keys, 128))
     if dtype == torch.float32:
         return DecodeTile(32, num_splits or max(1, 64 // batch), 4, 2)
     if batch <= 8:
@@ -407,7 +422,7 @@ class DecodeAttention:
         """
         batch = context_lens.shape[0]
         group = self._num_heads // self._num_kv_heads
-        tile = decode_tile(batch, qkv.dtype, self._num_splits)
+        tile = decode_tile(batch, qkv.dtype, self._num_splits, cache.dtype)
         _decode_attention_kernel[(batch, self._num_kv_heads, tile.num_splits)](
             qkv,
             cache[0],

@@ -18,7 +18,7 @@ from engine.batch import ScheduledBatch, ScheduledSequence, StepResult
 from engine.cuda.decoder import CudaDecoder
 from engine.cuda.kernels import DecodeAttention, merge_into, prompt_attention, prompt_tile
 from engine.forward_inputs import ForwardInputs, build_forward_inputs
-from engine.kv_cache import PagedKVCache
+from engine.kv_cache import PagedKVCache, as_words
 from engine.loader import LoadedModel
 from engine.model_runner import ModelRunner
 from phasewise.core.request import SampledToken, SamplingParams
@@ -181,7 +181,8 @@ class RaggedAttention:
             rows = qkv[chunk.first : chunk.last].unsqueeze(0).transpose(1, 2)
             queries, keys, values = rows.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
             own, own_lse = _cudnn_attention(queries, keys, values, is_causal=True)
-            context = self._storage[layer].index_select(1, chunk.slots).unsqueeze(1).transpose(2, 3)
+            stored = as_words(self._storage[layer]).index_select(1, chunk.slots).view(self._storage.dtype)
+            context = stored.to(qkv.dtype).unsqueeze(1).transpose(2, 3)
             earlier, earlier_lse = _cudnn_attention(queries, context[0], context[1], is_causal=False)
             place = out[chunk.first : chunk.last]
             place.copy_(own[0].transpose(0, 1))
