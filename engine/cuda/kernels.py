@@ -368,7 +368,7 @@ def decode_tile(
     """Depends on the batch size alone, so that a captured graph holds for every context."""
     if cache_dtype == FP8_DTYPE and dtype != torch.float32:  # as many bytes at a time as bf16 takes
         tile = decode_tile(batch, dtype, num_splits)
-        return replace(tile, keys=min(2 * tile.keys, 128))
+        return replace(tile, keys=min(2 * tile.keys, 32 * tile.num_warps))
     if dtype == torch.float32:
         return DecodeTile(32, num_splits or max(1, 64 // batch), 4, 2)
     if batch <= 8:

@@ -30,8 +30,11 @@ def saturate(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.clamp(-FP8_MAX, FP8_MAX).to(dtype) if dtype == FP8_DTYPE else x.to(dtype)
 
 
-def quantize_weight(weight: torch.Tensor) -> Fp8Weight:
-    """Each row's largest value becomes 448. Raises ConfigError for a shape that the scaled product does not take."""
+def quantize_weight(weight: torch.Tensor, input_scales: torch.Tensor | None = None) -> Fp8Weight:
+    """W, or W diag(input_scales), rounded once: each row's largest value becomes 448.
+
+    Raises ConfigError for a shape that the scaled product does not take.
+    """
     if any(size % _MULTIPLE for size in weight.shape):
         shape = " x ".join(map(str, weight.shape))
         raise ConfigError(
@@ -43,6 +46,8 @@ def quantize_weight(weight: torch.Tensor) -> Fp8Weight:
     scales = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
     for first in range(0, len(weight), 4096):  # in float32, without a second copy of the whole
         rows = weight[first : first + 4096].float()
+        if input_scales is not None:
+            rows = rows * input_scales
         scale = rows.abs().amax(dim=1).clamp(min=1e-12) / FP8_MAX
         values[first : first + 4096] = saturate(rows / scale.unsqueeze(1), FP8_DTYPE)
         scales[first : first + 4096] = scale

@@ -47,10 +47,13 @@ class Linear:
         for rows in self.weight.split(4096):  # in float32, without a second copy of the whole
             rows.copy_(rows.float() * scales)
 
-    def quantize(self) -> None:
-        """Replaces the filled weight by its fp8 form. Raises ConfigError for a shape that fp8 products do not take."""
+    def quantize(self, input_scales: torch.Tensor | None = None) -> None:
+        """Replaces the filled weight by its fp8 form, factors of the inputs multiplied in before as by `scale_inputs`.
+
+        Raises ConfigError for a shape that fp8 products do not take.
+        """
         assert self.weight is not None, "the weight is packed already"
-        self.fp8, self.weight = quantize_weight(self.weight), None
+        self.fp8, self.weight = quantize_weight(self.weight, input_scales), None
 
     def finish_loading(self) -> None:
         """Call once, when weight and bias are filled."""

@@ -113,10 +113,12 @@ class DecoderLayer:
             norm.weight.fill_(1.0)
 
     def quantize(self) -> None:
-        """Replaces the products' weights by fp8, norms folded in before: the scales then see what is multiplied."""
-        self.fold_norms()
-        for linear in self.linears():
-            linear.quantize()
+        """Replaces the products' weights by fp8, with the norms folded in: the scales then see what is multiplied."""
+        for norm, linear in ((self.attention_norm, self.attention.qkv), (self.mlp_norm, self.mlp.gate_up)):
+            linear.quantize(norm.weight)
+            norm.weight.fill_(1.0)
+        self.attention.output.quantize()
+        self.mlp.down.quantize()
 
     def linears(self) -> tuple[Linear, ...]:
         return (self.attention.qkv, self.attention.output, self.mlp.gate_up, self.mlp.down)

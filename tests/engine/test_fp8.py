@@ -56,6 +56,10 @@ def test_a_quantised_weight_is_within_half_a_step_of_each_row() -> None:
     half_step = weight.abs() / 16 + quantised.scales.unsqueeze(1) * 2**-10  # of normal, of subnormal numbers
     assert (error <= half_step * 1.001).all()
     assert (quantised.dequantized()[7] == 0).all()
+    factors, before = torch.rand(64), weight.clone()
+    folded = quantize_weight(weight, factors)
+    assert torch.equal(folded.dequantized(), quantize_weight(weight * factors).dequantized())
+    assert torch.equal(weight, before)
 
 
 def test_a_quantised_product_is_that_of_its_dequantised_weight() -> None:
