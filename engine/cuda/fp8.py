@@ -196,7 +196,8 @@ def _skinny_fp8_kernel(
             is_column = start + column < columns
             weight = tl.load(weight_place + start, mask=is_row & is_column[None, :], other=0.0)
             x = tl.load(x_place + start, mask=is_token & is_column[:, None], other=0.0)
-        acc = tl.dot(weight.to(x.dtype), x, acc, input_precision=precision)
+        # By way of float32: the one conversion straight to bf16 that there is has a quarter of the throughput.
+        acc = tl.dot(weight.to(tl.float32).to(x.dtype), x, acc, input_precision=precision)
     is_out = is_row & is_token
     place = token[None, :] * rows + row[:, None]
     scale = tl.load(scales_ptr + row, mask=row < rows, other=0.0)[:, None]

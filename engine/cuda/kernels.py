@@ -157,6 +157,19 @@ def _silu_mul_kernel(
 
 
 @triton.jit
+def _comparable(query, keys_ptr):
+    """The query in the dtype that keys, values and weights are multiplied in.
+
+    fp8 becomes float16 exactly, two numbers per instruction; to bfloat16 it takes some eight times as long, and the
+    weights lose three bits. A query beyond float16 would give NaN, which the sampler reports.
+    """
+    if keys_ptr.dtype.element_ty == tl.float8e4nv:
+        if query.dtype == tl.bfloat16:
+            query = query.to(tl.float16)
+    return query
+
+
+@triton.jit
 def _decode_attention_kernel(
     qkv_ptr,
     keys_ptr,
@@ -200,7 +213,7 @@ def _decode_attention_kernel(
     lane = tl.arange(0, head_dim)
     in_group = row < group
     query_place = sequence.to(tl.int64) * row_stride + (kv_head * group + row)[:, None] * head_dim + lane[None, :]
-    query = tl.load(qkv_ptr + query_place, mask=in_group[:, None], other=0.0)
+    query = _comparable(tl.load(qkv_ptr + query_place, mask=in_group[:, None], other=0.0), keys_ptr)
     top = tl.full((group_padded,), -float("inf"), tl.float32)
     total = tl.zeros((group_padded,), tl.float32)
     acc = tl.zeros((group_padded, head_dim), tl.float32)
@@ -623,7 +636,7 @@ def _prompt_attention_kernel(
     position = context - num_rows + row
     lane = tl.arange(0, head_dim)
     place = (start + row).to(tl.int64)[:, None] * row_stride + head * head_dim + lane[None, :]
-    query = tl.load(qkv_ptr + place, mask=in_chunk[:, None], other=0.0)
+    query = _comparable(tl.load(qkv_ptr + place, mask=in_chunk[:, None], other=0.0), keys_ptr)
     top = tl.full((tile_m,), -float("inf"), tl.float32)
     total = tl.zeros((tile_m,), tl.float32)
     acc = tl.zeros((tile_m, head_dim), tl.float32)
