@@ -229,11 +229,11 @@ class SkinnyTile:
 
 def skinny_fp8_tile(num_tokens: int, rows: int, columns: int) -> SkinnyTile:
     """Enough programs for the 132 multiprocessors of an H100; fewer splits where there are enough without."""
-    tile_rows = 128 if rows >= 16_384 else 64
+    tile_rows, warps = (128, 8) if rows >= 16_384 else (64, 4)
     num_splits = 1
     while -(-rows // tile_rows) * num_splits < 128 and columns >= 2048 * num_splits:
         num_splits *= 2
-    return SkinnyTile(tile_rows, 128, num_splits, 4, 4)
+    return SkinnyTile(tile_rows, 128, num_splits, warps, 4)
 
 
 def skinny_product_fp8(

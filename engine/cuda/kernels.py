@@ -163,9 +163,8 @@ def _comparable(query, keys_ptr):
     fp8 becomes float16 exactly, two numbers per instruction; to bfloat16 it takes some eight times as long, and the
     weights lose three bits. A query beyond float16 would give NaN, which the sampler reports.
     """
-    if keys_ptr.dtype.element_ty == tl.float8e4nv:
-        if query.dtype == tl.bfloat16:
-            query = query.to(tl.float16)
+    if keys_ptr.dtype.element_ty == tl.float8e4nv and query.dtype == tl.bfloat16:
+        query = query.to(tl.float16)
     return query
 
 
@@ -195,10 +194,12 @@ def _decode_attention_kernel(
     num_splits: tl.constexpr,
     has_lse: tl.constexpr,
     precision: tl.constexpr,
+    pairs: tl.constexpr,
 ):
     """One query per sequence against its paged KV (flash decoding): a program has one KV head, a share of the context.
 
-    The last share to arrive joins the partial results, so no second launch is needed.
+    The last share to arrive joins the partial results, so no second launch is needed. With `pairs` the values are fp8,
+    read two lanes at a time as int16: single bytes cannot be transposed on their way to the tensor cores.
     """
     sequence = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -216,7 +217,10 @@ def _decode_attention_kernel(
     query = _comparable(tl.load(qkv_ptr + query_place, mask=in_group[:, None], other=0.0), keys_ptr)
     top = tl.full((group_padded,), -float("inf"), tl.float32)
     total = tl.zeros((group_padded,), tl.float32)
-    acc = tl.zeros((group_padded, head_dim), tl.float32)
+    acc_lanes: tl.constexpr = head_dim // 2 if pairs else head_dim
+    acc = tl.zeros((group_padded, acc_lanes), tl.float32)
+    acc_odd = tl.zeros((group_padded, acc_lanes), tl.float32)
+    value_lane = tl.arange(0, acc_lanes)
     table = tables_ptr + sequence.to(tl.int64) * max_blocks
     for start in range(low, high, tile):
         position = start + tl.arange(0, tile)
@@ -232,9 +236,17 @@ def _decode_attention_kernel(
         weights = tl.exp2(scores - safe_top[:, None])
         shrink = tl.exp2(top - safe_top)
         total = total * shrink + tl.sum(weights, axis=1)
-        values = tl.load(values_ptr + place, mask=valid[:, None], other=0.0).to(query.dtype)
-        acc = acc * shrink[:, None] + tl.dot(weights.to(query.dtype), values, input_precision=precision)
+        value_place = slot[:, None] * (num_kv_heads * acc_lanes) + kv_head * acc_lanes + value_lane[None, :]
+        values = tl.load(values_ptr + value_place, mask=valid[:, None], other=0)
+        weights = weights.to(query.dtype)
+        if pairs:
+            odd = (values >> 8).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(query.dtype)
+            values = (values & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+            acc_odd = acc_odd * shrink[:, None] + tl.dot(weights, odd, input_precision=precision)
+        acc = acc * shrink[:, None] + tl.dot(weights, values.to(query.dtype), input_precision=precision)
         top = new_top
+    if pairs:
+        acc = tl.interleave(acc, acc_odd)
     head = kv_head * group + row
     if num_splits == 1:
         safe_total = tl.where(total > 0, total, 1.0)
@@ -436,10 +448,11 @@ class DecodeAttention:
         batch = context_lens.shape[0]
         group = self._num_heads // self._num_kv_heads
         tile = decode_tile(batch, qkv.dtype, self._num_splits, cache.dtype)
+        pairs = cache.dtype == FP8_DTYPE
         _decode_attention_kernel[(batch, self._num_kv_heads, tile.num_splits)](
             qkv,
             cache[0],
-            cache[1],
+            cache[1].view(torch.int16) if pairs else cache[1],
             block_tables,
             context_lens,
             out,
@@ -461,6 +474,7 @@ class DecodeAttention:
             tile.num_splits,
             lse is not None,
             "ieee" if qkv.dtype == torch.float32 else "tf32",
+            pairs,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
