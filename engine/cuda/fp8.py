@@ -58,7 +58,7 @@ class Fp8Product:
     def _few(self, x: torch.Tensor, out: torch.Tensor, *, adds: bool) -> torch.Tensor:
         if len(x) == 1:
             return gemv_fp8(x, self._weight, out, adds=adds)
-        tile = skinny_fp8_tile(len(x), *self._weight.values.shape)
+        tile = skinny_fp8_tile(*self._weight.values.shape)
         return skinny_product_fp8(x, self._weight, out, tile, self._arrivals, adds=adds)
 
 
@@ -227,7 +227,7 @@ class SkinnyTile:
     num_stages: int
 
 
-def skinny_fp8_tile(num_tokens: int, rows: int, columns: int) -> SkinnyTile:
+def skinny_fp8_tile(rows: int, columns: int) -> SkinnyTile:
     """Enough programs for the 132 multiprocessors of an H100; fewer splits where there are enough without."""
     tile_rows, warps = (128, 8) if rows >= 16_384 else (64, 4)
     num_splits = 1
