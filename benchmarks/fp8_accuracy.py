@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # This file's folder comes first on the path when it is run as a script, and holds an engine.py.
 sys.path[:] = [str(ROOT), *(entry for entry in sys.path if Path(entry or ".").resolve() != ROOT / "benchmarks")]
 
+import numpy as np
 import torch
 
 from control_plane.gateway.text import load_tokenizer
@@ -115,7 +116,18 @@ def make_runner(loaded: LoadedModel, cache_dtype: str, window: int) -> tuple[Mod
         return ModelRunner(loaded, cache, window, attention="reference"), cache
     from engine.cuda.runner import CudaModelRunner  # needs Triton
 
-    return CudaModelRunner(loaded, cache, window, max_batch=1), cache
+    return CudaModelRunner(loaded, cache, window, max_batch=1, graphs=False), cache
+
+
+def hidden_of(runner: ModelRunner, item: ScheduledSequence, num_layers: int) -> torch.Tensor:
+    """[item.num_tokens, hidden_size] after the last layer."""
+    if runner._model.device.type == "cpu":
+        return runner._forward(ScheduledBatch((item,)), None, num_layers)
+    from engine.cuda.step_inputs import TokenRows
+
+    hidden = runner._compute(TokenRows.padding(0), np.zeros(0, dtype=np.int32), [item], None, num_layers).hidden
+    assert hidden is not None
+    return hidden
 
 
 @torch.inference_mode()
@@ -126,8 +138,8 @@ def logits_of(runner: ModelRunner, loaded: LoadedModel, tokens: list[int], chunk
     parts = []
     while sequence.num_uncomputed_tokens:
         count = min(chunk, sequence.num_uncomputed_tokens)
-        batch = ScheduledBatch((ScheduledSequence(sequence, count, 0),))
-        parts.append(loaded.model.logits(runner._forward(batch, None, loaded.config.num_layers)).float())
+        item = ScheduledSequence(sequence, count, 0)
+        parts.append(loaded.model.logits(hidden_of(runner, item, loaded.config.num_layers)).float())
         sequence.num_computed_tokens += count
     return torch.cat(parts)
 

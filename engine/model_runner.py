@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from engine.attention.select import select_backend
-from engine.batch import ScheduledBatch, ScheduledSequence, StepResult
+from engine.batch import ComputedStep, PendingStep, ScheduledBatch, ScheduledSequence, StepResult
 from engine.forward_inputs import build_forward_inputs
 from engine.kv_cache import PagedKVCache
 from engine.layers.rotary import RotaryEmbedding
@@ -42,6 +42,23 @@ class ModelRunner:
         with torch.inference_mode():
             self._rotary = RotaryEmbedding(loaded.config, max_model_len, loaded.model.dtype, loaded.model.device)
         self._backend = select_backend(attention, kv_cache, loaded.config.windows)
+
+    @property
+    def num_steps_ahead(self) -> int:
+        """How many steps may be submitted beyond the one that is collected next: none, `submit` computes at once."""
+        return 0
+
+    def warm_up(self, token_budget: int) -> None:
+        """Does what would hold up the first steps of up to `token_budget` tokens. Call it before the cache is used."""
+
+    def submit(
+        self,
+        batch: ScheduledBatch,
+        on_layers_done: Callable[[int, int], None] | None = None,
+        layers_per_group: int = 0,
+    ) -> PendingStep:
+        """Begins a step. Arguments and errors as for `run`."""
+        return ComputedStep(self.run(batch, on_layers_done, layers_per_group))
 
     @torch.inference_mode()
     def run(
@@ -105,7 +122,7 @@ class ModelRunner:
         logits_row = 0
         for item in batch.items:
             if item.num_samples:
-                rows += [SampleRow(item.sequence, index, logits_row) for index in _sample_indices(item)]
+                rows += [SampleRow(item.sequence, index, logits_row) for index in sample_indices(item)]
                 logits_row += 1
         tokens = iter(sample(logits, rows))
         return tuple(tuple(next(tokens) for _ in range(item.num_samples)) for item in batch.items)
@@ -115,7 +132,7 @@ class ModelRunner:
     ) -> tuple[SampledToken, ...]:
         """Describes the prompt tokens that follow this chunk's tokens."""
         sequence, wanted = item.sequence, item.sequence.sampling.prompt_logprobs
-        start = sequence.num_computed_tokens + 1
+        start = item.start + 1
         targets = sequence.token_ids[start : min(start + item.num_tokens, sequence.num_prompt_tokens)]
         if wanted is None or not targets:
             return ()
@@ -127,6 +144,6 @@ class ModelRunner:
         return tuple(described)
 
 
-def _sample_indices(item: ScheduledSequence) -> list[int]:
+def sample_indices(item: ScheduledSequence) -> list[int]:
     """A single sample continues the sequence it belongs to; several are the first tokens of samples 0 to n - 1."""
     return [item.sequence.sample_index] if item.num_samples == 1 else list(range(item.num_samples))

@@ -48,7 +48,7 @@ class Workers:
             cache.storage.fill_(torch.nan)
             runner = ModelRunner(loaded, cache, 256, attention="reference")
             role = WorkerRole(worker_id.partition("-")[0])
-            profile = DeviceProfile(0.0, 0.001, 0.0, 0.001)
+            profile = DeviceProfile.linear(0.0, 0.001, 0.0, 0.001)
             info = WorkerInfo(worker_id, role, 1, "here", "cpu", "float32", 1, spec, 96, 256, profile)
             self.workers[worker_id] = assemble(info, runner, cache, config, ports, ManualClock(100.0))
             mailboxes[worker_id] = self.workers[worker_id].post

@@ -27,8 +27,9 @@ from engine.models.llama import DecoderLayer, LlamaModel
 _ROWS_FOR_SCALES = 65
 
 Weight = torch.Tensor | Fp8Product
-Attend = Callable[[int, torch.Tensor, torch.Tensor], None]
-"""(layer, qkv [num_tokens, heads, head_dim] with rotated queries and keys, out [num_tokens, num_heads, head_dim])"""
+Attend = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(layer, qkv [num_tokens, heads, head_dim] with rotated queries and keys, out [num_tokens, num_heads, head_dim]) →
+`out`, filled, or another contiguous tensor of its shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +74,7 @@ class CudaDecoder:
         positions, slots: [num_tokens] int64 (a negative slot writes no KV); storage: that of the PagedKVCache.
         """
         config, num_tokens = self.config, x.shape[0]
-        attended = x.new_empty(num_tokens, config.num_heads, config.head_dim)
-        flat = attended.view(num_tokens, -1)
+        workspace = x.new_empty(num_tokens, config.num_heads, config.head_dim)
         act = x.new_empty(num_tokens, config.intermediate_size)
         many = num_tokens >= _ROWS_FOR_SCALES
         for index in range(first, first + count):
@@ -94,8 +94,8 @@ class CudaDecoder:
                 self._eps,
                 config.num_heads,
             )
-            attend(index, qkv, attended)
-            _add_product(x, flat, layer.output)
+            attended = attend(index, qkv, workspace)
+            _add_product(x, attended.view(num_tokens, -1), layer.output)
             if layer.output_bias is not None:
                 x += layer.output_bias
             scales = row_scales(x, self._eps) if many else None

@@ -22,6 +22,65 @@ from engine.layers.fp8 import FP8_DTYPE
 
 
 @triton.jit
+def _prepare_step_kernel(
+    sources_ptr,
+    positions_ptr,
+    slots_ptr,
+    newest_ptr,
+    ids_ptr,
+    tables_ptr,
+    num_tokens,
+    num_decodes,
+    max_blocks,
+    block_size: tl.constexpr,
+    tokens: tl.constexpr,
+):
+    token = tl.program_id(0) * tokens + tl.arange(0, tokens)
+    exists = token < num_tokens
+    source = tl.load(sources_ptr + token, mask=exists, other=0)
+    newest = tl.load(newest_ptr - 1 - source, mask=source < 0, other=0)
+    # A row that computed NaN has no token; its step is dropped, but must not read outside of the embedding.
+    tl.store(ids_ptr + token, tl.where(source < 0, tl.maximum(newest, 0), source), mask=exists)
+    position = tl.load(positions_ptr + token, mask=exists, other=0)
+    slot = tl.load(slots_ptr + token, mask=exists, other=-1)
+    place = tables_ptr + token.to(tl.int64) * max_blocks + position // block_size
+    tl.store(place, (slot // block_size).to(tl.int32), mask=(token < num_decodes) & (slot >= 0))
+
+
+def prepare_step(
+    sources: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    newest: torch.Tensor,
+    tables: torch.Tensor,
+    num_decodes: int,
+    block_size: int,
+) -> torch.Tensor:
+    """Input ids of a step, [num_tokens] int64; writes the current block of the first `num_decodes` rows to `tables`.
+
+    sources, positions, slots: [num_tokens] int64 (engine/cuda/step_inputs.py); newest: [max_rows] int64;
+    tables: [max_rows, max_blocks] int32.
+    """
+    ids = torch.empty_like(sources)
+    num_tokens = len(sources)
+    _prepare_step_kernel[(triton.cdiv(num_tokens, 128),)](
+        sources,
+        positions,
+        slots,
+        newest,
+        ids,
+        tables,
+        num_tokens,
+        num_decodes,
+        tables.shape[1],
+        block_size,
+        128,
+        num_warps=4,
+    )
+    return ids
+
+
+@triton.jit
 def _row_scale(x_ptr, row, hidden: tl.constexpr, hidden_padded: tl.constexpr, eps):
     """1 / rms of one row of the residual stream."""
     offsets = tl.arange(0, hidden_padded)
@@ -616,16 +675,15 @@ def _prompt_attention_kernel(
     keys_ptr,
     values_ptr,
     tables_ptr,
-    tile_items_ptr,
-    tile_rows_ptr,
-    starts_ptr,
-    context_ptr,
+    tiles_ptr,
+    spans_ptr,
     out_ptr,
     lse_ptr,
     scale_log2,
     window,
     max_blocks,
     row_stride,
+    num_items,
     num_heads: tl.constexpr,
     num_kv_heads: tl.constexpr,
     group: tl.constexpr,
@@ -640,11 +698,13 @@ def _prompt_attention_kernel(
     tile = tl.program_id(0)
     head = tl.program_id(1)
     kv_head = head // group
-    item = tl.load(tile_items_ptr + tile)
-    first_row = tl.load(tile_rows_ptr + tile)  # inside the chunk
-    start = tl.load(starts_ptr + item)
-    num_rows = tl.load(starts_ptr + item + 1) - start
-    context = tl.load(context_ptr + item)
+    item = tl.load(tiles_ptr + tile)
+    if item < 0:
+        return
+    first_row = tl.load(tiles_ptr + tl.num_programs(0) + tile)  # inside the chunk
+    start = tl.load(spans_ptr + item)
+    num_rows = tl.load(spans_ptr + num_items + item)
+    context = tl.load(spans_ptr + 2 * num_items + item)
     row = first_row + tl.arange(0, tile_m)
     in_chunk = row < num_rows
     position = context - num_rows + row
@@ -694,10 +754,8 @@ def prompt_attention(
     qkv: torch.Tensor,
     cache: torch.Tensor,
     block_tables: torch.Tensor,
-    tile_items: torch.Tensor,
-    tile_rows: torch.Tensor,
-    starts: torch.Tensor,
-    context_lens: torch.Tensor,
+    tiles: torch.Tensor,
+    spans: torch.Tensor,
     out: torch.Tensor,
     block_size: int,
     *,
@@ -707,28 +765,28 @@ def prompt_attention(
     """Causal attention of prompt chunks over the paged cache, which holds the chunks' own keys and values already.
 
     qkv: [num_tokens, heads, head_dim], of which the queries are read; cache: [2, num_slots, num_kv_heads, head_dim];
-    block_tables: [num_items, max_blocks] int32; starts: [num_items + 1] int32 rows; context_lens: [num_items] int32,
-    the chunk included. Program p computes rows tile_rows[p] … of item tile_items[p] (int32; `prompt_tile` rows each).
+    block_tables: [num_items, max_blocks] int32. spans: [3, num_items] int32: first row of the chunk, its rows, and its
+    context, the chunk included. tiles: [2, num_tiles] int32: program p computes the `prompt_tile` rows of item
+    tiles[0, p] that begin at row tiles[1, p] of the chunk; none if the item is negative.
     out: [num_tokens, num_heads, head_dim]; rows of no item are left alone.
     """
     num_heads, head_dim = out.shape[1:]
     num_kv_heads = cache.shape[2]
     rows, keys, warps, stages = prompt_tile(qkv.dtype)
-    _prompt_attention_kernel[(len(tile_items), num_heads)](
+    _prompt_attention_kernel[(tiles.shape[1], num_heads)](
         qkv,
         cache[0],
         cache[1],
         block_tables,
-        tile_items,
-        tile_rows,
-        starts,
-        context_lens,
+        tiles,
+        spans,
         out,
         lse if lse is not None else out,
         head_dim**-0.5 * 1.4426950408889634,
         window if window is not None else 2**30,
         block_tables.shape[1],
         qkv.stride(0),
+        spans.shape[1],
         num_heads,
         num_kv_heads,
         num_heads // num_kv_heads,

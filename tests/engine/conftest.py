@@ -70,7 +70,7 @@ class Engine:
         items = []
         for sequence, num_tokens in work:
             self.reserve(sequence, num_tokens)
-            items.append(ScheduledSequence(sequence, num_tokens, int(num_tokens == sequence.num_uncomputed_tokens)))
+            items.append(ScheduledSequence(sequence, num_tokens, int(num_tokens == sequence.num_unscheduled_tokens)))
         result = self.runner.run(ScheduledBatch(tuple(items)), **options)
         for item, tokens in zip(items, result.tokens, strict=True):
             item.sequence.num_computed_tokens += item.num_tokens
@@ -79,7 +79,7 @@ class Engine:
 
     def prefill(self, sequence: Sequence, chunk: int = 10**6) -> None:
         while sequence.num_output_tokens == 0:
-            self.step((sequence, min(chunk, sequence.num_uncomputed_tokens)))
+            self.step((sequence, min(chunk, sequence.num_unscheduled_tokens)))
 
     def decode(self, sequences: list[Sequence], num_tokens: int) -> None:
         while running := [sequence for sequence in sequences if sequence.num_output_tokens < num_tokens]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -12,7 +13,6 @@ import transformers
 from engine.attention.reference import ReferenceAttention
 from engine.batch import ScheduledBatch, ScheduledSequence
 from engine.block_manager import BlockManager
-from engine.forward_inputs import ForwardInputs
 from engine.kv_cache import PagedKVCache
 from engine.layers.fp8 import FP8_DTYPE, Fp8Weight, quantize_weight, saturate
 from engine.loader import load_model
@@ -22,7 +22,22 @@ from phasewise.core.kv_spec import FP8, KVCacheSpec
 from phasewise.core.model_source import ModelSource
 from phasewise.core.request import SamplingParams
 from tests.engine.conftest import build_oracle
-from tests.engine.test_cuda import SIZES, GpuEngine, ragged_inputs
+
+pytest.importorskip("triton")
+
+from engine.cuda.fp8 import (
+    ROWS_FOR_FP8_ACTIVATIONS,
+    Fp8Product,
+    SkinnyTile,
+    gemv_fp8,
+    quantize_rows,
+    skinny_fp8_tile,
+    skinny_product_fp8,
+)
+from engine.cuda.kernels import DecodeAttention, rope_and_cache, row_scales
+from engine.cuda.runner import CudaModelRunner
+from engine.cuda.step_inputs import TokenRows
+from tests.engine.test_cuda import SIZES, GpuEngine, Ragged, ragged, random_ragged
 
 pytestmark = [
     pytest.mark.gpu,
@@ -57,8 +72,6 @@ def poison(num_floats: int) -> None:
 @pytest.mark.parametrize(("rows", "columns"), [(208, 528), (512, 4096), (4096, 14336)])
 @pytest.mark.parametrize("tile", [(4, 1024, 4), (2, 2048, 8)])
 def test_gemv_against_the_product(rows: int, columns: int, tile: tuple[int, int, int]) -> None:
-    from engine.cuda.fp8 import gemv_fp8
-
     torch.manual_seed(0)
     weight, exact_weight = random_weight(rows, columns)
     x = torch.randn(1, columns, device=DEVICE).to(BF16)
@@ -75,8 +88,6 @@ def test_gemv_against_the_product(rows: int, columns: int, tile: tuple[int, int,
 @pytest.mark.parametrize("num_tokens", [7, 64])
 @pytest.mark.parametrize(("rows", "columns"), [(208, 528), (256, 8192)])
 def test_skinny_product_against_the_product(num_tokens: int, rows: int, columns: int) -> None:
-    from engine.cuda.fp8 import SkinnyTile, skinny_fp8_tile, skinny_product_fp8
-
     torch.manual_seed(0)
     weight, exact_weight = random_weight(rows, columns)
     x = torch.randn(num_tokens, columns, device=DEVICE).to(BF16)
@@ -102,8 +113,6 @@ def test_skinny_product_against_the_product(num_tokens: int, rows: int, columns:
 
 
 def test_quantised_rows_against_torch() -> None:
-    from engine.cuda.fp8 import quantize_rows
-
     torch.manual_seed(0)
     for columns in (96, 500, 4096, 14336):
         x = torch.randn(6, columns, device=DEVICE).to(BF16)
@@ -122,8 +131,6 @@ def test_quantised_rows_against_torch() -> None:
 @pytest.mark.parametrize("num_tokens", [1, 64, 65, 100, 300])
 @pytest.mark.parametrize(("rows", "columns"), [(208, 528), (4096, 14336)])
 def test_a_product_of_any_number_of_rows(num_tokens: int, rows: int, columns: int) -> None:
-    from engine.cuda.fp8 import ROWS_FOR_FP8_ACTIVATIONS, Fp8Product, quantize_rows
-
     torch.manual_seed(0)
     weight, exact_weight = random_weight(rows, columns)
     x = torch.randn(num_tokens, columns, device=DEVICE).to(BF16)
@@ -144,8 +151,6 @@ def test_a_product_of_any_number_of_rows(num_tokens: int, rows: int, columns: in
 
 @pytest.mark.parametrize("num_tokens", [5, 80])
 def test_rope_and_cache_rounds_keys_and_values_where_they_are_made(num_tokens: int) -> None:
-    from engine.cuda.kernels import rope_and_cache, row_scales
-
     torch.manual_seed(0)
     num_heads, num_kv_heads, head_dim = 8, 2, 64
     x = torch.randn(num_tokens, 256, device=DEVICE)
@@ -189,7 +194,7 @@ def fp8_cache(num_blocks: int, num_kv_heads: int, head_dim: int) -> tuple[PagedK
 
 
 def attention_error(
-    inputs: ForwardInputs,
+    batch: Ragged,
     cache: PagedKVCache,
     twin: PagedKVCache,
     num_heads: int,
@@ -197,11 +202,8 @@ def attention_error(
     window: int | None,
 ) -> float:
     """Of two runs over the same batch, against float64 over what the cache holds."""
-    from engine.cuda.kernels import DecodeAttention
-    from engine.cuda.runner import RaggedAttention
-
     num_kv_heads, head_dim = cache.spec.num_kv_heads, cache.spec.head_dim
-    num_tokens = len(inputs.slot_mapping)
+    inputs, num_tokens = batch.inputs, batch.num_tokens
     qkv = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, head_dim, device=DEVICE).to(dtype)
     qkv[:, num_heads:] = saturate(qkv[:, num_heads:], FP8_DTYPE).to(dtype)  # as rope_and_cache leaves them
     keys_values = qkv[:, num_heads:].unflatten(1, (2, num_kv_heads))
@@ -212,11 +214,11 @@ def attention_error(
     cache.storage.view(torch.uint8)[0].index_copy_(1, inputs.slot_mapping, written)
     decode = DecodeAttention(num_heads, num_kv_heads, head_dim, 16, 64, torch.device(DEVICE), dtype)
     decode._partial.fill_(torch.nan)
-    attend = RaggedAttention(decode, cache, (window,), inputs)
+    attend = batch.attention(decode, cache, window)
     worst = 0.0
     for _ in range(2):  # twice: the arrival counters must be ready again
         out = torch.full((num_tokens, num_heads, head_dim), torch.nan, device=DEVICE, dtype=dtype)
-        attend(0, qkv, out)
+        out = attend(0, qkv, out)
         error = ((out.double() - exact).norm() / exact.norm()).item()
         worst = max(worst, error) if error == error else float("inf")
     return worst
@@ -229,27 +231,23 @@ def test_ragged_attention_over_an_fp8_cache(
 ) -> None:
     rng = random.Random(f"{num_heads}{head_dim}{window}")
     torch.manual_seed(rng.randrange(1000))
-    for kinds in ("d", "p", "pdpdd", "d" * 40):
-        inputs, _ = ragged_inputs(rng, 1200, 16, kinds)
+    for kinds in ("d", "p", "dddpp", "d" * 40):
+        batch = random_ragged(rng, 1200, 16, kinds)
         cache, twin = fp8_cache(1200, num_kv_heads, head_dim)
         written = torch.zeros(1200 * 16, dtype=torch.bool, device=DEVICE)
-        for table, context in zip(inputs.block_tables, inputs.context_lens, strict=True):
+        for table, context in zip(batch.inputs.block_tables, batch.inputs.context_lens, strict=True):
             for i in range(context):
                 written[table[i // 16] * 16 + i % 16] = True
         cache.storage.view(torch.uint8)[:, :, ~written] = NAN  # what nobody wrote must not be read
-        assert attention_error(inputs, cache, twin, num_heads, BF16, window) < 1e-2, kinds
+        assert attention_error(batch, cache, twin, num_heads, BF16, window) < 1e-2, kinds
 
 
 def test_a_chunk_split_at_its_context_over_an_fp8_cache() -> None:
     rng = random.Random(1)
     torch.manual_seed(1)
-    for queries, earlier in ((256, 256), (512, 1280)):
-        context = queries + earlier
-        table = tuple(rng.sample(range(200), -(-context // 16)))
-        slots = torch.tensor([table[i // 16] * 16 + i % 16 for i in range(earlier, context)], device=DEVICE)
-        inputs = ForwardInputs(slots, slots, slots, (0, queries), (context,), (table,))
-        cache, twin = fp8_cache(200, 2, 128)
-        assert attention_error(inputs, cache, twin, 8, BF16, None) < 1e-2
+    batch = ragged([(1024 + 4096, 1024)], 0, rng.sample(range(400), 400), 16)
+    cache, twin = fp8_cache(400, 2, 128)
+    assert attention_error(batch, cache, twin, 8, BF16, None) < 1e-2
 
 
 @pytest.fixture(scope="module")
@@ -268,9 +266,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Fp8Engine(GpuEngine):
     """As GpuEngine, with weights and cache as wanted."""
 
-    def __init__(self, folder: Path, weights: str, cache_dtype: str) -> None:
-        from engine.cuda.runner import CudaModelRunner
-
+    def __init__(self, folder: Path, weights: str, cache_dtype: str, *, graphs: bool = True) -> None:
         source, num_blocks = ModelSource("hf", folder, "test"), 400
         self.loaded = load_model(
             source, dtype="bfloat16", device=DEVICE, seed=0, progress=lambda share: None, weights=weights
@@ -278,7 +274,7 @@ class Fp8Engine(GpuEngine):
         self.blocks = BlockManager(num_blocks, 16)
         self.cache = PagedKVCache(self.loaded.kv_cache_spec(16, cache_dtype), num_blocks, DEVICE)
         self.cache.storage.fill_(torch.nan)
-        self.runner = CudaModelRunner(self.loaded, self.cache, 512, max_batch=8)
+        self.runner = CudaModelRunner(self.loaded, self.cache, 512, max_batch=8, graphs=graphs)
 
     def plain_runner(self) -> ModelRunner:
         """The plain twin over the same weights, with a cache of its own."""
@@ -293,8 +289,13 @@ class Fp8Engine(GpuEngine):
         parts = []
         while sequence.num_uncomputed_tokens:
             count = min(chunk, sequence.num_uncomputed_tokens)
-            batch = ScheduledBatch((ScheduledSequence(sequence, count, 0),))
-            hidden = runner._forward(batch, None, self.loaded.config.num_layers)
+            item, num_layers = ScheduledSequence(sequence, count, 0), self.loaded.config.num_layers
+            if isinstance(runner, CudaModelRunner):
+                no_decodes = TokenRows.padding(0), np.zeros(0, dtype=np.int32)
+                hidden = runner._compute(*no_decodes, [item], None, num_layers).hidden
+            else:
+                hidden = runner._forward(ScheduledBatch((item,)), None, num_layers)
+            assert hidden is not None
             parts.append(self.loaded.model.logits(hidden).double())
             sequence.num_computed_tokens += count
         self.blocks.release(sequence.block_table)
@@ -329,12 +330,8 @@ def test_graphs_give_the_tokens_of_kernels_one_by_one(folder: Path) -> None:
     prompts = [[rng.randrange(SIZES["vocab_size"]) for _ in range(n)] for n in (1, 5, 16, 33, 60, 20, 8, 2)]
     engine = Fp8Engine(folder, "fp8", FP8)
     graphed = engine.generate(prompts, 30, chunk=10**6)
-    graphs, engine.runner._graphs = engine.runner._graphs, []
+    plain = Fp8Engine(folder, "fp8", FP8, graphs=False)
+    assert plain.generate(prompts, 30, chunk=10**6) == graphed
+    # A second runner over the same weights, which were folded already.
+    engine.runner = CudaModelRunner(engine.loaded, engine.cache, 512, max_batch=8)
     assert engine.generate(prompts, 30, chunk=10**6) == graphed
-    engine.runner._graphs = graphs
-    again = Fp8Engine.__new__(Fp8Engine)  # a second runner over the same weights, which were folded already
-    again.loaded, again.blocks, again.cache = engine.loaded, engine.blocks, engine.cache
-    from engine.cuda.runner import CudaModelRunner
-
-    again.runner = CudaModelRunner(engine.loaded, engine.cache, 512, max_batch=8)
-    assert again.generate(prompts, 30, chunk=10**6) == graphed
