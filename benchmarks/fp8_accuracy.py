@@ -136,8 +136,8 @@ def logits_of(runner: ModelRunner, loaded: LoadedModel, tokens: list[int], chunk
     sequence = Sequence("r", SamplingParams(), list(tokens), len(tokens))
     sequence.block_table = list(range(1, -(-len(tokens) // BLOCK) + 1))
     parts = []
-    while sequence.num_uncomputed_tokens:
-        count = min(chunk, sequence.num_uncomputed_tokens)
+    while sequence.num_computed_tokens < len(tokens):
+        count = min(chunk, len(tokens) - sequence.num_computed_tokens)
         item = ScheduledSequence(sequence, count, 0)
         parts.append(loaded.model.logits(hidden_of(runner, item, loaded.config.num_layers)).float())
         sequence.num_computed_tokens += count

@@ -287,8 +287,8 @@ class Fp8Engine(GpuEngine):
         sequence = Sequence("r", SamplingParams(), list(prompt), len(prompt))
         sequence.block_table = self.blocks.allocate(self.blocks.blocks_for(len(prompt)))
         parts = []
-        while sequence.num_uncomputed_tokens:
-            count = min(chunk, sequence.num_uncomputed_tokens)
+        while sequence.num_computed_tokens < len(prompt):
+            count = min(chunk, len(prompt) - sequence.num_computed_tokens)
             item, num_layers = ScheduledSequence(sequence, count, 0), self.loaded.config.num_layers
             if isinstance(runner, CudaModelRunner):
                 no_decodes = TokenRows.padding(0), np.zeros(0, dtype=np.int32)
