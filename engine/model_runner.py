@@ -13,6 +13,7 @@ from engine.kv_cache import PagedKVCache
 from engine.layers.rotary import RotaryEmbedding
 from engine.loader import LoadedModel
 from engine.sampler import SampleRow, describe, sample
+from phasewise.core.kv_spec import FP8
 from phasewise.core.request import SampledToken
 
 # Bounds the memory for prompt log-probabilities: rows of logits held at once.
@@ -30,7 +31,8 @@ class ModelRunner:
     def __init__(
         self, loaded: LoadedModel, kv_cache: PagedKVCache, max_model_len: int, *, attention: str = "auto"
     ) -> None:
-        differences = kv_cache.spec.differences(loaded.kv_cache_spec(kv_cache.block_size))
+        dtype = FP8 if kv_cache.spec.dtype == FP8 else "auto"
+        differences = kv_cache.spec.differences(loaded.kv_cache_spec(kv_cache.block_size, dtype))
         if differences or kv_cache.device != loaded.model.device:
             raise ValueError(f"the KV cache does not fit the model: {'; '.join(differences) or kv_cache.device}")
         self._model = loaded.model

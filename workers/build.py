@@ -16,7 +16,7 @@ from decode_workers.scheduler import DecodeScheduler
 from engine.block_manager import BlockManager
 from engine.gguf_config import read_gguf_config
 from engine.kv_cache import PagedKVCache
-from engine.loader import LoadedModel, load_model
+from engine.loader import LoadedModel, check_fp8, load_model
 from engine.model_config import ModelConfig, read_model_config
 from engine.model_runner import ModelRunner
 from kv_transfer.link import Link
@@ -63,6 +63,7 @@ class LoadedEngine:
     cache: PagedKVCache
     max_model_len: int
     profile: DeviceProfile
+    dtype: str
 
 
 def load_engine(settings: WorkerSettings, progress: Callable[[float], None], clock: Clock) -> LoadedEngine:
@@ -70,7 +71,8 @@ def load_engine(settings: WorkerSettings, progress: Callable[[float], None], clo
 
     Raises:
         ModelLoadError: the model's files are at fault.
-        ConfigError: the model, or a cache worth having, does not fit; or `model.profile` is of another worker.
+        ConfigError: the model, or a cache worth having, does not fit; `model.profile` is of another worker; or fp8 is
+            wanted where it cannot be computed.
     """
     config = settings.config
     written = _written_profile(settings)  # a wrong one is said before the wait for the weights
@@ -82,7 +84,8 @@ def load_engine(settings: WorkerSettings, progress: Callable[[float], None], clo
         warm_up(engine, grid, clock)
         profile = written
     progress(1.0)
-    return LoadedEngine(engine.runner, engine.cache, engine.max_model_len, profile)
+    dtype = resolve_dtype(config.model.dtype, settings.device)
+    return LoadedEngine(engine.runner, engine.cache, engine.max_model_len, profile, dtype)
 
 
 def prepare_engine(settings: WorkerSettings, progress: Callable[[float], None]) -> PreparedEngine:
@@ -92,12 +95,21 @@ def prepare_engine(settings: WorkerSettings, progress: Callable[[float], None]) 
     source = resolve_model(config.model.path)
     model_config = _read_config(source)
     dtype = resolve_dtype(config.model.dtype, settings.device)
+    check_fp8("model.weights", config.model.weights, dtype=dtype, device=settings.device)
+    check_fp8("cache.dtype", config.cache.dtype, dtype=dtype, device=settings.device)
     context = model_config.max_position_embeddings
     wanted = min(config.model.max_model_len, context) if config.model.max_model_len else None
     gib, running = config.cache.kv_cache_gib, config.scheduler.max_running
 
     def load() -> LoadedModel:
-        return load_model(source, dtype=dtype, device=settings.device, seed=config.model.seed, progress=progress)
+        return load_model(
+            source,
+            dtype=dtype,
+            device=settings.device,
+            seed=config.model.seed,
+            progress=progress,
+            weights=config.model.weights,
+        )
 
     def prepared(loaded: LoadedModel, spec: KVCacheSpec, num_blocks: int) -> PreparedEngine:
         cache = PagedKVCache(spec, num_blocks, settings.device)
@@ -109,13 +121,13 @@ def prepare_engine(settings: WorkerSettings, progress: Callable[[float], None]) 
 
     if settings.device == "cpu":
         loaded = load()
-        spec = loaded.kv_cache_spec(config.cache.block_size)
+        spec = loaded.kv_cache_spec(config.cache.block_size, config.cache.dtype)
         return prepared(loaded, spec, blocks_of_size(gib or CPU_KV_CACHE_GIB, spec, wanted))
     sizer = GpuSizer(CudaMemory(settings.device), config.cache.gpu_memory_utilization)
     sizer.check_weights(model_config, dtype)
     with sizer.explained("loading the weights", "end other processes on it, or use a smaller model"):
         loaded = load()
-    spec = loaded.kv_cache_spec(config.cache.block_size)
+    spec = loaded.kv_cache_spec(config.cache.block_size, config.cache.dtype)
     if gib is not None:
         num_blocks = blocks_of_size(gib, spec, wanted)
         remedy = f"lower cache.kv_cache_gib ({gib})"
@@ -131,10 +143,11 @@ def profile_facts(
     settings: WorkerSettings, config: ModelConfig, spec: KVCacheSpec | None = None, num_blocks: int = 0
 ) -> ProfileFacts:
     """What a profile of this worker is a profile of; the capacity, where it is known."""
+    model, dtype = settings.config.model, resolve_dtype(settings.config.model.dtype, settings.device)
     return ProfileFacts(
         device=device_name(settings.device, settings.num_threads),
         model=model_shape(config),
-        dtype=resolve_dtype(settings.config.model.dtype, settings.device),
+        dtype=dtype if model.weights == "auto" else f"{dtype}, {model.weights} weights",
         kv_blocks=num_blocks,
         block_size=settings.config.cache.block_size,
         kv_bytes_per_token=spec.bytes_per_token if spec is not None else 0,
@@ -190,7 +203,7 @@ def worker_info(settings: WorkerSettings, engine: LoadedEngine) -> WorkerInfo:
         pid=os.getpid(),
         host=socket.gethostname(),
         device=settings.device,
-        dtype=engine.cache.spec.dtype,
+        dtype=engine.dtype,
         num_threads=settings.num_threads,
         kv_spec=engine.cache.spec,
         num_kv_blocks=engine.cache.num_blocks,

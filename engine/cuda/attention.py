@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from engine.cuda.kernels import DecodeAttention, merge_into, prompt_attention, prompt_tile
 from engine.cuda.step_inputs import PromptChunk, Upload, aligned
-from engine.kv_cache import PagedKVCache
+from engine.kv_cache import PagedKVCache, as_words
 
 _REGULAR = 256  # chunk lengths that are multiples of it, and short of the longest, have cuDNN's plans made for them
 _LONG = 1024  # shorter chunks are given to cuDNN several at a time
@@ -100,8 +100,8 @@ class RaggedAttention:
             last = chunk.first + chunk.num_queries
             queries, keys, values = qkv[chunk.first : last].unsqueeze(0).transpose(1, 2).split(heads, 1)
             own, own_lse = _cudnn_attention(queries, keys, values, is_causal=True)
-            context = self._cache.blocks_view()[layer].index_select(1, blocks)
-            context = context.view(2, 1, -1, *storage.shape[2:]).transpose(2, 3)
+            context = as_words(self._cache.blocks_view()[layer]).index_select(1, blocks).view(storage.dtype)
+            context = context.to(qkv.dtype).view(2, 1, -1, *storage.shape[2:]).transpose(2, 3)
             earlier, earlier_lse = _cudnn_attention(queries, context[0], context[1], is_causal=False)
             place = out[chunk.first : last]
             place.copy_(own[0].transpose(0, 1))

@@ -4,18 +4,21 @@ The norms are folded into the products around them (engine/cuda/decoder.py): a p
 and the kernel behind it multiplies by each row's 1 / rms. So a layer is four products and three kernels.
 
 Shapes: x [num_tokens, hidden]; qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]; the cache's K and V of a
-layer [num_slots, num_kv_heads, head_dim]. Strides are those of contiguous tensors. Head dims are powers of two.
+layer [num_slots, num_kv_heads, head_dim], in x's dtype or fp8. Strides are those of contiguous tensors. Head dims are
+powers of two.
 """
 
 # ruff: noqa: SIM108 (a branch on a constant is decided when the kernel is compiled; a ternary would not be)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
+
+from engine.layers.fp8 import FP8_DTYPE
 
 
 @triton.jit
@@ -157,6 +160,14 @@ def _rope_and_cache_kernel(
     sin = tl.load(sin_ptr + position * half + lane, mask=lane < half, other=0.0)[None, :]
     rotated_first = tl.where(is_value[:, None], first, first * cos - second * sin)
     rotated_second = tl.where(is_value[:, None], second, second * cos + first * sin)
+    cache_dtype = keys_ptr.dtype.element_ty
+    if cache_dtype == tl.float8e4nv:
+        # Rounded here, so that prompts attend in this step to what later steps will read: it does not matter then where
+        # a prompt is cut. Clamped, because fp8 has NaN beyond its largest number.
+        stored_first = tl.clamp(rotated_first, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(cache_dtype)
+        stored_second = tl.clamp(rotated_second, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(cache_dtype)
+        rotated_first = tl.where(is_query[:, None], rotated_first, stored_first.to(tl.float32))
+        rotated_second = tl.where(is_query[:, None], rotated_second, stored_second.to(tl.float32))
     dtype = qkv_ptr.dtype.element_ty
     tl.store(qkv_ptr + place, rotated_first.to(dtype), mask=mask & ~is_value[:, None])
     tl.store(qkv_ptr + place + half, rotated_second.to(dtype), mask=mask & ~is_value[:, None])
@@ -169,7 +180,6 @@ def _rope_and_cache_kernel(
     # A negative slot belongs to a padding row of a captured graph: it writes nothing.
     key_mask = mask & (~is_query & ~is_value)[:, None] & (slot >= 0)
     value_mask = mask & is_value[:, None] & (slot >= 0)
-    cache_dtype = keys_ptr.dtype.element_ty
     tl.store(keys_ptr + cache_place, rotated_first.to(cache_dtype), mask=key_mask)
     tl.store(keys_ptr + cache_place + half, rotated_second.to(cache_dtype), mask=key_mask)
     tl.store(values_ptr + cache_place, rotated_first.to(cache_dtype), mask=value_mask)
@@ -206,6 +216,18 @@ def _silu_mul_kernel(
 
 
 @triton.jit
+def _comparable(query, keys_ptr):
+    """The query in the dtype that keys, values and weights are multiplied in.
+
+    fp8 becomes float16 exactly, two numbers per instruction; to bfloat16 it takes some eight times as long, and the
+    weights lose three bits. A query beyond float16 would give NaN, which the sampler reports.
+    """
+    if keys_ptr.dtype.element_ty == tl.float8e4nv and query.dtype == tl.bfloat16:
+        query = query.to(tl.float16)
+    return query
+
+
+@triton.jit
 def _decode_attention_kernel(
     qkv_ptr,
     keys_ptr,
@@ -231,10 +253,12 @@ def _decode_attention_kernel(
     num_splits: tl.constexpr,
     has_lse: tl.constexpr,
     precision: tl.constexpr,
+    pairs: tl.constexpr,
 ):
     """One query per sequence against its paged KV (flash decoding): a program has one KV head, a share of the context.
 
-    The last share to arrive joins the partial results, so no second launch is needed.
+    The last share to arrive joins the partial results, so no second launch is needed. With `pairs` the values are fp8,
+    read two lanes at a time as int16: single bytes cannot be transposed on their way to the tensor cores.
     """
     sequence = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -249,10 +273,13 @@ def _decode_attention_kernel(
     lane = tl.arange(0, head_dim)
     in_group = row < group
     query_place = sequence.to(tl.int64) * row_stride + (kv_head * group + row)[:, None] * head_dim + lane[None, :]
-    query = tl.load(qkv_ptr + query_place, mask=in_group[:, None], other=0.0)
+    query = _comparable(tl.load(qkv_ptr + query_place, mask=in_group[:, None], other=0.0), keys_ptr)
     top = tl.full((group_padded,), -float("inf"), tl.float32)
     total = tl.zeros((group_padded,), tl.float32)
-    acc = tl.zeros((group_padded, head_dim), tl.float32)
+    acc_lanes: tl.constexpr = head_dim // 2 if pairs else head_dim
+    acc = tl.zeros((group_padded, acc_lanes), tl.float32)
+    acc_odd = tl.zeros((group_padded, acc_lanes), tl.float32)
+    value_lane = tl.arange(0, acc_lanes)
     table = tables_ptr + sequence.to(tl.int64) * max_blocks
     for start in range(low, high, tile):
         position = start + tl.arange(0, tile)
@@ -268,9 +295,17 @@ def _decode_attention_kernel(
         weights = tl.exp2(scores - safe_top[:, None])
         shrink = tl.exp2(top - safe_top)
         total = total * shrink + tl.sum(weights, axis=1)
-        values = tl.load(values_ptr + place, mask=valid[:, None], other=0.0).to(query.dtype)
-        acc = acc * shrink[:, None] + tl.dot(weights.to(query.dtype), values, input_precision=precision)
+        value_place = slot[:, None] * (num_kv_heads * acc_lanes) + kv_head * acc_lanes + value_lane[None, :]
+        values = tl.load(values_ptr + value_place, mask=valid[:, None], other=0)
+        weights = weights.to(query.dtype)
+        if pairs:
+            odd = (values >> 8).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(query.dtype)
+            values = (values & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+            acc_odd = acc_odd * shrink[:, None] + tl.dot(weights, odd, input_precision=precision)
+        acc = acc * shrink[:, None] + tl.dot(weights, values.to(query.dtype), input_precision=precision)
         top = new_top
+    if pairs:
+        acc = tl.interleave(acc, acc_odd)
     head = kv_head * group + row
     if num_splits == 1:
         safe_total = tl.where(total > 0, total, 1.0)
@@ -411,8 +446,13 @@ class DecodeTile:
     num_stages: int
 
 
-def decode_tile(batch: int, dtype: torch.dtype, num_splits: int | None = None) -> DecodeTile:
+def decode_tile(
+    batch: int, dtype: torch.dtype, num_splits: int | None = None, cache_dtype: torch.dtype | None = None
+) -> DecodeTile:
     """Depends on the batch size alone, so that a captured graph holds for every context."""
+    if cache_dtype == FP8_DTYPE and dtype != torch.float32:  # as many bytes at a time as bf16 takes
+        tile = decode_tile(batch, dtype, num_splits)
+        return replace(tile, keys=min(2 * tile.keys, 32 * tile.num_warps))
     if dtype == torch.float32:
         return DecodeTile(32, num_splits or max(1, 64 // batch), 4, 2)
     if batch <= 8:
@@ -466,11 +506,12 @@ class DecodeAttention:
         """
         batch = context_lens.shape[0]
         group = self._num_heads // self._num_kv_heads
-        tile = decode_tile(batch, qkv.dtype, self._num_splits)
+        tile = decode_tile(batch, qkv.dtype, self._num_splits, cache.dtype)
+        pairs = cache.dtype == FP8_DTYPE
         _decode_attention_kernel[(batch, self._num_kv_heads, tile.num_splits)](
             qkv,
             cache[0],
-            cache[1],
+            cache[1].view(torch.int16) if pairs else cache[1],
             block_tables,
             context_lens,
             out,
@@ -492,6 +533,7 @@ class DecodeAttention:
             tile.num_splits,
             lse is not None,
             "ieee" if qkv.dtype == torch.float32 else "tf32",
+            pairs,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
@@ -668,7 +710,7 @@ def _prompt_attention_kernel(
     position = context - num_rows + row
     lane = tl.arange(0, head_dim)
     place = (start + row).to(tl.int64)[:, None] * row_stride + head * head_dim + lane[None, :]
-    query = tl.load(qkv_ptr + place, mask=in_chunk[:, None], other=0.0)
+    query = _comparable(tl.load(qkv_ptr + place, mask=in_chunk[:, None], other=0.0), keys_ptr)
     top = tl.full((tile_m,), -float("inf"), tl.float32)
     total = tl.zeros((tile_m,), tl.float32)
     acc = tl.zeros((tile_m, head_dim), tl.float32)

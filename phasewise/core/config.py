@@ -32,6 +32,9 @@ class ModelConfigSection(_Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: float32 on a CPU, bfloat16 on a GPU"
     )
+    weights: Literal["auto", "fp8"] = Field(
+        "auto", description="auto: in model.dtype; fp8: e4m3 with a scale per output channel (GPUs only)"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
     seed: int = Field(0, ge=0, description="Seed of random weights (random:<config.json> only)")
     max_model_len: int | None = Field(
@@ -84,6 +87,7 @@ class CacheConfig(_Section):
     """The paged KV cache of each worker."""
 
     block_size: Literal[8, 16, 32, 64] = Field(16, description="Tokens per block")
+    dtype: Literal["auto", "fp8_e4m3"] = Field("auto", description="auto: model.dtype; fp8_e4m3: GPUs only")
     kv_cache_gib: float | None = Field(
         None, gt=0, description="Memory for KV blocks per worker, in GiB; default: 1 on a CPU, measured on a GPU"
     )
