@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--model", default="8b", help="8b, tiny, or what model.path takes")
     parser.add_argument("--loads", nargs="+", default=["512x512x128", "256x1024x256"], metavar="REQUESTSxPROMPTxOUTPUT")
     parser.add_argument("--kv-cache-gib", type=float, default=46.9)
-    parser.add_argument("--token-budget", type=int, default=4096)
+    parser.add_argument("--token-budget", type=int, default=16_384)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--engine-alone", type=Path, help=argparse.SUPPRESS)  # the configuration; how it calls itself

@@ -10,6 +10,7 @@ Llama-3.1-8B shape, random bf16 weights, greedy. The floors are bytes that must 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import random
@@ -33,7 +34,7 @@ if not torch.cuda.is_available():
 from engine.batch import ScheduledBatch, ScheduledSequence
 from engine.cuda.runner import CudaModelRunner
 from engine.kv_cache import PagedKVCache
-from engine.loader import LoadedModel, load_model
+from engine.loader import load_model
 from engine.sequence import Sequence
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.config import build_config
@@ -82,10 +83,18 @@ TOKEN_BUDGET = 16_384  # of the offline loads: fewer, larger steps of prompts
 class Bench:
     """A loaded engine and the rows measured on it."""
 
-    def __init__(self, loaded: LoadedModel, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, weights: str = "auto", kv_dtype: str = "auto") -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            config = Path(folder) / "config.json"
+            config.write_text(json.dumps(SHAPE))
+            source = ModelSource("random", config, "8b")
+            loaded = load_model(
+                source, dtype="bfloat16", device="cuda", seed=0, weights=weights, progress=lambda share: None
+            )
         self.loaded = loaded
-        self.cache = PagedKVCache(loaded.kv_cache_spec(BLOCK), num_blocks, "cuda")
-        self.cache.storage.normal_()
+        self.cache = PagedKVCache(loaded.kv_cache_spec(BLOCK, kv_dtype), num_blocks, "cuda")
+        for layer in self.cache.storage:
+            layer.copy_(torch.randn(layer.shape, device="cuda"))
         self.runner = CudaModelRunner(loaded, self.cache, 9216, max_batch=512)
         self.runner.warm_up(TOKEN_BUDGET)
         self.rows: list[dict[str, Any]] = []
@@ -131,6 +140,21 @@ class Bench:
         floor = 2 * 8.1 + 38.0
         figures = (floor, None, floor * 1.2, floor * 1.1)
         self.add("two steps: 64 decodes + 2048-token prompt", "ms", ours, figures, "low")
+
+    def fp8(self) -> None:
+        """Must be the last: the other weights and their cache make room."""
+        ours = next(row["ours"] for row in self.rows if row["case"] == "decode step, batch 64")
+        num_blocks = self.cache.num_blocks
+        del self.loaded, self.cache, self.runner
+        gc.collect()
+        torch.cuda.empty_cache()
+        bench = Bench(num_blocks, "fp8", "fp8_e4m3")
+        step = bench._decode_batch(64, 1088)
+        faster = ours / bench._step_ms([step], 40)
+        self.add("fp8 weights and KV, batch 64: times as fast", "x", faster, (None, None, 1.4, 1.6), "high")
+        for count, length in ((1, 512), (1, 2048)):
+            ours = _median_ms(partial(bench.runner.run, bench._prefill_batch(count, length)), 15)
+            self.add(f"fp8 weights, prefill {count} x {length}", "ms", ours, (None,) * 4, "low")
 
     def _step_ms(self, steps: list[ScheduledBatch], repeats: int) -> float:
         """The steps' time one after the other, in a row of them, each given to the device before the last has ended."""
@@ -190,7 +214,7 @@ class OfflineLoad:
 
 def mixed_worker(bench: Bench, load: OfflineLoad) -> Worker:
     """A real worker around the engine: scheduler, blocks, step loop."""
-    spec = bench.loaded.kv_cache_spec(BLOCK)
+    spec = bench.cache.spec
     info = WorkerInfo(
         "mixed-0",
         WorkerRole.MIXED,
@@ -265,23 +289,14 @@ def _median_ms(call: Any, repeats: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", default="decode,prefill,mixed,offline")
+    parser.add_argument("--cases", default="decode,prefill,mixed,offline,fp8")
     parser.add_argument("--num-blocks", type=int, default=24_000)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     begin = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "config.json"
-        config.write_text(json.dumps(SHAPE))
-        loaded = load_model(
-            ModelSource("random", config, "8b"), dtype="bfloat16", device="cuda", seed=0, progress=lambda share: None
-        )
-    torch.cuda.synchronize()
-    loaded_s = time.perf_counter() - begin
-    bench = Bench(loaded, arguments.num_blocks)
+    bench = Bench(arguments.num_blocks)
     torch.cuda.synchronize()
     start_s = time.perf_counter() - begin
-    print(f"weights {loaded_s:.1f} s, cache, graphs and warm-up {start_s - loaded_s:.1f} s", flush=True)
     bench.add("start without the interpreter's imports", "s", start_s, (None, 80, 40, 25), "low")
     with torch.inference_mode():
         for case in arguments.cases.split(","):
