@@ -60,10 +60,10 @@ class Group:
             dist.destroy_process_group()
 
     @property
-    def name(self) -> str:
-        """torch's name of the group."""
+    def process_group(self) -> dist.ProcessGroup:
+        """torch's form of it."""
         assert dist.group.WORLD is not None, "connect first"
-        return dist.group.WORLD.group_name
+        return dist.group.WORLD
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in place; returned too."""
