@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,19 @@ import torch.nn.functional as F
 from engine.sharding import Shard
 
 _LOW_32 = 2**32 - 1
+
+Command = tuple[Any, ...]
+"""What rank 0 tells the other ranks: a name, then values that can be pickled (ModelRunner.follow)."""
+
+
+class OtherRanks(Protocol):
+    """How rank 0 reaches the others (workers/ranks.py)."""
+
+    def tell(self, command: Command) -> None:
+        """Makes the other ranks compute what this one computes next."""
+
+    def broken(self, reason: str) -> None:
+        """This rank failed at what it told: the others wait for it in vain, and the group cannot go on."""
 
 
 class Group:
@@ -83,9 +97,9 @@ class Group:
             return part
         step, num_rows = self.shard.vocab_step(vocab_size), len(part)
         part = F.pad(part, (0, step - part.shape[1]))
-        gathered = part.new_empty(self.size * num_rows, step)
-        dist.all_gather_into_tensor(gathered, part)
-        return gathered.view(self.size, num_rows, step).transpose(0, 1).reshape(num_rows, -1)[:, :vocab_size]
+        gathered = part.new_empty(self.size, num_rows, step)
+        dist.all_gather(list(gathered), part.contiguous())
+        return gathered.transpose(0, 1).reshape(num_rows, -1)[:, :vocab_size]
 
     def largest(self, part: torch.Tensor, vocab_size: int) -> torch.Tensor:
         """Like gather_vocab(...).argmax(-1) with the lowest id at ties, for 8 bytes a row.  # [num_rows] int64"""

@@ -18,6 +18,8 @@ from engine.block_manager import BlockManager
 from engine.kv_cache import PagedKVCache
 from engine.loader import LoadedModel, load_model
 from engine.model_runner import ModelRunner
+from engine.sharding import Shard
+from engine.tensor_parallel import Group, OtherRanks
 from kv_transfer.link import Link
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
@@ -32,6 +34,7 @@ from phasewise.core.profile import DeviceProfile
 from prefill_workers.phase import PrefillLimits, PrefillPhase
 from prefill_workers.scheduler import PrefillScheduler
 from workers.profiler import measure_profile
+from workers.ranks import Join, LeadingKVCache, Ranks
 from workers.settings import WorkerSettings
 from workers.worker import LoopSettings, Runner, Worker, WorkerParts
 
@@ -53,12 +56,13 @@ class Ports:
 
 @dataclass(frozen=True, slots=True)
 class LoadedEngine:
-    """A model in memory with its cache, warmed and measured."""
+    """A model in memory with its cache, warmed and measured. `ranks`: the other processes that hold parts of it."""
 
     runner: Runner
     cache: PagedKVCache
     max_model_len: int
     profile: DeviceProfile
+    ranks: Ranks | None = None
 
 
 def load_engine(settings: WorkerSettings, progress: Callable[[float], None], clock: Clock) -> LoadedEngine:
@@ -66,17 +70,63 @@ def load_engine(settings: WorkerSettings, progress: Callable[[float], None], clo
 
     Raises:
         ModelLoadError: the model's files are at fault.
-        ConfigError: the cache is too small for a single block.
+        ConfigError: the cache is too small for a single block, or the model cannot be split over the ranks.
     """
     torch.set_num_threads(settings.num_threads)
-    config = settings.config
-    loaded = load_model(
-        resolve_model(config.model.path),
-        dtype=resolve_dtype(config.model.dtype, settings.device),
-        device=settings.device,
-        seed=config.model.seed,
-        progress=lambda share: progress(0.95 * share),
+    group = Group(Shard(0, settings.tensor_parallel))
+    ranks = Ranks(settings) if group.size > 1 else None
+    try:
+        loaded = load_part(settings, group, progress=lambda share: progress(0.95 * share))
+        join = _sizes(loaded, settings.config, ranks.store_path if ranks else "")
+        if ranks is not None:
+            ranks.wait_loaded()
+            ranks.join(join)
+        cache, runner = make_part(loaded, settings, group, join, ranks)
+        if ranks is not None:
+            ranks.wait_ready()
+    except BaseException:
+        if ranks is not None:
+            ranks.close()
+        raise
+    profile = measure_profile(runner, cache.block_size, cache.num_blocks, loaded.config.vocab_size, clock)
+    progress(1.0)
+    return LoadedEngine(runner, cache, join.max_model_len, profile, ranks)
+
+
+def load_part(settings: WorkerSettings, group: Group, progress: Callable[[float], None]) -> LoadedModel:
+    """This rank's part of the model, on its device. The group need not be connected yet."""
+    model = settings.config.model
+    return load_model(
+        resolve_model(model.path),
+        dtype=resolve_dtype(model.dtype, settings.device),
+        device=rank_device(settings, group),
+        seed=model.seed,
+        progress=progress,
+        group=group,
     )
+
+
+def make_part(
+    loaded: LoadedModel, settings: WorkerSettings, group: Group, join: Join, ranks: Ranks | None = None
+) -> tuple[PagedKVCache, ModelRunner]:
+    """Joins the group, if there is one, and makes this rank's cache and runner. `ranks` only on rank 0."""
+    if group.size > 1:
+        group.connect(join.store_path, loaded.model.device)
+    spec, device = loaded.kv_cache_spec(settings.config.cache.block_size), loaded.device
+    if ranks is not None:
+        cache: PagedKVCache = LeadingKVCache(spec, join.num_blocks, device, ranks)
+        return cache, make_runner(loaded, cache, join.max_model_len, join.max_batch, ranks)
+    cache = PagedKVCache(spec, join.num_blocks, device)
+    return cache, make_runner(loaded, cache, join.max_model_len, join.max_batch)
+
+
+def rank_device(settings: WorkerSettings, group: Group) -> str:
+    """GPU r for rank r: torch's symmetric memory wants all ranks to see all GPUs of the group."""
+    return f"cuda:{group.rank}" if group.size > 1 and settings.device.startswith("cuda") else settings.device
+
+
+def _sizes(loaded: LoadedModel, config: ServingConfig, store_path: str) -> Join:
+    """How large cache and context are. Raises ConfigError when the cache holds no two blocks."""
     spec = loaded.kv_cache_spec(config.cache.block_size)
     num_blocks = int(config.cache.kv_cache_gib * 2**30) // spec.bytes_per_block
     if num_blocks < 2:
@@ -84,26 +134,28 @@ def load_engine(settings: WorkerSettings, progress: Callable[[float], None], clo
             f"cache.kv_cache_gib={config.cache.kv_cache_gib} holds no two blocks of {spec.bytes_per_block} bytes; "
             f"give at least {math.ceil(2 * spec.bytes_per_block / 2**30 * 1e4) / 1e4}"
         )
-    cache = PagedKVCache(spec, num_blocks, settings.device)
     capacity = num_blocks * spec.block_size
     max_model_len = min(config.model.max_model_len or capacity, loaded.config.max_position_embeddings, capacity)
-    runner = make_runner(loaded, cache, max_model_len, config.scheduler.max_running)
-    profile = measure_profile(runner, config.cache.block_size, num_blocks, loaded.config.vocab_size, clock)
-    progress(1.0)
-    return LoadedEngine(runner, cache, max_model_len, profile)
+    return Join(store_path, num_blocks, max_model_len, config.scheduler.max_running)
 
 
-def make_runner(loaded: LoadedModel, cache: PagedKVCache, max_model_len: int, max_batch: int) -> ModelRunner:
+def make_runner(
+    loaded: LoadedModel,
+    cache: PagedKVCache,
+    max_model_len: int,
+    max_batch: int,
+    others: OtherRanks | None = None,
+) -> ModelRunner:
     """The fast runner on a GPU, the plain one elsewhere, and for shapes that the kernels do not know."""
     head_dim = loaded.config.head_dim
     if cache.device.type != "cuda":
-        return ModelRunner(loaded, cache, max_model_len)
+        return ModelRunner(loaded, cache, max_model_len, others=others)
     if head_dim & (head_dim - 1) or head_dim < 16:
         logger.warning("no fast kernels for head dim %d: using plain attention", head_dim)
-        return ModelRunner(loaded, cache, max_model_len)
+        return ModelRunner(loaded, cache, max_model_len, others=others)
     from engine.cuda.runner import CudaModelRunner  # needs Triton, which CPU machines do not have
 
-    return CudaModelRunner(loaded, cache, max_model_len, max_batch=max_batch)
+    return CudaModelRunner(loaded, cache, max_model_len, max_batch=max_batch, others=others)
 
 
 def resolve_dtype(dtype: str, device: str) -> str:

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from engine.batch import ScheduledBatch, ScheduledSequence, StepResult
 from engine.cuda.decoder import CudaDecoder
 from engine.cuda.kernels import DecodeAttention, merge_into, prompt_attention, prompt_tile
-from engine.forward_inputs import ForwardInputs, build_forward_inputs
+from engine.forward_inputs import ForwardInputs
 from engine.kv_cache import PagedKVCache
 from engine.loader import LoadedModel
 from engine.model_runner import ModelRunner
+from engine.tensor_parallel import Command, OtherRanks
 from phasewise.core.request import SampledToken, SamplingParams
 
 GRAPH_BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
@@ -31,9 +32,15 @@ class CudaModelRunner(ModelRunner):
     """One model with one KV cache on one GPU. Sampling and prompt log-probabilities are those of the plain runner."""
 
     def __init__(
-        self, loaded: LoadedModel, kv_cache: PagedKVCache, max_model_len: int, *, max_batch: int = 256
+        self,
+        loaded: LoadedModel,
+        kv_cache: PagedKVCache,
+        max_model_len: int,
+        *,
+        max_batch: int = 256,
+        others: OtherRanks | None = None,
     ) -> None:
-        super().__init__(loaded, kv_cache, max_model_len, attention="reference")
+        super().__init__(loaded, kv_cache, max_model_len, attention="reference", others=others)
         config = loaded.config
         # cuDNN's fused attention took 101 us where flash attention took 189 (one layer, 1 x 2048). A context manager
         # around each call says the same, and costs more than the call.
@@ -66,16 +73,31 @@ class CudaModelRunner(ModelRunner):
         graph = self._graph_for(batch)
         if graph is None:
             return super().run(batch, on_layers_done, layers_per_group)
-        graph.fill(batch.items)
-        graph.replay()
-        if on_layers_done is not None:
-            on_layers_done(0, self._config.num_layers)
+        rows = graph.fill(batch.items)
+        takes_largest = all(_takes_largest(item.sequence.sampling) for item in batch.items)
         sequences = [item.sequence for item in batch.items]
-        if all(_takes_largest(s.sampling) for s in sequences):
-            tokens = graph.next_ids[: len(sequences)].tolist()
-            return StepResult(tuple((SampledToken(t),) for t in tokens), ((),) * len(tokens))
-        logits = graph.logits[: len(sequences)].float()
+        with self._together(("graph", graph.batch, rows, takes_largest)):
+            graph.replay()
+            if on_layers_done is not None:
+                on_layers_done(0, self._config.num_layers)
+            if takes_largest:
+                tokens = graph.next_ids[: len(sequences)].tolist()
+                return StepResult(tuple((SampledToken(t),) for t in tokens), ((),) * len(tokens))
+            logits = self._decoder.gather(graph.logits[: len(sequences)]).float()
         return StepResult(self._sample_rows(batch, logits), ((),) * len(sequences))
+
+    @torch.inference_mode()
+    def follow(self, command: Command) -> None:
+        """As ModelRunner.follow; also ("graph", bucket, rows of its host buffer, whether no logits are gathered)."""
+        match command:
+            case ("graph", bucket, rows, takes_largest):
+                graph = next(graph for graph in self._graphs if graph.batch == bucket)
+                graph.fill_rows(rows)
+                graph.replay()
+                if not takes_largest:
+                    self._decoder.gather(graph.logits[: len(rows)])
+            case _:
+                super().follow(command)
 
     # ---- inside
 
@@ -87,12 +109,10 @@ class CudaModelRunner(ModelRunner):
             return None
         return next((graph for graph in self._graphs if graph.batch >= len(items)), None)
 
-    def _forward(
-        self, batch: ScheduledBatch, on_layers_done: Callable[[int, int], None] | None, layers_per_group: int
+    def _compute(
+        self, inputs: ForwardInputs, on_layers_done: Callable[[int, int], None] | None, layers_per_group: int
     ) -> torch.Tensor:
         """[num_tokens, hidden_size] after the last layer, kernel by kernel."""
-        device = self._model.device
-        inputs = build_forward_inputs(batch, self._block_size, self._max_model_len, device)
         attend = RaggedAttention(self._attention, self._kv_cache, self._config.windows, inputs)
         x = self._decoder.embed(inputs.input_ids)
         for first in range(0, self._num_layers, layers_per_group):
@@ -278,7 +298,7 @@ class _DecodeGraph:
         with torch.cuda.stream(stream):
             self._step(runner)  # compiles kernels and sets libraries up, which a capture must not see
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self._graph, pool=pool):
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self.logits, self.next_ids = self._step(runner)
 
     def _step(self, runner: CudaModelRunner) -> tuple[torch.Tensor, torch.Tensor]:
@@ -293,11 +313,11 @@ class _DecodeGraph:
             attention(rows, storage[layer], self._tables, self._contexts, out, window=windows[layer])
 
         x = runner._decoder.run_layers(x, 0, runner._num_layers, positions, slots, storage, attend)
-        logits = runner._decoder.logits(x)
-        return logits, logits.argmax(dim=-1)
+        logits = runner._decoder.partial_logits(x)
+        return logits, runner._decoder.largest(logits)
 
-    def fill(self, items: tuple[ScheduledSequence, ...]) -> None:
-        """Writes this step's rows; rows beyond them are padding."""
+    def fill(self, items: tuple[ScheduledSequence, ...]) -> np.ndarray:
+        """Writes this step's rows; rows beyond them are padding. Returns them, up to the longest block table's end."""
         torch.cuda.current_stream().synchronize()  # the last step's copy has left the pinned buffer
         host, size = self._host, self._block_size
         for row, item in enumerate(items):
@@ -315,6 +335,16 @@ class _DecodeGraph:
                 self._tables_of_rows[row] = (table, count, table[count - 1])
         host[len(items) :, 2] = -1
         host[len(items) :, 3] = 0
+        self._device.copy_(self._pinned, non_blocking=True)
+        longest = max(item.sequence.num_computed_tokens for item in items) // size + 1
+        return host[: len(items), : 4 + longest]
+
+    def fill_rows(self, rows: np.ndarray) -> None:
+        """On another rank: writes what `fill` gave on rank 0."""
+        torch.cuda.current_stream().synchronize()
+        self._host[: len(rows), : rows.shape[1]] = rows
+        self._host[len(rows) :, 2] = -1
+        self._host[len(rows) :, 3] = 0
         self._device.copy_(self._pinned, non_blocking=True)
 
     def replay(self) -> None:
