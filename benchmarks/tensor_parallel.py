@@ -36,7 +36,7 @@ import torch.nn.functional as F
 
 from engine.cuda.all_reduce import FastReduce
 from engine.cuda.decoder import CudaDecoder
-from engine.cuda.kernels import DecodeAttention
+from engine.cuda.kernels import DecodeAttention, skinny_product
 from engine.kv_cache import PagedKVCache
 from engine.loader import LoadedModel, load_model
 from engine.models.llama import LlamaModel
@@ -106,6 +106,36 @@ def sums(group: Group, device: torch.device, report: Report) -> None:
             floor = num_bytes / 370e9 * 1e6 * 2 * (group.size - 1) / group.size
             us = _graph_ms(call, 40, device) / 40 * 1000
             report(f"{num_bytes >> 10} KiB: {label}", "us", us, floor=floor)
+
+
+def products(group: Group, device: torch.device, report: Report) -> None:
+    """The products of 8B on one of two GPUs at 64 tokens: cuBLAS and our kernel, over weights that no cache holds."""
+    for rows, columns in ((3072, 4096), (4096, 2048), (14336, 4096), (4096, 7168), (64128, 4096)):
+        x = torch.randn(64, columns, dtype=torch.bfloat16, device=device)
+        out = torch.empty(64, rows, dtype=torch.bfloat16, device=device)
+        num_copies = max(2, (400 << 20) // (rows * columns * 2))  # several times a cache of 60 MB
+        weights = torch.randn(num_copies, rows, columns, dtype=torch.bfloat16, device=device)
+        floor = rows * columns * 2 / 4.3e12 * 1e6
+
+        def all_copies(product: Callable[[torch.Tensor], Any], weights: torch.Tensor = weights) -> None:
+            for weight in weights:
+                product(weight)
+
+        def by_cublas(weight: torch.Tensor, x: torch.Tensor = x, out: torch.Tensor = out) -> None:
+            torch.mm(x, weight.t(), out=out)
+
+        us = _graph_ms(lambda: all_copies(by_cublas), 1, device) / num_copies * 1000
+        report(f"64 x {columns} -> {rows}: cuBLAS", "us", us, floor=floor)
+        for tile in ((32, 256, 6), (32, 128, 8), (64, 128, 6), (128, 128, 4)):
+
+            def by_tile(
+                weight: torch.Tensor, x: torch.Tensor = x, out: torch.Tensor = out, tile: tuple[int, int, int] = tile
+            ) -> None:
+                skinny_product(x, weight, out, tile, adds=False)
+
+            if rows % tile[0] == 0 and columns % tile[1] == 0:
+                us = _graph_ms(lambda: all_copies(by_tile), 1, device) / num_copies * 1000
+                report(f"64 x {columns} -> {rows}: tile {tile}", "us", us, floor=floor)
 
 
 def decode_8b(group: Group, device: torch.device, report: Report, single: dict[int, float]) -> None:
@@ -249,8 +279,8 @@ def _rank_main(part: str, rank: int, size: int, store: str, single: dict[int, fl
         torch.cuda.set_device(device)
         if size > 1:
             group.connect(store, device)
-        if part == "sums":
-            sums(group, device, report)
+        if part in ("sums", "products"):
+            (sums if part == "sums" else products)(group, device, report)
         else:
             (decode_8b if part == "8B" else decode_70b)(group, device, report, single)
         torch.cuda.synchronize(device)
@@ -312,7 +342,7 @@ def _line(row: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default="sums,8B,70B")
+    parser.add_argument("--parts", default="sums,8B,70B", help="also: products")
     parser.add_argument("--size", type=int, default=2, help="GPUs")
     parser.add_argument("--limit-s", type=float, default=150.0, help="per part")
     parser.add_argument("--output", type=Path)
@@ -329,7 +359,7 @@ def main() -> None:
             single = {
                 int(row["case"].rpartition(" ")[2]): row["ours"] for row in rows if "step, TP=1, batch" in row["case"]
             }
-        run_part(part, arguments.size, arguments.limit_s, single, rows)
+        run_part(part, 1 if part == "products" else arguments.size, arguments.limit_s, single, rows)
     print("\n" + "\n".join(map(_line, rows)))
     if arguments.output:
         versions = {}

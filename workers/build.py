@@ -77,11 +77,11 @@ def load_engine(settings: WorkerSettings, progress: Callable[[float], None], clo
     ranks = Ranks(settings) if group.size > 1 else None
     try:
         loaded = load_part(settings, group, progress=lambda share: progress(0.95 * share))
-        join = _sizes(loaded, settings.config, ranks.store_path if ranks else "")
+        join = _sizes(loaded, settings.config)
         if ranks is not None:
             ranks.wait_loaded()
             ranks.join(join)
-        cache, runner = make_part(loaded, settings, group, join, ranks)
+        cache, runner = make_part(loaded, settings, group, join, ranks.store_path if ranks else "", ranks)
         if ranks is not None:
             ranks.wait_ready()
     except BaseException:
@@ -107,11 +107,16 @@ def load_part(settings: WorkerSettings, group: Group, progress: Callable[[float]
 
 
 def make_part(
-    loaded: LoadedModel, settings: WorkerSettings, group: Group, join: Join, ranks: Ranks | None = None
+    loaded: LoadedModel,
+    settings: WorkerSettings,
+    group: Group,
+    join: Join,
+    store_path: str,
+    ranks: Ranks | None = None,
 ) -> tuple[PagedKVCache, ModelRunner]:
     """Joins the group, if there is one, and makes this rank's cache and runner. `ranks` only on rank 0."""
     if group.size > 1:
-        group.connect(join.store_path, loaded.model.device)
+        group.connect(store_path, loaded.model.device)
     spec, device = loaded.kv_cache_spec(settings.config.cache.block_size), loaded.device
     if ranks is not None:
         cache: PagedKVCache = LeadingKVCache(spec, join.num_blocks, device, ranks)
@@ -125,7 +130,7 @@ def rank_device(settings: WorkerSettings, group: Group) -> str:
     return f"cuda:{group.rank}" if group.size > 1 and settings.device.startswith("cuda") else settings.device
 
 
-def _sizes(loaded: LoadedModel, config: ServingConfig, store_path: str) -> Join:
+def _sizes(loaded: LoadedModel, config: ServingConfig) -> Join:
     """How large cache and context are. Raises ConfigError when the cache holds no two blocks."""
     spec = loaded.kv_cache_spec(config.cache.block_size)
     num_blocks = int(config.cache.kv_cache_gib * 2**30) // spec.bytes_per_block
@@ -136,7 +141,7 @@ def _sizes(loaded: LoadedModel, config: ServingConfig, store_path: str) -> Join:
         )
     capacity = num_blocks * spec.block_size
     max_model_len = min(config.model.max_model_len or capacity, loaded.config.max_position_embeddings, capacity)
-    return Join(store_path, num_blocks, max_model_len, config.scheduler.max_running)
+    return Join(num_blocks, max_model_len, config.scheduler.max_running)
 
 
 def make_runner(

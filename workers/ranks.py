@@ -3,7 +3,7 @@
     worker (rank 0)                          child (rank r), workers/follower.py
     spawn, settings      ──────────────────► loads its part of the weights
                          ◄──────────────────  Loaded, or the error that a user can mend
-    Join: store, cache   ──────────────────► joins the group, makes cache and runner (so does rank 0)
+    Join: sizes of cache ──────────────────► joins the group, makes cache and runner (so does rank 0)
                          ◄──────────────────  Ready
     commands of a step   ──────────────────► computes what rank 0 computes
     pipe closed          ──────────────────► ends at once, even in the middle of a step
@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -52,7 +53,6 @@ class Loaded:
 class Join:
     """Everything that ranks must agree on; rank 0 decides it."""
 
-    store_path: str
     num_blocks: int
     max_model_len: int
     max_batch: int
@@ -126,7 +126,7 @@ class Ranks:
         process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), env=environment, stdin=subprocess.DEVNULL)
         theirs.close()
         pipe = Connection(ours.detach())
-        pipe.send((rank, settings))
+        pipe.send((rank, settings, self.store_path))
         self._processes.append(process)
         self._pipes.append(pipe)
         threading.Thread(target=self._watch, args=(rank, process), daemon=True, name=f"rank-{rank}").start()
@@ -160,9 +160,9 @@ class Ranks:
                     raise
                 raise InternalError(f"a rank of {self._worker_id} cannot be reached: {error}") from None
 
-    @staticmethod
-    def _end_process(reason: str) -> None:
+    def _end_process(self, reason: str) -> None:
         logger.critical("%s", reason)
+        shutil.rmtree(self._folder.name, ignore_errors=True)
         os._exit(1)  # the step loop's thread may hang on its device: nothing gentler gets through
 
 
