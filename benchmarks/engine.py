@@ -17,6 +17,7 @@ import shlex
 import sys
 import tempfile
 import time
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from phasewise.core.placement import Placement, WorkerRole
 from phasewise.core.profile import DeviceProfile
 from phasewise.core.request import Request, SamplingParams
 from workers.build import Ports, assemble
+from workers.worker import Worker
 
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
@@ -74,6 +76,7 @@ PREFILL = {
 }
 OFFLINE = {(512, 512, 128): (None, 6811, 7150, 7500), (256, 1024, 256): (None, 5635, 5900, 6300)}
 BLOCK = 16
+TOKEN_BUDGET = 16_384  # of the offline loads: fewer, larger steps of prompts
 
 
 class Bench:
@@ -84,6 +87,7 @@ class Bench:
         self.cache = PagedKVCache(loaded.kv_cache_spec(BLOCK), num_blocks, "cuda")
         self.cache.storage.normal_()
         self.runner = CudaModelRunner(loaded, self.cache, 9216, max_batch=512)
+        self.runner.warm_up(TOKEN_BUDGET)
         self.rows: list[dict[str, Any]] = []
 
     def add(self, case: str, unit: str, ours: float, figures: tuple[Any, ...], better: str) -> None:
@@ -100,33 +104,20 @@ class Bench:
         )
 
     def decode(self) -> None:
-        """The device's time of a whole step at context 1024 to 1152, sampling included; and what the host adds."""
+        """A whole step at context 1088, sampling and copies included; and how long the device waits for the host."""
         for batch, figures in DECODE.items():
-            graph = self.runner._graph_for(self._decode_batch(batch, 1088))
-            assert graph is not None
-            graph.fill(self._decode_batch(batch, 1088).items)
-            self.add(f"decode step, batch {batch}", "ms", _median_ms(graph.replay, 40), figures, "low")
-        wall = []
-        step = self._decode_batch(64, 1088)
-        self.runner.run(step)
-        for _ in range(30):
-            start = time.perf_counter()
-            self.runner.run(step)
-            wall.append((time.perf_counter() - start) * 1000)
+            step = self._decode_batch(batch, 1088)
+            self.add(f"decode step, batch {batch}", "ms", self._step_ms([step], 40), figures, "low")
         device_ms = next(r["ours"] for r in self.rows if r["case"] == "decode step, batch 64")
-        idle = 100 * (1 - device_ms / sorted(wall)[15])
+        idle = 100 * (1 - device_ms / loop_step_ms(self, batch=64, context=1024, num_steps=128))
         self.add("device idle between decode steps, batch 64", "%", idle, (0, None, 3, 1), "low")
 
     def prefill(self) -> None:
+        """From the step's submission to its token on the host, nothing else running."""
         for (count, length), figures in PREFILL.items():
             step = self._prefill_batch(count, length)
-            self.add(
-                f"prefill {count} x {length}",
-                "ms",
-                _median_ms(lambda step=step: self.runner.run(step), 5 if count > 1 else 15),  # type: ignore[misc]
-                figures,
-                "low",
-            )
+            ours = _median_ms(partial(self.runner.run, step), 5 if count > 1 else 15)
+            self.add(f"prefill {count} x {length}", "ms", ours, figures, "low")
 
     def mixed(self) -> None:
         """64 decodes beside a 2048-token prompt, in the two chunks that the scheduler cuts it into."""
@@ -136,13 +127,19 @@ class Bench:
             ScheduledSequence(self._sequence(2048, 0, first_block=64 * 72), first, 0),
             ScheduledSequence(self._sequence(2048, first, first_block=64 * 72), second, 1),
         )
-        ours = sum(
-            _median_ms(lambda c=chunk: self.runner.run(ScheduledBatch((*decodes, c))), 10)  # type: ignore[misc]
-            for chunk in chunks
-        )
+        ours = self._step_ms([ScheduledBatch((*decodes, chunk)) for chunk in chunks], 10)
         floor = 2 * 8.1 + 38.0
         figures = (floor, None, floor * 1.2, floor * 1.1)
         self.add("two steps: 64 decodes + 2048-token prompt", "ms", ours, figures, "low")
+
+    def _step_ms(self, steps: list[ScheduledBatch], repeats: int) -> float:
+        """The steps' time one after the other, in a row of them, each given to the device before the last has ended."""
+
+        def submit() -> None:
+            for step in steps:
+                self.runner.submit(step)
+
+        return _median_ms(submit, repeats)
 
     def offline(self) -> None:
         for (count, prompt, output), figures in OFFLINE.items():
@@ -154,7 +151,14 @@ class Bench:
         random.Random(first_block).shuffle(table)
         ids = [random.randrange(128_000) for _ in range(num_tokens)]
         prompt = num_computed if num_tokens == num_computed + 1 else num_tokens
-        return Sequence("r", SamplingParams(temperature=0.0, max_tokens=10**6), ids, prompt, 0, "", num_computed, table)
+        return Sequence(
+            "r",
+            SamplingParams(temperature=0.0, max_tokens=10**6),
+            ids,
+            prompt,
+            num_computed_tokens=num_computed,
+            block_table=table,
+        )
 
     def _decode_batch(self, batch: int, context: int) -> ScheduledBatch:
         sequences = [self._sequence(context, context - 1, i * 72) for i in range(batch)]
@@ -184,9 +188,9 @@ class OfflineLoad:
     def report(self, load: WorkerLoad) -> None: ...
 
 
-def offline_seconds(bench: Bench, count: int, prompt: int, output: int) -> float:
-    """All requests at once through a real mixed worker: scheduler, blocks, step loop."""
-    spec, load = bench.loaded.kv_cache_spec(BLOCK), OfflineLoad()
+def mixed_worker(bench: Bench, load: OfflineLoad) -> Worker:
+    """A real worker around the engine: scheduler, blocks, step loop."""
+    spec = bench.loaded.kv_cache_spec(BLOCK)
     info = WorkerInfo(
         "mixed-0",
         WorkerRole.MIXED,
@@ -198,22 +202,48 @@ def offline_seconds(bench: Bench, count: int, prompt: int, output: int) -> float
         spec,
         bench.cache.num_blocks,
         9216,
-        DeviceProfile(0, 0, 0, 0),
+        DeviceProfile.linear(0, 0, 0, 0),
     )
     config = build_config(
-        {"scheduler": {"token_budget": 4096, "max_running": 512}, "cache": {"prefix_caching": False}},
+        {"scheduler": {"token_budget": TOKEN_BUDGET, "max_running": 512}, "cache": {"prefix_caching": False}},
         source="benchmark",
     )
-    worker = assemble(info, bench.runner, bench.cache, config, Ports(load, load, load, load), MonotonicClock())
+    return assemble(info, bench.runner, bench.cache, config, Ports(load, load, load, load), MonotonicClock())
+
+
+def post_prompts(worker: Worker, count: int, prompt: int, output: int) -> None:
     rng = random.Random(0)
     for i in range(count):
         ids = tuple(rng.randrange(128_000) for _ in range(prompt))
         request = Request(f"r{i}", ids, SamplingParams(temperature=0.0, max_tokens=output))
         worker.post(PrefillTask(request, Placement(f"r{i}", "mixed-0", "mixed-0"), "gateway", 1e6))
+
+
+def offline_seconds(bench: Bench, count: int, prompt: int, output: int) -> float:
+    """All requests at once."""
+    load = OfflineLoad()
+    worker = mixed_worker(bench, load)
+    post_prompts(worker, count, prompt, output)
     start = time.perf_counter()
     while load.num_tokens < count * output:
         worker.round()
     return time.perf_counter() - start
+
+
+def loop_step_ms(bench: Bench, batch: int, context: int, num_steps: int) -> float:
+    """A decode step's time in the loop, once every prompt has its first token."""
+    load = OfflineLoad()
+    worker = mixed_worker(bench, load)
+    post_prompts(worker, batch, context, num_steps + 40)
+    while worker.load().num_waiting or load.num_tokens < 10 * batch:
+        worker.round()
+    start = time.perf_counter()
+    for _ in range(num_steps):
+        worker.round()
+    elapsed_ms = 1000 * (time.perf_counter() - start)
+    while worker.round():
+        pass
+    return elapsed_ms / num_steps
 
 
 def _meets(value: float, bar: float, better: str) -> bool:
@@ -251,7 +281,7 @@ def main() -> None:
     bench = Bench(loaded, arguments.num_blocks)
     torch.cuda.synchronize()
     start_s = time.perf_counter() - begin
-    print(f"weights {loaded_s:.1f} s, cache and graphs {start_s - loaded_s:.1f} s", flush=True)
+    print(f"weights {loaded_s:.1f} s, cache, graphs and warm-up {start_s - loaded_s:.1f} s", flush=True)
     bench.add("start without the interpreter's imports", "s", start_s, (None, 80, 40, 25), "low")
     with torch.inference_mode():
         for case in arguments.cases.split(","):

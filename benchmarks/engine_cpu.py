@@ -1,6 +1,6 @@
 """The engine on a CPU against transformers: SmolLM2-135M, float32, the same GGUF weights, the same number of threads.
 
-    python benchmarks/engine_cpu.py [--rounds 3] [--threads 1 2]
+    python -m benchmarks.engine_cpu [--rounds 3] [--threads 1 2]
 
 Ours and theirs run in turns and the best round of each counts, because other work on the machine disturbs both. The
 floor of a step is the larger of its bytes over the measured read bandwidth and its operations over the measured rate.
@@ -129,7 +129,7 @@ def run_ours(loaded: LoadedModel, prompts: list[list[int]]) -> tuple[float, floa
     ]
 
     def step() -> None:
-        items = tuple(ScheduledSequence(sequence, sequence.num_uncomputed_tokens, 1) for sequence in sequences)
+        items = tuple(ScheduledSequence(sequence, sequence.num_unscheduled_tokens, 1) for sequence in sequences)
         for item, (token,) in zip(items, runner.run(ScheduledBatch(items)).tokens, strict=True):
             item.sequence.num_computed_tokens += item.num_tokens
             item.sequence.token_ids.append(token.token_id)
@@ -203,7 +203,7 @@ def report(rows: list[Row]) -> None:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "command": " ".join(["python", "benchmarks/engine_cpu.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "benchmarks.engine_cpu", *sys.argv[1:]]),
         "date": datetime.now(UTC).date().isoformat(),
         "rows": [asdict(row) for row in rows],
     }

@@ -194,8 +194,8 @@ def _decode_ms(loaded: LoadedModel, batch: int, device: torch.device) -> float:
     slots = tables[:, -1].long() * BLOCK + BLOCK - 1
     ids = torch.arange(batch, device=device)
 
-    def attend(layer: int, qkv: torch.Tensor, out: torch.Tensor) -> None:
-        attention(qkv.view(batch, -1), cache.storage[layer], tables, contexts, out)
+    def attend(layer: int, qkv: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return attention(qkv.view(batch, -1), cache.storage[layer], tables, contexts, out)
 
     def step() -> None:
         x = decoder.run_layers(decoder.embed(ids), 0, config.num_layers, positions, slots, cache.storage, attend)
@@ -213,10 +213,10 @@ def _prefill_ms(loaded: LoadedModel, length: int, device: torch.device) -> float
     positions = torch.arange(length, device=device)
     heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
 
-    def attend(layer: int, qkv: torch.Tensor, out: torch.Tensor) -> None:
+    def attend(layer: int, qkv: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         queries, keys, values = qkv.unsqueeze(0).transpose(1, 2).split(heads, dim=1)
         attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
-        out.copy_(attended[0].transpose(0, 1))
+        return out.copy_(attended[0].transpose(0, 1))
 
     def step() -> None:
         x = decoder.embed(positions)

@@ -47,7 +47,17 @@ def serve_command(
     dtype: Annotated[
         str | None, typer.Option(help="auto, float32 or bfloat16 [default: auto]", show_default=False)
     ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="auto, or fp8 on a GPU [default: auto]", show_default=False)
+    ] = None,
+    kv_cache_dtype: Annotated[
+        str | None, typer.Option(help="auto, or fp8_e4m3 on a GPU [default: auto]", show_default=False)
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda [default: auto]", show_default=False)] = None,
+    gpu_memory_utilization: Annotated[
+        float | None,
+        typer.Option(help="Share of a GPU's memory that a worker may fill [default: 0.9]", show_default=False),
+    ] = None,
     log_format: Annotated[str | None, typer.Option(help="text or json [default: text]", show_default=False)] = None,
 ) -> None:
     """Start a cluster on this machine: a gateway, prefill workers and decode workers.
@@ -60,7 +70,20 @@ def serve_command(
       phasewise serve --mixed 1 --prefill 0 --decode 0 --http 0.0.0.0:8080
       phasewise serve --config cluster.yaml
     """
-    overrides = _overrides(model, prefill, decode, mixed, http, grpc, dtype, device, log_format)
+    overrides = _overrides(
+        model,
+        prefill,
+        decode,
+        mixed,
+        http,
+        grpc,
+        dtype,
+        weights,
+        kv_cache_dtype,
+        device,
+        gpu_memory_utilization,
+        log_format,
+    )
     serve(load_config(config, overrides))
 
 
@@ -195,13 +218,17 @@ def _overrides(
     http: str | None,
     grpc: str | None,
     dtype: str | None,
+    weights: str | None,
+    kv_cache_dtype: str | None,
     device: str | None,
+    gpu_memory_utilization: float | None,
     log_format: str | None,
 ) -> dict[str, Any]:
     """The flags that were given, in the form of the configuration."""
     pools = {"prefill": prefill, "decode": decode, "mixed": mixed}
     sections: dict[str, dict[str, Any]] = {
-        "model": {"path": model, "dtype": dtype, "device": device},
+        "model": {"path": model, "dtype": dtype, "weights": weights, "device": device},
+        "cache": {"dtype": kv_cache_dtype, "gpu_memory_utilization": gpu_memory_utilization},
         "gateway": {"http": http, "grpc": grpc},
         "logging": {"format": log_format},
         "pools": {name: None if workers is None else {"workers": workers} for name, workers in pools.items()},

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,11 +80,13 @@ class ControlPlaneActor:
         except ServingError as error:
             return error
 
-    async def first_token(self, request_id: str) -> None:
-        self._scheduler.first_token(request_id)
-
-    async def finished(self, request_id: str, num_output_tokens: int) -> None:
-        self._scheduler.finished(request_id, num_output_tokens)
+    async def progress(self, news: Sequence[tuple[str, int | None]]) -> None:
+        """What became of requests: (id, None) for a first token, (id, number of output tokens) for an end."""
+        for request_id, num_output_tokens in news:
+            if num_output_tokens is None:
+                self._scheduler.first_token(request_id)
+            else:
+                self._scheduler.finished(request_id, num_output_tokens)
 
     async def snapshot(self) -> list[tuple[WorkerInfo, WorkerLoad]]:
         return [(member.info, member.load) for member in self._scheduler.registry.members()]
@@ -146,10 +148,15 @@ class ControlPlaneActor:
 
 
 class RemotePlacer:
-    """Placer (control_plane/gateway/request_loop.py) over the control plane's actor."""
+    """Placer (control_plane/gateway/request_loop.py) over the control plane's actor.
+
+    What requests have come to is told once per turn of the event loop: a step that brings many first tokens or ends
+    costs one call and not one for each.
+    """
 
     def __init__(self, control_plane: ActorHandle) -> None:
         self._control_plane = control_plane
+        self._news: list[tuple[str, int | None]] = []
 
     async def place(
         self, request_id: str, num_prompt_tokens: int, num_samples: int, max_tokens: int, timeout_s: float
@@ -170,10 +177,19 @@ class RemotePlacer:
         return answer
 
     def first_token(self, request_id: str) -> None:
-        self._control_plane.first_token.remote(request_id)
+        self._tell(request_id, None)
 
     def finished(self, request_id: str, num_output_tokens: int) -> None:
-        self._control_plane.finished.remote(request_id, num_output_tokens)
+        self._tell(request_id, num_output_tokens)
+
+    def _tell(self, request_id: str, num_output_tokens: int | None) -> None:
+        if not self._news:
+            asyncio.get_running_loop().call_soon(self._send_news)
+        self._news.append((request_id, num_output_tokens))
+
+    def _send_news(self) -> None:
+        news, self._news = self._news, []
+        self._control_plane.progress.remote(news)
 
     async def snapshot(self) -> list[tuple[WorkerInfo, WorkerLoad]]:
         try:

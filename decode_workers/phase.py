@@ -173,14 +173,17 @@ class DecodePhase:
         return [ScheduledSequence(job.sequence, 1, 1) for job in live]
 
     def take(self, items: Iterable[tuple[ScheduledSequence, SampledToken]]) -> None:
-        """Takes the tokens of one step."""
-        job_of = {id(job.sequence): job for job in self.scheduler.running}
+        """Takes the tokens of one step. What ended or was cancelled while the step ran leaves no trace."""
+        job_of = {id(job.sequence): job for job in self.scheduler.jobs()}
         for item, token in items:
-            job = job_of[id(item.sequence)]
+            job = job_of.get(id(item.sequence))
+            if job is None:
+                continue
             sequence = job.sequence
-            sequence.num_computed_tokens += 1
+            sequence.end_step(1)
             sequence.token_ids.append(token.token_id)
-            self._blocks.publish(sequence)
+            if job.status is RequestStatus.DECODING:  # else it was preempted meanwhile, and has no blocks
+                self._blocks.publish(sequence)
             self.counters["output_tokens"] += 1
             if not job.has_stepped:
                 job.has_stepped = True

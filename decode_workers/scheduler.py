@@ -86,11 +86,16 @@ class DecodeScheduler:
         job.sequence.block_table = []
 
     def schedule(self) -> DecodePlan:
-        """Plans a step of all running sequences, oldest first; makes room by preempting the youngest."""
+        """Plans a step of all running sequences, oldest first; makes room by preempting the youngest.
+
+        Not of those whose token in flight is their last. One that a stop token ends is found out a step later.
+        """
         plan = DecodePlan()
         for job in list(self.running):
             if job.status is RequestStatus.PREEMPTED:
                 break  # only younger ones follow
+            if job.sequence.awaits_last_token:
+                continue
             while not self._grow(job, plan):
                 youngest = self.running[-1]
                 self._preempt(youngest, plan)
@@ -105,7 +110,7 @@ class DecodeScheduler:
     def _grow(self, job: DecodeJob, plan: DecodePlan) -> bool:
         """Makes sure that the next token has a slot of its own. False when no block is free."""
         sequence = job.sequence
-        position = sequence.num_computed_tokens
+        position = sequence.num_scheduled_tokens
         index = position // self._blocks.block_size
         if index == len(sequence.block_table):
             if self._blocks.num_free_blocks == 0:

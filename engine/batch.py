@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from engine.sequence import Sequence
 from phasewise.core.request import SampledToken
@@ -10,7 +11,7 @@ from phasewise.core.request import SampledToken
 
 @dataclass(frozen=True, slots=True)
 class ScheduledSequence:
-    """Compute the next `num_tokens` tokens of `sequence`, starting at its `num_computed_tokens`.
+    """Compute the next `num_tokens` tokens of `sequence`, from position `start` on: after those in flight.
 
     `num_samples` is how many tokens to sample from the logits of the last one: 0 for a chunk in the middle of a prompt,
     1 for a decode (as the sequence's own sample index), n for the last chunk of a prompt (sample indices 0 to n - 1).
@@ -19,6 +20,10 @@ class ScheduledSequence:
     sequence: Sequence
     num_tokens: int
     num_samples: int
+    start: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "start", self.sequence.num_scheduled_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +43,29 @@ class StepResult:
 
     `tokens[i]` has `num_samples` entries. `prompt_logprobs[i]` is empty unless the request asked for prompt
     log-probabilities; else it describes the prompt tokens that follow the chunk's tokens: entry j belongs to the
-    token at position `num_computed_tokens + 1 + j`, as far as that is inside the prompt.
+    token at position `start + 1 + j`, as far as that is inside the prompt.
     """
 
     tokens: tuple[tuple[SampledToken, ...], ...]
     prompt_logprobs: tuple[tuple[SampledToken, ...], ...]
+
+
+class PendingStep(Protocol):
+    """A step that was given to the device."""
+
+    def collect(self) -> StepResult:
+        """Waits until the step is computed. Called once, in the order of the steps.
+
+        Raises:
+            InternalError: the model computed NaN.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class ComputedStep:
+    """The PendingStep of a runner that computes at once."""
+
+    result: StepResult
+
+    def collect(self) -> StepResult:
+        return self.result

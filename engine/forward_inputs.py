@@ -55,10 +55,10 @@ def build_forward_inputs(
     positions, slots = [], []
     query_starts, context_lens, tables = [0], [], []
     for item in batch.items:
-        sequence, start = item.sequence, item.sequence.num_computed_tokens
+        sequence, start = item.sequence, item.start
         end = start + item.num_tokens
         num_blocks = -(-end // block_size)
-        if not 0 < item.num_tokens <= sequence.num_uncomputed_tokens or end > max_model_len:
+        if not 0 < item.num_tokens <= sequence.num_tokens - start or end > max_model_len:
             raise ValueError(
                 f"sequence of request {sequence.request_id} has {sequence.num_tokens} tokens, {start} computed; "
                 f"cannot compute {item.num_tokens} more within {max_model_len}"

@@ -8,9 +8,10 @@ from collections.abc import Sequence as Seq
 import numpy as np
 import torch
 
-from phasewise.core.kv_spec import KVCacheSpec
+from engine.layers.fp8 import FP8_DTYPE
+from phasewise.core.kv_spec import FP8, KVCacheSpec
 
-TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, FP8: FP8_DTYPE}
 
 
 class PagedKVCache:
@@ -37,12 +38,12 @@ class PagedKVCache:
 
     def copy_block(self, source: int, target: int) -> None:
         """Copies a block, all layers: what a writer does before it writes to a shared block."""
-        blocks = self.blocks_view()
+        blocks = as_words(self.blocks_view())
         blocks[:, :, target].copy_(blocks[:, :, source])
 
     def copy_out(self, blocks: Seq[int]) -> torch.Tensor:
         """The blocks' content on the host: [num_layers, 2, len(blocks) * block_size, num_kv_heads, head_dim]."""
-        picked = self.blocks_view().index_select(2, self._index(blocks))
+        picked = as_words(self.blocks_view()).index_select(2, self._index(blocks)).view(self.storage.dtype)
         return picked.view(*self.storage.shape[:2], -1, *self.storage.shape[3:]).cpu()
 
     def copy_in(self, content: torch.Tensor, blocks: Seq[int]) -> None:
@@ -54,10 +55,15 @@ class PagedKVCache:
                 f"KV content is {tuple(content.shape)} {content.dtype}, expected {expected} {self.storage.dtype}"
             )
         rows = content.to(self.device).reshape(*expected[:2], len(blocks), -1)
-        self.blocks_view().index_copy_(2, self._index(blocks), rows)
+        as_words(self.blocks_view()).index_copy_(2, self._index(blocks), as_words(rows))
 
     def _index(self, blocks: Seq[int]) -> torch.Tensor:
         return torch.tensor(blocks, dtype=torch.int64, device=self.device)
+
+
+def as_words(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as 64-bit words: torch's index operations do not know fp8. Rows must be whole words."""
+    return tensor.view(torch.int64)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -25,7 +25,8 @@ from phasewise.core.model_source import ModelSource, config_file
 class LoadedModel:
     """A model with its weights on its device, or one rank's part of it, which is what `config` describes.
 
-    `fingerprint` is equal in processes that loaded the same weights, whatever their part.
+    `dtype` is what it computes in, whatever its weights and its cache are stored in. `fingerprint` is equal in
+    processes that loaded the same weights, whatever their part.
     """
 
     model: LlamaModel
@@ -34,13 +35,14 @@ class LoadedModel:
     device: str
     fingerprint: str
 
-    def kv_cache_spec(self, block_size: int) -> KVCacheSpec:
+    def kv_cache_spec(self, block_size: int, dtype: str = "auto") -> KVCacheSpec:
+        """`dtype` of the cache: auto (the model's) or fp8_e4m3."""
         return KVCacheSpec(
             num_layers=self.config.num_layers,
             num_kv_heads=self.config.num_kv_heads,
             head_dim=self.config.head_dim,
             block_size=block_size,
-            dtype=self.dtype,
+            dtype=self.dtype if dtype == "auto" else dtype,
             model_fingerprint=self.fingerprint,
         )
 
@@ -67,6 +69,23 @@ def resolve_dtype(dtype: str, device: str) -> str:
     return dtype
 
 
+def check_fp8(field: str, value: str, *, dtype: str, device: str) -> None:
+    """Raises ConfigError where there are no kernels for fp8. `field` is the key that asks for it by `value`."""
+    if value == "auto":
+        return
+    remedy = f"use {field} auto, or model.device cuda on a GPU of compute capability 8.9 or later (Ada, Hopper)"
+    if not device.startswith("cuda"):
+        raise ConfigError(f"{field} {value} cannot be computed on a CPU; {remedy}", field=field)
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 9):
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError(
+            f"{field} {value}: {name} has capability {'.'.join(map(str, capability))}; {remedy}", field=field
+        )
+    if dtype != "bfloat16":
+        raise ConfigError(f"{field} {value} needs model.dtype bfloat16 or auto, not {dtype}", field=field)
+
+
 def load_model(
     source: ModelSource,
     *,
@@ -74,12 +93,14 @@ def load_model(
     device: str,
     seed: int,
     progress: Callable[[float], None],
+    weights: str = "auto",
     group: Group | None = None,
 ) -> LoadedModel:
     """Reads configuration and weights. `dtype` and `device` may be `auto`; `seed` is for random weights only.
 
-    `progress` is called with growing shares from 0 to 1. With a `group`, which need not be connected yet, only this
-    rank's part of the weights is read.
+    `progress` is called with growing shares from 0 to 1. `weights` is `auto` (in `dtype`) or `fp8`; see `check_fp8`:
+    where that refuses, fp8 weights are multiplied as if they were `dtype`, which is for tests. With a `group`, which
+    need not be connected yet, only this rank's part of the weights is read.
 
     Raises:
         ModelLoadError: one line that names the file, and the tensor or key, that is wrong.
@@ -105,6 +126,12 @@ def load_model(
         else:
             fill_random(config, model.weight_views(), seed, progress, group.shard)
             identity = f"random/{seed}/{torch_device.type}"
+    if weights == "fp8":
+        identity += "/fp8"  # their KV is another
+        for layer in model.layers:
+            layer.quantize()
+        if torch_device.type == "cuda":
+            torch.cuda.empty_cache()  # what the weights took before is the cache's now
     model.finish_loading()
     progress(1.0)
     return LoadedModel(model, model.config, dtype, device, config.fingerprint(identity))

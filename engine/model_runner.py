@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator
 import torch
 
 from engine.attention.select import select_backend
-from engine.batch import ScheduledBatch, ScheduledSequence, StepResult
+from engine.batch import ComputedStep, PendingStep, ScheduledBatch, ScheduledSequence, StepResult
 from engine.forward_inputs import ForwardInputs, build_forward_inputs
 from engine.kv_cache import PagedKVCache
 from engine.layers.rotary import RotaryEmbedding
 from engine.loader import LoadedModel
 from engine.sampler import SampleRow, describe, sample
 from engine.tensor_parallel import Command, OtherRanks
+from phasewise.core.kv_spec import FP8
 from phasewise.core.request import SampledToken
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,8 @@ class ModelRunner:
         attention: str = "auto",
         others: OtherRanks | None = None,
     ) -> None:
-        differences = kv_cache.spec.differences(loaded.kv_cache_spec(kv_cache.block_size))
+        dtype = FP8 if kv_cache.spec.dtype == FP8 else "auto"
+        differences = kv_cache.spec.differences(loaded.kv_cache_spec(kv_cache.block_size, dtype))
         if differences or kv_cache.device != loaded.model.device:
             raise ValueError(f"the KV cache does not fit the model: {'; '.join(differences) or kv_cache.device}")
         self._others = others
@@ -57,6 +59,23 @@ class ModelRunner:
         with torch.inference_mode():
             self._rotary = RotaryEmbedding(loaded.config, max_model_len, loaded.model.dtype, loaded.model.device)
         self._backend = select_backend(attention, kv_cache, loaded.config.windows)
+
+    @property
+    def num_steps_ahead(self) -> int:
+        """How many steps may be submitted beyond the one that is collected next: none, `submit` computes at once."""
+        return 0
+
+    def warm_up(self, token_budget: int) -> None:
+        """Does what would hold up the first steps of up to `token_budget` tokens. Call it before the cache is used."""
+
+    def submit(
+        self,
+        batch: ScheduledBatch,
+        on_layers_done: Callable[[int, int], None] | None = None,
+        layers_per_group: int = 0,
+    ) -> PendingStep:
+        """Begins a step. Arguments and errors as for `run`."""
+        return ComputedStep(self.run(batch, on_layers_done, layers_per_group))
 
     @torch.inference_mode()
     def run(
@@ -98,7 +117,7 @@ class ModelRunner:
         match command:
             case ("forward", host):
                 inputs = ForwardInputs.from_host(host, self._model.device)
-                self._followed = self._compute(inputs, None, self._num_layers)
+                self._followed = self._forward_inputs(inputs, None, self._num_layers)
             case ("logits", rows):
                 assert self._followed is not None, "logits before any step"
                 self._model.logits(self._followed[rows])
@@ -111,7 +130,7 @@ class ModelRunner:
         """[num_tokens, hidden_size] after the last layer."""
         inputs = build_forward_inputs(batch, self._kv_cache.block_size, self._max_model_len, self._model.device)
         with self._together(("forward", inputs.to_host() if self._others else None)):
-            return self._compute(inputs, on_layers_done, layers_per_group)
+            return self._forward_inputs(inputs, on_layers_done, layers_per_group)
 
     @contextlib.contextmanager
     def _together(self, command: Command) -> Iterator[None]:
@@ -127,7 +146,7 @@ class ModelRunner:
             self._others.broken(f"{type(error).__name__} in a step: {error}")
             raise
 
-    def _compute(
+    def _forward_inputs(
         self, inputs: ForwardInputs, on_layers_done: Callable[[int, int], None] | None, layers_per_group: int
     ) -> torch.Tensor:
         self._backend.plan(inputs)
@@ -162,7 +181,7 @@ class ModelRunner:
         logits_row = 0
         for item in batch.items:
             if item.num_samples:
-                rows += [SampleRow(item.sequence, index, logits_row) for index in _sample_indices(item)]
+                rows += [SampleRow(item.sequence, index, logits_row) for index in sample_indices(item)]
                 logits_row += 1
         tokens = iter(sample(logits, rows))
         return tuple(tuple(next(tokens) for _ in range(item.num_samples)) for item in batch.items)
@@ -172,7 +191,7 @@ class ModelRunner:
     ) -> tuple[SampledToken, ...]:
         """Describes the prompt tokens that follow this chunk's tokens."""
         sequence, wanted = item.sequence, item.sequence.sampling.prompt_logprobs
-        start = sequence.num_computed_tokens + 1
+        start = item.start + 1
         targets = sequence.token_ids[start : min(start + item.num_tokens, sequence.num_prompt_tokens)]
         if wanted is None or not targets:
             return ()
@@ -184,6 +203,6 @@ class ModelRunner:
         return tuple(described)
 
 
-def _sample_indices(item: ScheduledSequence) -> list[int]:
+def sample_indices(item: ScheduledSequence) -> list[int]:
     """A single sample continues the sequence it belongs to; several are the first tokens of samples 0 to n - 1."""
     return [item.sequence.sample_index] if item.num_samples == 1 else list(range(item.num_samples))

@@ -12,7 +12,9 @@ class Sequence:
     """Token ids, computed-token count and block table.
 
     `token_ids` is the prompt followed by the outputs. The KV of the first `num_computed_tokens` of them is in the
-    cache, in the blocks of `block_table`. A decoding sequence always has exactly one token that is not computed: the
+    cache, in the blocks of `block_table`. `num_in_flight_tokens` more were given to the engine, whose results have not
+    been taken: where the engine computes a step ahead, the newest token may be known to the device alone, and is not
+    in `token_ids` then. Counted with it, a decoding sequence always has exactly one token that is not computed: the
     last one sampled.
     """
 
@@ -26,6 +28,7 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     # Owned by BlockManager.publish: the hash chain of the blocks that are in the prefix cache already.
     block_hashes: list[bytes] = field(default_factory=list)
+    num_in_flight_tokens: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -36,13 +39,35 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
-    def num_uncomputed_tokens(self) -> int:
-        return len(self.token_ids) - self.num_computed_tokens
+    def num_scheduled_tokens(self) -> int:
+        """Tokens that are computed or in flight: the position that the next step starts at."""
+        return self.num_computed_tokens + self.num_in_flight_tokens
+
+    @property
+    def num_unscheduled_tokens(self) -> int:
+        return len(self.token_ids) - self.num_scheduled_tokens
 
     @property
     def is_prefilling(self) -> bool:
         """True until the whole prompt is computed."""
         return self.num_computed_tokens < self.num_prompt_tokens
+
+    def begin_step(self, num_tokens: int) -> None:
+        """The engine was given the next `num_tokens` tokens."""
+        self.num_in_flight_tokens += num_tokens
+
+    def end_step(self, num_tokens: int) -> None:
+        """The results of the oldest step in flight, of so many tokens, are taken."""
+        self.num_in_flight_tokens -= num_tokens
+        self.num_computed_tokens += num_tokens
+
+    @property
+    def awaits_last_token(self) -> bool:
+        """True when the output token in flight will be the last, whatever it is."""
+        return (
+            self.num_in_flight_tokens > 0
+            and self.num_output_tokens + self.num_in_flight_tokens >= self.sampling.max_tokens
+        )
 
     def finish_reason(self) -> FinishReason | None:
         """Why the sequence ends with the token that was sampled last, or None when it goes on."""

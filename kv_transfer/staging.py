@@ -1,7 +1,8 @@
 """Between scattered blocks and one contiguous payload: gather on the sending side, scatter on the receiving side.
 
 Both work on a paged cache's storage tensor [num_layers, 2, num_slots, num_kv_heads, head_dim], where slot
-`block * block_size + offset` belongs to one token. The two sides may have different block sizes.
+`block * block_size + offset` belongs to one token. The two sides may have different block sizes. Bytes are moved, as
+64-bit words: torch's index operations do not know fp8.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ def slots_of(
 
 def gather(storage: torch.Tensor, slots: torch.Tensor, first_layer: int, num_layers: int) -> torch.Tensor:
     """A contiguous copy of those layers and slots.  # [num_layers, 2, num_tokens, num_kv_heads, head_dim]"""
-    return storage[first_layer : first_layer + num_layers].index_select(2, slots)
+    words = storage[first_layer : first_layer + num_layers].view(torch.int64)
+    return words.index_select(2, slots).view(storage.dtype)
 
 
 def scatter(storage: torch.Tensor, slots: torch.Tensor, first_layer: int, payload: torch.Tensor) -> None:
     """Writes a payload made by `gather` into these slots."""
-    storage[first_layer : first_layer + payload.shape[0]].index_copy_(2, slots, payload)
+    words = storage[first_layer : first_layer + payload.shape[0]].view(torch.int64)
+    words.index_copy_(2, slots, payload.view(torch.int64))

@@ -170,9 +170,9 @@ class PrefillPhase:
         items = []
         for job, num_tokens in self.scheduler.schedule(budget, self._may_start):
             sequence = job.sequence
-            if sequence.num_computed_tokens == job.num_cached_tokens:
+            if sequence.num_scheduled_tokens == job.num_cached_tokens:
                 self._begin(job)
-            last = num_tokens == sequence.num_uncomputed_tokens
+            last = num_tokens == sequence.num_unscheduled_tokens
             items.append(ScheduledSequence(sequence, num_tokens, sequence.sampling.n if last else 0))
         return items
 
@@ -181,16 +181,17 @@ class PrefillPhase:
         for item in items:
             job = self._jobs.get(item.sequence.request_id)
             if job is not None and job.transfer_id and self._is_layerwise(job):
-                first_token = item.sequence.num_computed_tokens
-                self._push(job, PartSpan(first_layer, num_layers, first_token, item.num_tokens))
+                self._push(job, PartSpan(first_layer, num_layers, item.start, item.num_tokens))
 
     def take(
         self, item: ScheduledSequence, tokens: tuple[SampledToken, ...], prompt_logprobs: tuple[SampledToken, ...]
     ) -> None:
-        """Takes one item's result."""
+        """Takes one item's result. What was cancelled while the step ran leaves no trace."""
         sequence = item.sequence
-        job = self._jobs[sequence.request_id]
-        sequence.num_computed_tokens += item.num_tokens
+        job = self._jobs.get(sequence.request_id)
+        if job is None or job.sequence is not sequence:
+            return
+        sequence.end_step(item.num_tokens)
         self.counters["prompt_tokens"] += item.num_tokens
         self._blocks.publish(sequence)
         if sequence.sampling.prompt_logprobs is not None:
@@ -204,7 +205,7 @@ class PrefillPhase:
 
     @property
     def waiting_prompt_tokens(self) -> int:
-        return sum(j.sequence.num_uncomputed_tokens for j in self.scheduler.waiting + self.scheduler.running)
+        return sum(j.sequence.num_unscheduled_tokens for j in self.scheduler.waiting + self.scheduler.running)
 
     def next_deadline_s(self) -> float:
         return min((job.deadline_s for job in self._jobs.values()), default=float("inf"))

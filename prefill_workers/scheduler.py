@@ -55,7 +55,7 @@ class PrefillJob:
 
 def _chunk(job: PrefillJob, budget: int) -> int:
     """How much of a prompt runs next. A cut is made at a round number: attention kernels are planned per shape."""
-    num_left = job.sequence.num_uncomputed_tokens
+    num_left = job.sequence.num_unscheduled_tokens
     if num_left <= budget:
         return num_left
     return budget if budget < CHUNK_STEP else budget // CHUNK_STEP * CHUNK_STEP
@@ -88,14 +88,14 @@ class PrefillScheduler:
 
         Counted for each decode worker by itself, at least one for each, so that a full one does not starve others.
         """
-        running = sum(job.sequence.num_uncomputed_tokens for job in self.running)
+        running = sum(job.sequence.num_unscheduled_tokens for job in self.running)
         ahead: dict[WorkerId, int] = {}
         wanted: list[PrefillJob] = []
         for job in self.waiting:
             peer = job.task.placement.decode_worker
             if peer in ahead and ahead[peer] >= self._lookahead_tokens:
                 continue
-            ahead[peer] = ahead.get(peer, running) + job.sequence.num_uncomputed_tokens
+            ahead[peer] = ahead.get(peer, running) + job.sequence.num_unscheduled_tokens
             if job.needs_handoff and job.status is RequestStatus.WAITING:
                 wanted.append(job)
         return wanted
@@ -109,6 +109,8 @@ class PrefillScheduler:
         for job in self.running:
             if budget <= 0:
                 return planned
+            if not job.sequence.num_unscheduled_tokens:
+                continue  # its last chunk is in flight
             num_tokens = _chunk(job, budget)
             planned.append((job, num_tokens))
             budget -= num_tokens

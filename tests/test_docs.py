@@ -31,6 +31,7 @@ from phasewise.core.placement import WorkerRole, WorkerState
 from phasewise.core.profile import DeviceProfile
 from phasewise.options import Options
 from phasewise.rpc.status import STATUS_BY_ERROR
+from workers.memory import CPU_KV_CACHE_GIB, blocks_of_size
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -155,8 +156,7 @@ def test_yaml_blocks_are_valid_configurations() -> None:
 
 def test_the_worked_example_of_memory_is_right() -> None:
     spec = KVCacheSpec(num_layers=30, num_kv_heads=3, head_dim=64, block_size=16, dtype="float32")
-    config = ServingConfig().cache
-    num_blocks = int(config.kv_cache_gib * 2**30) // spec.bytes_per_block
+    num_blocks = blocks_of_size(CPU_KV_CACHE_GIB, spec, None)
     text = page("docs/configuration.md")
     for number in (spec.bytes_per_token, spec.bytes_per_block, num_blocks, num_blocks * spec.block_size):
         assert f"= {number:,} " in text, number
@@ -196,7 +196,7 @@ def test_every_stage_of_a_timeline_is_on_the_page() -> None:
 def exported_metrics() -> set[str]:
     """Names of all metrics as a scrape has them, `_total` included."""
     spec = KVCacheSpec(1, 1, 64, 16, "float32")
-    profile = DeviceProfile(0.0, 0.0, 0.0, 0.0)
+    profile = DeviceProfile.linear(0.0, 0.0, 0.0, 0.0)
     info = WorkerInfo("prefill-0", WorkerRole.PREFILL, 1, "host", "cpu", "float32", 1, spec, 8, 128, profile)
     load = WorkerLoad(
         "prefill-0",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import socket
 from collections.abc import Callable
@@ -15,8 +14,10 @@ from decode_workers.phase import DecodeLimits, DecodePhase
 from decode_workers.reservations import ReservationQueue
 from decode_workers.scheduler import DecodeScheduler
 from engine.block_manager import BlockManager
+from engine.gguf_config import read_gguf_config
 from engine.kv_cache import PagedKVCache
-from engine.loader import LoadedModel, load_model
+from engine.loader import LoadedModel, check_fp8, load_model
+from engine.model_config import ModelConfig, read_model_config
 from engine.model_runner import ModelRunner
 from engine.sharding import Shard
 from engine.tensor_parallel import Group, OtherRanks
@@ -26,16 +27,20 @@ from kv_transfer.sender import KVSender
 from phasewise.core.clock import Clock
 from phasewise.core.config import ServingConfig
 from phasewise.core.errors import ConfigError
+from phasewise.core.gguf_file import GGUFFile
+from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.messages import WorkerInfo
-from phasewise.core.model_source import resolve_model
+from phasewise.core.model_source import ModelSource, config_file, resolve_model
 from phasewise.core.outbox import Outbox
 from phasewise.core.ports import GatewayPort, LoadPort, PeerPort
-from phasewise.core.profile import DeviceProfile
+from phasewise.core.profile import DeviceProfile, ProfileFacts
 from prefill_workers.phase import PrefillLimits, PrefillPhase
 from prefill_workers.scheduler import PrefillScheduler
-from workers.profiler import measure_profile
+from workers.memory import CPU_KV_CACHE_GIB, blocks_of_size
+from workers.profiler import PreparedEngine, device_name, measure_profile, model_shape, start_up_grid, warm_up
 from workers.ranks import Join, LeadingKVCache, Ranks
 from workers.settings import WorkerSettings
+from workers.sizing import CudaMemory, GpuSizer, StepLimits
 from workers.worker import LoopSettings, Runner, Worker, WorkerParts
 
 logger = logging.getLogger(__name__)
@@ -62,6 +67,7 @@ class LoadedEngine:
     cache: PagedKVCache
     max_model_len: int
     profile: DeviceProfile
+    dtype: str
     ranks: Ranks | None = None
 
 
@@ -70,27 +76,85 @@ def load_engine(settings: WorkerSettings, progress: Callable[[float], None], clo
 
     Raises:
         ModelLoadError: the model's files are at fault.
-        ConfigError: the cache is too small for a single block, or the model cannot be split over the ranks.
+        ConfigError: the model, or a cache worth having, does not fit; `model.profile` is of another worker; the model
+            cannot be split over the ranks; or fp8 is wanted where it cannot be computed.
     """
-    torch.set_num_threads(settings.num_threads)
-    group = Group(Shard(0, settings.tensor_parallel))
-    ranks = Ranks(settings) if group.size > 1 else None
+    config = settings.config
+    written = _written_profile(settings)  # a wrong one is said before the wait for the weights
+    ranks = Ranks(settings) if settings.tensor_parallel > 1 else None
     try:
-        loaded = load_part(settings, group, progress=lambda share: progress(0.95 * share))
-        join = _sizes(loaded, settings.config)
+        engine = prepare_engine(settings, lambda share: progress(0.95 * share), ranks)
+        grid = start_up_grid(settings.device, token_budget(config, settings.device), config.scheduler.max_running)
+        if written is None:
+            profile = measure_profile(engine, grid, clock)
+        else:
+            warm_up(engine, grid, clock)
+            profile = written
+    except BaseException:
+        if ranks is not None:
+            ranks.close()
+        raise
+    progress(1.0)
+    dtype = resolve_dtype(config.model.dtype, settings.device)
+    return LoadedEngine(engine.runner, engine.cache, engine.max_model_len, profile, dtype, ranks)
+
+
+def prepare_engine(
+    settings: WorkerSettings, progress: Callable[[float], None], ranks: Ranks | None = None
+) -> PreparedEngine:
+    """Loads the model and makes its cache and runner; as `load_engine`, without measuring."""
+    if settings.tensor_parallel > 1 and settings.device != "cpu":
+        raise ConfigError(
+            "pools.mixed.tensor_parallel: the GPU's runner does not drive several ranks yet; use 1",
+            field="pools.mixed.tensor_parallel",
+        )
+    torch.set_num_threads(settings.num_threads)
+    config = settings.config
+    source = resolve_model(config.model.path)
+    model_config = _read_config(source)
+    dtype = resolve_dtype(config.model.dtype, settings.device)
+    check_fp8("model.weights", config.model.weights, dtype=dtype, device=settings.device)
+    check_fp8("cache.dtype", config.cache.dtype, dtype=dtype, device=settings.device)
+    context = model_config.max_position_embeddings
+    wanted = min(config.model.max_model_len, context) if config.model.max_model_len else None
+    gib, running = config.cache.kv_cache_gib, config.scheduler.max_running
+
+    group = Group(Shard(0, settings.tensor_parallel))
+
+    def load() -> LoadedModel:
+        return load_part(settings, group, progress)
+
+    def prepared(loaded: LoadedModel, spec: KVCacheSpec, num_blocks: int) -> PreparedEngine:
+        max_model_len = min(wanted or context, num_blocks * spec.block_size)
+        join = Join(num_blocks, max_model_len, running)
         if ranks is not None:
             ranks.wait_loaded()
             ranks.join(join)
         cache, runner = make_part(loaded, settings, group, join, ranks.store_path if ranks else "", ranks)
         if ranks is not None:
             ranks.wait_ready()
-    except BaseException:
-        if ranks is not None:
-            ranks.close()
-        raise
-    profile = measure_profile(runner, cache.block_size, cache.num_blocks, loaded.config.vocab_size, clock)
-    progress(1.0)
-    return LoadedEngine(runner, cache, join.max_model_len, profile, ranks)
+        runner.warm_up(token_budget(config, settings.device))
+        facts = profile_facts(settings, model_config, spec, num_blocks)
+        return PreparedEngine(runner, cache, max_model_len, model_config.vocab_size, facts)
+
+    if settings.device == "cpu":
+        loaded = load()
+        spec = loaded.kv_cache_spec(config.cache.block_size, config.cache.dtype)
+        return prepared(loaded, spec, blocks_of_size(gib or CPU_KV_CACHE_GIB, spec, wanted))
+    sizer = GpuSizer(CudaMemory(settings.device), config.cache.gpu_memory_utilization)
+    sizer.check_weights(model_config, dtype)
+    with sizer.explained("loading the weights", "end other processes on it, or use a smaller model"):
+        loaded = load()
+    spec = loaded.kv_cache_spec(config.cache.block_size, config.cache.dtype)
+    if gib is not None:
+        num_blocks = blocks_of_size(gib, spec, wanted)
+        remedy = f"lower cache.kv_cache_gib ({gib})"
+    else:
+        limits = StepLimits(wanted or context, token_budget(config, settings.device), running)
+        num_blocks = sizer.num_blocks(loaded, spec, limits, wanted, make_runner)
+        remedy = f"lower cache.gpu_memory_utilization ({config.cache.gpu_memory_utilization})"
+    with sizer.explained("making the KV cache and the CUDA graphs", remedy):
+        return prepared(loaded, spec, num_blocks)
 
 
 def load_part(settings: WorkerSettings, group: Group, progress: Callable[[float], None]) -> LoadedModel:
@@ -102,6 +166,7 @@ def load_part(settings: WorkerSettings, group: Group, progress: Callable[[float]
         device=rank_device(settings, group),
         seed=model.seed,
         progress=progress,
+        weights=model.weights,
         group=group,
     )
 
@@ -117,7 +182,8 @@ def make_part(
     """Joins the group, if there is one, and makes this rank's cache and runner. `ranks` only on rank 0."""
     if group.size > 1:
         group.connect(store_path, loaded.model.device)
-    spec, device = loaded.kv_cache_spec(settings.config.cache.block_size), loaded.device
+    caching, device = settings.config.cache, loaded.device
+    spec = loaded.kv_cache_spec(caching.block_size, caching.dtype)
     if ranks is not None:
         cache: PagedKVCache = LeadingKVCache(spec, join.num_blocks, device, ranks)
         return cache, make_runner(loaded, cache, join.max_model_len, join.max_batch, ranks)
@@ -130,18 +196,40 @@ def rank_device(settings: WorkerSettings, group: Group) -> str:
     return f"cuda:{group.rank}" if group.size > 1 and settings.device.startswith("cuda") else settings.device
 
 
-def _sizes(loaded: LoadedModel, config: ServingConfig) -> Join:
-    """How large cache and context are. Raises ConfigError when the cache holds no two blocks."""
-    spec = loaded.kv_cache_spec(config.cache.block_size)
-    num_blocks = int(config.cache.kv_cache_gib * 2**30) // spec.bytes_per_block
-    if num_blocks < 2:
-        raise ConfigError(
-            f"cache.kv_cache_gib={config.cache.kv_cache_gib} holds no two blocks of {spec.bytes_per_block} bytes; "
-            f"give at least {math.ceil(2 * spec.bytes_per_block / 2**30 * 1e4) / 1e4}"
-        )
-    capacity = num_blocks * spec.block_size
-    max_model_len = min(config.model.max_model_len or capacity, loaded.config.max_position_embeddings, capacity)
-    return Join(num_blocks, max_model_len, config.scheduler.max_running)
+def profile_facts(
+    settings: WorkerSettings, config: ModelConfig, spec: KVCacheSpec | None = None, num_blocks: int = 0
+) -> ProfileFacts:
+    """What a profile of this worker is a profile of; the capacity, where it is known."""
+    model, dtype = settings.config.model, resolve_dtype(settings.config.model.dtype, settings.device)
+    return ProfileFacts(
+        device=device_name(settings.device, settings.num_threads),
+        model=model_shape(config),
+        dtype=dtype if model.weights == "auto" else f"{dtype}, {model.weights} weights",
+        kv_blocks=num_blocks,
+        block_size=settings.config.cache.block_size,
+        kv_bytes_per_token=spec.bytes_per_token if spec is not None else 0,
+    )
+
+
+def token_budget(config: ServingConfig, device: str) -> int:
+    """Most tokens in one step."""
+    return config.scheduler.token_budget or (CPU_TOKEN_BUDGET if device == "cpu" else GPU_TOKEN_BUDGET)
+
+
+def _written_profile(settings: WorkerSettings) -> DeviceProfile | None:
+    model = settings.config.model
+    if model.profile is None:
+        return None
+    profile = DeviceProfile.read(model.profile)
+    profile.check_is_of(profile_facts(settings, _read_config(resolve_model(model.path))), source=model.profile)
+    return profile
+
+
+def _read_config(source: ModelSource) -> ModelConfig:
+    if source.kind != "gguf":
+        return read_model_config(config_file(source))
+    with GGUFFile(source.path) as file:
+        return read_gguf_config(file)
 
 
 def make_runner(
@@ -160,7 +248,7 @@ def make_runner(
         return ModelRunner(loaded, cache, max_model_len, others=others)
     from engine.cuda.runner import CudaModelRunner  # needs Triton, which CPU machines do not have
 
-    return CudaModelRunner(loaded, cache, max_model_len, max_batch=max_batch, others=others)
+    return CudaModelRunner(loaded, cache, max_model_len, max_batch=max_batch)
 
 
 def resolve_dtype(dtype: str, device: str) -> str:
@@ -178,7 +266,7 @@ def worker_info(settings: WorkerSettings, engine: LoadedEngine) -> WorkerInfo:
         pid=os.getpid(),
         host=socket.gethostname(),
         device=settings.device,
-        dtype=engine.cache.spec.dtype,
+        dtype=engine.dtype,
         num_threads=settings.num_threads,
         kv_spec=engine.cache.spec,
         num_kv_blocks=engine.cache.num_blocks,
@@ -192,7 +280,7 @@ def assemble(
 ) -> Worker:
     """Wires a worker around an engine."""
     spec, scheduler, transfer = info.kv_spec, config.scheduler, config.transfer
-    budget = scheduler.token_budget or (CPU_TOKEN_BUDGET if info.device == "cpu" else GPU_TOKEN_BUDGET)
+    budget = token_budget(config, info.device)
     blocks = BlockManager(info.num_kv_blocks, spec.block_size, prefix_caching=config.cache.prefix_caching)
     outbox = Outbox(info.worker_id, ports.gateways, clock)
     sender = KVSender(info.worker_id, cache.storage, spec, ports.link, ports.peers, clock, transfer.window_mib * 2**20)

@@ -5,8 +5,12 @@ A round of the loop:
     mailbox → phases (messages are taken between steps, never inside one)
     poll      deadlines, leases, ended handoffs, new offers
     plan      the decode phase its tokens first, then the prefill phase within what is left of the token budget
-    run       one ragged batch through the engine; KV of long prompts leaves while later layers compute
+    submit    one ragged batch to the engine; KV of long prompts leaves while later layers compute
+    collect   the results of the step before: an engine on a GPU computes one step while the next is prepared
     take      each phase its results; one message to each gateway; a load report when something changed
+
+A sequence may so be part of a step before the token of the step before is known here: the engine feeds it on the
+device. What such a step computed for a sequence that turns out to have ended is dropped.
 
 When there is nothing to run the loop sleeps in the mailbox, until a message comes or the next deadline is due.
 """
@@ -15,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import queue
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,7 +27,7 @@ from typing import Protocol
 import torch
 
 from decode_workers.phase import DecodePhase
-from engine.batch import ScheduledBatch, ScheduledSequence, StepResult
+from engine.batch import PendingStep, ScheduledBatch, ScheduledSequence
 from engine.block_manager import BlockManager
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
@@ -59,12 +64,15 @@ logger = logging.getLogger(__name__)
 class Runner(Protocol):
     """The engine as the loop sees it (engine/model_runner.py)."""
 
-    def run(
+    @property
+    def num_steps_ahead(self) -> int: ...
+
+    def submit(
         self,
         batch: ScheduledBatch,
         on_layers_done: Callable[[int, int], None] | None = None,
         layers_per_group: int = 0,
-    ) -> StepResult: ...
+    ) -> PendingStep: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +98,15 @@ class WorkerParts:
     outbox: Outbox
 
 
+@dataclass(frozen=True, slots=True)
+class _StepInFlight:
+    """A step that the engine was given, and for whom."""
+
+    step: PendingStep
+    decodes: list[ScheduledSequence]
+    prompts: list[ScheduledSequence]
+
+
 class Worker:
     """`post` may be called from any thread; everything else belongs to the thread that calls `run`."""
 
@@ -112,6 +129,7 @@ class Worker:
         self._role = info.role
         self._state = WorkerState.READY
         self._stopping = False
+        self._in_flight: deque[_StepInFlight] = deque()
         self._num_steps = 0
         self._num_aborts = 0
         # Requests, transfers, workers and gateways that are over. Messages may overtake each other on the way here:
@@ -150,12 +168,16 @@ class Worker:
         parts.decode.poll()
         decodes = parts.decode.plan()
         prompts = parts.prefill.plan(self._settings.token_budget - len(decodes))
-        ran = bool(decodes or prompts)
-        if ran:
-            self._run(decodes, prompts)
+        has_work = bool(decodes or prompts)
+        if has_work:
+            self._submit(decodes, prompts)
+        num_ahead = parts.runner.num_steps_ahead if has_work else 0
+        while len(self._in_flight) > num_ahead:
+            has_work = True
+            self._collect(self._in_flight.popleft())
         parts.outbox.flush()
         self._report(idle=False)
-        return ran or parts.decode.has_made_room
+        return has_work or parts.decode.has_made_room
 
     def load(self) -> WorkerLoad:
         """What this worker holds, right now."""
@@ -178,7 +200,7 @@ class Worker:
 
     # ---- inside
 
-    def _run(self, decodes: list[ScheduledSequence], prompts: list[ScheduledSequence]) -> None:
+    def _submit(self, decodes: list[ScheduledSequence], prompts: list[ScheduledSequence]) -> None:
         parts, layers_per_part = self._parts, self._settings.layers_per_part
         items = (*decodes, *prompts)
 
@@ -186,20 +208,30 @@ class Worker:
             parts.prefill.on_layers_done(prompts, first_layer, num_layers)
 
         try:
-            result = parts.runner.run(ScheduledBatch(items), on_layers_done if prompts else None, layers_per_part)
+            step = parts.runner.submit(ScheduledBatch(items), on_layers_done if prompts else None, layers_per_part)
         except Exception:
-            logger.exception("a step failed", extra={"worker_id": self.info.worker_id})
             self._fail(items)
             return
+        for item in items:
+            item.sequence.begin_step(item.num_tokens)
+        self._in_flight.append(_StepInFlight(step, decodes, prompts))
+
+    def _collect(self, flight: _StepInFlight) -> None:
+        try:
+            result = flight.step.collect()
+        except Exception:
+            self._fail((*flight.decodes, *flight.prompts))
+            return
         self._num_steps += 1
-        num_decodes = len(decodes)
+        parts, num_decodes = self._parts, len(flight.decodes)
         tokens = (entry[0] for entry in result.tokens[:num_decodes])
-        parts.decode.take(zip(decodes, tokens, strict=True))
-        for i, item in enumerate(prompts, num_decodes):
+        parts.decode.take(zip(flight.decodes, tokens, strict=True))
+        for i, item in enumerate(flight.prompts, num_decodes):
             parts.prefill.take(item, result.tokens[i], result.prompt_logprobs[i])
 
     def _fail(self, items: tuple[ScheduledSequence, ...]) -> None:
         """The engine broke on this batch: its requests end with an error, the worker lives on."""
+        logger.exception("a step failed", extra={"worker_id": self.info.worker_id})
         for request_id in {item.sequence.request_id for item in items}:
             error = InternalError("the engine failed on this request's batch; the worker's log has the cause")
             self._parts.prefill.fail(request_id, error)

@@ -43,14 +43,23 @@ class Candidate:
 
     def prefill_wait_s(self, arrival: Arrival) -> float:
         """Until the first token, were the request placed here."""
-        tokens = self.num_pending_prompt_tokens + arrival.num_prompt_tokens
-        return (self.num_pending_prompts + 1) * self.profile.prefill_base_s + tokens * self.profile.prefill_token_s
+        return self._queue_s() + self.profile.prefill_s(arrival.num_prompt_tokens)
+
+    def _queue_s(self) -> float:
+        """For the prompts that are pending; of short ones as many share a step as fit into the largest measured one."""
+        if not self.num_pending_prompts:
+            return 0.0
+        mean = self.num_pending_prompt_tokens / self.num_pending_prompts
+        sharing = min(max(self.profile.prefill.largest_size / mean, 1.0), self.num_pending_prompts)
+        return self.num_pending_prompts / sharing * self.profile.prefill_s(sharing * mean)
 
     def decode_s(self, arrival: Arrival) -> float:
         """For the expected output, were the request decoded here; with a wait for the KV space that is missing."""
-        step_s = self.profile.decode_step_s(self.num_decoding + arrival.num_samples)
+        pledged = self.num_pledged_tokens + arrival.num_kv_tokens
+        context = min(pledged, float(self.capacity_tokens))
+        step_s = self.profile.decode_step_s(self.num_decoding + arrival.num_samples, context)
         output = arrival.num_expected_tokens
-        excess = max(self.num_pledged_tokens + arrival.num_kv_tokens - self.capacity_tokens, 0.0)
+        excess = max(pledged - self.capacity_tokens, 0.0)
         # Space comes free as fast as the batch writes tokens and ends: about its pledge per expected lifetime.
         rounds = excess / max(float(self.capacity_tokens), 1.0)
         return step_s * output * (1.0 + rounds)

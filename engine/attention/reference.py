@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from engine.forward_inputs import ForwardInputs
-from engine.kv_cache import PagedKVCache
+from engine.kv_cache import PagedKVCache, as_words
+from engine.layers.fp8 import saturate
 
 
 class ReferenceAttention:
@@ -30,11 +31,13 @@ class ReferenceAttention:
     def run_with_lse(
         self, layer: int, queries: torch.Tensor, keys_values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._storage[layer].index_copy_(1, self._inputs.slot_mapping, keys_values.transpose(0, 1))
+        dtype, words = self._storage.dtype, as_words(self._storage[layer])
+        stored = saturate(keys_values.transpose(0, 1), dtype)
+        words.index_copy_(1, self._inputs.slot_mapping, as_words(stored))
         outputs, lses = [], []
         for item, slots in enumerate(self._slots):
             first, last = self._inputs.query_starts[item : item + 2]
-            keys, values = self._storage[layer].index_select(1, slots).float()
+            keys, values = words.index_select(1, slots).view(dtype).float()
             output, lse = _attend(queries[first:last].float(), keys, values, self._windows[layer])
             outputs.append(output)
             lses.append(lse)

@@ -9,6 +9,7 @@ from engine.attention.reference import ReferenceAttention
 from engine.attention.sdpa_cpu import SdpaCpuAttention
 from engine.kv_cache import PagedKVCache
 from phasewise.core.errors import ConfigError
+from phasewise.core.kv_spec import FP8
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,8 @@ def select_backend(name: str, kv_cache: PagedKVCache, windows: tuple[int | None,
     if name not in BACKENDS:
         raise ConfigError(f"attention backend {name!r} is unknown; known: {', '.join(BACKENDS)}")
     on_cpu = kv_cache.device.type == "cpu"
+    if kv_cache.spec.dtype == FP8 and on_cpu and name != "reference":
+        raise ConfigError("cache.dtype fp8_e4m3 needs a GPU; use cache.dtype auto on a CPU", field="cache.dtype")
     if name == "sdpa_cpu" and not on_cpu:
         raise ConfigError(f"attention backend 'sdpa_cpu' cannot run on {kv_cache.device}; use auto or reference")
     if name == "reference" or not on_cpu:

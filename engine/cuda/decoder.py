@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.cuda.all_reduce import FastReduce
+from engine.cuda.fp8 import Fp8Product
 from engine.cuda.kernels import gemv, rope_and_cache, row_scales, silu_mul, skinny_product, skinny_tile
 from engine.layers.linear import Linear
 from engine.layers.rotary import rope_frequencies
@@ -28,21 +29,23 @@ from engine.models.llama import DecoderLayer, LlamaModel
 from engine.tensor_parallel import ids_of, sortable
 
 # From this many rows on one pass over x for all scales beats computing a row's scale in every program that needs it.
-_ROWS_FOR_SCALES = 65
+_ROWS_FOR_SCALES = 257
 
-Attend = Callable[[int, torch.Tensor, torch.Tensor], None]
-"""(layer, qkv [num_tokens, heads, head_dim] with rotated queries and keys, out [num_tokens, num_heads, head_dim])"""
+Weight = torch.Tensor | Fp8Product
+Attend = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(layer, qkv [num_tokens, heads, head_dim] with rotated queries and keys, out [num_tokens, num_heads, head_dim]) →
+`out`, filled, or another contiguous tensor of its shape."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    qkv: torch.Tensor
+    qkv: Weight
     qkv_bias: torch.Tensor | None
     head_norms: tuple[torch.Tensor, torch.Tensor] | None
-    output: torch.Tensor
+    output: Weight
     output_bias: torch.Tensor | None
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: Weight
+    down: Weight
 
 
 class CudaDecoder:
@@ -80,8 +83,7 @@ class CudaDecoder:
         positions, slots: [num_tokens] int64 (a negative slot writes no KV); storage: that of the PagedKVCache.
         """
         config, num_tokens = self.config, x.shape[0]
-        attended = x.new_empty(num_tokens, config.num_heads, config.head_dim)
-        flat = attended.view(num_tokens, -1)
+        workspace = x.new_empty(num_tokens, config.num_heads, config.head_dim)
         act = x.new_empty(num_tokens, config.intermediate_size)
         scales = self._scales(x)
         for index in range(first, first + count):
@@ -100,15 +102,19 @@ class CudaDecoder:
                 self._eps,
                 config.num_heads,
             )
-            attend(index, qkv, attended)
-            scales = self._add_product(x, flat, layer.output, layer.output_bias, turn=0)
+            attended = attend(index, qkv, workspace)
+            scales = self._add_product(x, attended.view(num_tokens, -1), layer.output, layer.output_bias, turn=0)
             gate_up = _product(x, layer.gate_up)
             silu_mul(gate_up, x, scales, self._eps, act)
             scales = self._add_product(x, act, layer.down, None, turn=1)
         return x
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """[num_rows, hidden] → [num_rows, vocab_size], in the model's dtype."""
+        """[num_rows, hidden] → [num_rows, vocab_size], in the model's dtype.
+
+        Embedding and head are never fp8: one row of the embedding is read per token, and an error of the head's is in
+        the logits as it is, for a fifteenth of the bytes of an 8B model.
+        """
         return self.gather(self.partial_logits(x))
 
     def partial_logits(self, x: torch.Tensor) -> torch.Tensor:
@@ -136,7 +142,7 @@ class CudaDecoder:
         return row_scales(x, self._eps) if len(x) >= _ROWS_FOR_SCALES else None
 
     def _add_product(
-        self, x: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, turn: int
+        self, x: torch.Tensor, inputs: torch.Tensor, weight: Weight, bias: torch.Tensor | None, turn: int
     ) -> torch.Tensor | None:
         """x += inputs · Wᵀ + bias, over all ranks; the new `_scales`."""
         if self._reduce is None:
@@ -150,8 +156,10 @@ class CudaDecoder:
         return self._reduce.add(x, partial, turn, self._eps)
 
 
-def _product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+def _product(x: torch.Tensor, weight: Weight, out: torch.Tensor | None = None) -> torch.Tensor:
     """x · Wᵀ by the kernel that is fastest for so many rows, into `out` or a new tensor."""
+    if isinstance(weight, Fp8Product):
+        return weight(x) if out is None else out.copy_(weight(x))
     num_tokens, (rows, columns) = x.shape[0], weight.shape
     if out is None:
         out = x.new_empty(num_tokens, rows)
@@ -163,8 +171,10 @@ def _product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = N
     return torch.mm(x, weight.t(), out=out)
 
 
-def _add_product(x: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor) -> None:
-    """x += inputs · Wᵀ, in one kernel."""
+def _add_product(x: torch.Tensor, inputs: torch.Tensor, weight: Weight) -> None:
+    """x += inputs · Wᵀ, in one kernel where there is one."""
+    if isinstance(weight, Fp8Product):
+        return weight.add_to(x, inputs)
     num_tokens, (rows, columns) = x.shape[0], weight.shape
     tile = skinny_tile(num_tokens, rows, columns, x.dtype)
     if num_tokens == 1:
@@ -177,29 +187,24 @@ def _add_product(x: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor) ->
 
 def _fold(layer: DecoderLayer) -> _Layer:
     attention, mlp = layer.attention, layer.mlp
+    if attention.qkv.fp8 is None:  # else it was done before the weights were quantised
+        layer.fold_norms()
     head_norms = None
     if attention.query_norm is not None and attention.key_norm is not None:
         head_norms = (attention.query_norm.weight, attention.key_norm.weight)
     return _Layer(
-        qkv=_fold_norm(attention.qkv, layer.attention_norm.weight),
+        qkv=_weight(attention.qkv),
         qkv_bias=attention.qkv.bias,
         head_norms=head_norms,
         output=_weight(attention.output),
         output_bias=attention.output.bias,
-        gate_up=_fold_norm(mlp.gate_up, layer.mlp_norm.weight),
+        gate_up=_weight(mlp.gate_up),
         down=_weight(mlp.down),
     )
 
 
-def _fold_norm(linear: Linear, norm: torch.Tensor) -> torch.Tensor:
-    """Multiplies the norm's weight into the product behind it, and leaves ones in its place."""
-    weight = _weight(linear)
-    for rows in weight.split(4096):  # in float32, without a second copy of the whole
-        rows.copy_(rows.float() * norm)
-    norm.fill_(1.0)
-    return weight
-
-
-def _weight(linear: Linear) -> torch.Tensor:
+def _weight(linear: Linear) -> Weight:
+    if linear.fp8 is not None:
+        return Fp8Product(linear.fp8)
     assert linear.weight is not None, "packed weights are for the CPU"
     return linear.weight

@@ -4,18 +4,80 @@ The norms are folded into the products around them (engine/cuda/decoder.py): a p
 and the kernel behind it multiplies by each row's 1 / rms. So a layer is four products and three kernels.
 
 Shapes: x [num_tokens, hidden]; qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]; the cache's K and V of a
-layer [num_slots, num_kv_heads, head_dim]. Strides are those of contiguous tensors. Head dims are powers of two.
+layer [num_slots, num_kv_heads, head_dim], in x's dtype or fp8. Strides are those of contiguous tensors. Head dims are
+powers of two.
 """
 
 # ruff: noqa: SIM108 (a branch on a constant is decided when the kernel is compiled; a ternary would not be)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
+
+from engine.layers.fp8 import FP8_DTYPE
+
+
+@triton.jit
+def _prepare_step_kernel(
+    sources_ptr,
+    positions_ptr,
+    slots_ptr,
+    newest_ptr,
+    ids_ptr,
+    tables_ptr,
+    num_tokens,
+    num_decodes,
+    max_blocks,
+    block_size: tl.constexpr,
+    tokens: tl.constexpr,
+):
+    token = tl.program_id(0) * tokens + tl.arange(0, tokens)
+    exists = token < num_tokens
+    source = tl.load(sources_ptr + token, mask=exists, other=0)
+    newest = tl.load(newest_ptr - 1 - source, mask=source < 0, other=0)
+    # A row that computed NaN has no token; its step is dropped, but must not read outside of the embedding.
+    tl.store(ids_ptr + token, tl.where(source < 0, tl.maximum(newest, 0), source), mask=exists)
+    position = tl.load(positions_ptr + token, mask=exists, other=0)
+    slot = tl.load(slots_ptr + token, mask=exists, other=-1)
+    place = tables_ptr + token.to(tl.int64) * max_blocks + position // block_size
+    tl.store(place, (slot // block_size).to(tl.int32), mask=(token < num_decodes) & (slot >= 0))
+
+
+def prepare_step(
+    sources: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    newest: torch.Tensor,
+    tables: torch.Tensor,
+    num_decodes: int,
+    block_size: int,
+) -> torch.Tensor:
+    """Input ids of a step, [num_tokens] int64; writes the current block of the first `num_decodes` rows to `tables`.
+
+    sources, positions, slots: [num_tokens] int64 (engine/cuda/step_inputs.py); newest: [max_rows] int64;
+    tables: [max_rows, max_blocks] int32.
+    """
+    ids = torch.empty_like(sources)
+    num_tokens = len(sources)
+    _prepare_step_kernel[(triton.cdiv(num_tokens, 128),)](
+        sources,
+        positions,
+        slots,
+        newest,
+        ids,
+        tables,
+        num_tokens,
+        num_decodes,
+        tables.shape[1],
+        block_size,
+        128,
+        num_warps=4,
+    )
+    return ids
 
 
 @triton.jit
@@ -98,6 +160,14 @@ def _rope_and_cache_kernel(
     sin = tl.load(sin_ptr + position * half + lane, mask=lane < half, other=0.0)[None, :]
     rotated_first = tl.where(is_value[:, None], first, first * cos - second * sin)
     rotated_second = tl.where(is_value[:, None], second, second * cos + first * sin)
+    cache_dtype = keys_ptr.dtype.element_ty
+    if cache_dtype == tl.float8e4nv:
+        # Rounded here, so that prompts attend in this step to what later steps will read: it does not matter then where
+        # a prompt is cut. Clamped, because fp8 has NaN beyond its largest number.
+        stored_first = tl.clamp(rotated_first, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(cache_dtype)
+        stored_second = tl.clamp(rotated_second, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(cache_dtype)
+        rotated_first = tl.where(is_query[:, None], rotated_first, stored_first.to(tl.float32))
+        rotated_second = tl.where(is_query[:, None], rotated_second, stored_second.to(tl.float32))
     dtype = qkv_ptr.dtype.element_ty
     tl.store(qkv_ptr + place, rotated_first.to(dtype), mask=mask & ~is_value[:, None])
     tl.store(qkv_ptr + place + half, rotated_second.to(dtype), mask=mask & ~is_value[:, None])
@@ -110,7 +180,6 @@ def _rope_and_cache_kernel(
     # A negative slot belongs to a padding row of a captured graph: it writes nothing.
     key_mask = mask & (~is_query & ~is_value)[:, None] & (slot >= 0)
     value_mask = mask & is_value[:, None] & (slot >= 0)
-    cache_dtype = keys_ptr.dtype.element_ty
     tl.store(keys_ptr + cache_place, rotated_first.to(cache_dtype), mask=key_mask)
     tl.store(keys_ptr + cache_place + half, rotated_second.to(cache_dtype), mask=key_mask)
     tl.store(values_ptr + cache_place, rotated_first.to(cache_dtype), mask=value_mask)
@@ -147,6 +216,18 @@ def _silu_mul_kernel(
 
 
 @triton.jit
+def _comparable(query, keys_ptr):
+    """The query in the dtype that keys, values and weights are multiplied in.
+
+    fp8 becomes float16 exactly, two numbers per instruction; to bfloat16 it takes some eight times as long, and the
+    weights lose three bits. A query beyond float16 would give NaN, which the sampler reports.
+    """
+    if keys_ptr.dtype.element_ty == tl.float8e4nv and query.dtype == tl.bfloat16:
+        query = query.to(tl.float16)
+    return query
+
+
+@triton.jit
 def _decode_attention_kernel(
     qkv_ptr,
     keys_ptr,
@@ -172,10 +253,12 @@ def _decode_attention_kernel(
     num_splits: tl.constexpr,
     has_lse: tl.constexpr,
     precision: tl.constexpr,
+    pairs: tl.constexpr,
 ):
     """One query per sequence against its paged KV (flash decoding): a program has one KV head, a share of the context.
 
-    The last share to arrive joins the partial results, so no second launch is needed.
+    The last share to arrive joins the partial results, so no second launch is needed. With `pairs` the values are fp8,
+    read two lanes at a time as int16: single bytes cannot be transposed on their way to the tensor cores.
     """
     sequence = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -190,10 +273,13 @@ def _decode_attention_kernel(
     lane = tl.arange(0, head_dim)
     in_group = row < group
     query_place = sequence.to(tl.int64) * row_stride + (kv_head * group + row)[:, None] * head_dim + lane[None, :]
-    query = tl.load(qkv_ptr + query_place, mask=in_group[:, None], other=0.0)
+    query = _comparable(tl.load(qkv_ptr + query_place, mask=in_group[:, None], other=0.0), keys_ptr)
     top = tl.full((group_padded,), -float("inf"), tl.float32)
     total = tl.zeros((group_padded,), tl.float32)
-    acc = tl.zeros((group_padded, head_dim), tl.float32)
+    acc_lanes: tl.constexpr = head_dim // 2 if pairs else head_dim
+    acc = tl.zeros((group_padded, acc_lanes), tl.float32)
+    acc_odd = tl.zeros((group_padded, acc_lanes), tl.float32)
+    value_lane = tl.arange(0, acc_lanes)
     table = tables_ptr + sequence.to(tl.int64) * max_blocks
     for start in range(low, high, tile):
         position = start + tl.arange(0, tile)
@@ -209,9 +295,17 @@ def _decode_attention_kernel(
         weights = tl.exp2(scores - safe_top[:, None])
         shrink = tl.exp2(top - safe_top)
         total = total * shrink + tl.sum(weights, axis=1)
-        values = tl.load(values_ptr + place, mask=valid[:, None], other=0.0).to(query.dtype)
-        acc = acc * shrink[:, None] + tl.dot(weights.to(query.dtype), values, input_precision=precision)
+        value_place = slot[:, None] * (num_kv_heads * acc_lanes) + kv_head * acc_lanes + value_lane[None, :]
+        values = tl.load(values_ptr + value_place, mask=valid[:, None], other=0)
+        weights = weights.to(query.dtype)
+        if pairs:
+            odd = (values >> 8).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(query.dtype)
+            values = (values & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+            acc_odd = acc_odd * shrink[:, None] + tl.dot(weights, odd, input_precision=precision)
+        acc = acc * shrink[:, None] + tl.dot(weights, values.to(query.dtype), input_precision=precision)
         top = new_top
+    if pairs:
+        acc = tl.interleave(acc, acc_odd)
     head = kv_head * group + row
     if num_splits == 1:
         safe_total = tl.where(total > 0, total, 1.0)
@@ -352,8 +446,13 @@ class DecodeTile:
     num_stages: int
 
 
-def decode_tile(batch: int, dtype: torch.dtype, num_splits: int | None = None) -> DecodeTile:
+def decode_tile(
+    batch: int, dtype: torch.dtype, num_splits: int | None = None, cache_dtype: torch.dtype | None = None
+) -> DecodeTile:
     """Depends on the batch size alone, so that a captured graph holds for every context."""
+    if cache_dtype == FP8_DTYPE and dtype != torch.float32:  # as many bytes at a time as bf16 takes
+        tile = decode_tile(batch, dtype, num_splits)
+        return replace(tile, keys=min(2 * tile.keys, 32 * tile.num_warps))
     if dtype == torch.float32:
         return DecodeTile(32, num_splits or max(1, 64 // batch), 4, 2)
     if batch <= 8:
@@ -407,11 +506,12 @@ class DecodeAttention:
         """
         batch = context_lens.shape[0]
         group = self._num_heads // self._num_kv_heads
-        tile = decode_tile(batch, qkv.dtype, self._num_splits)
+        tile = decode_tile(batch, qkv.dtype, self._num_splits, cache.dtype)
+        pairs = cache.dtype == FP8_DTYPE
         _decode_attention_kernel[(batch, self._num_kv_heads, tile.num_splits)](
             qkv,
             cache[0],
-            cache[1],
+            cache[1].view(torch.int16) if pairs else cache[1],
             block_tables,
             context_lens,
             out,
@@ -433,6 +533,7 @@ class DecodeAttention:
             tile.num_splits,
             lse is not None,
             "ieee" if qkv.dtype == torch.float32 else "tf32",
+            pairs,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
@@ -574,16 +675,15 @@ def _prompt_attention_kernel(
     keys_ptr,
     values_ptr,
     tables_ptr,
-    tile_items_ptr,
-    tile_rows_ptr,
-    starts_ptr,
-    context_ptr,
+    tiles_ptr,
+    spans_ptr,
     out_ptr,
     lse_ptr,
     scale_log2,
     window,
     max_blocks,
     row_stride,
+    num_items,
     num_heads: tl.constexpr,
     num_kv_heads: tl.constexpr,
     group: tl.constexpr,
@@ -598,17 +698,19 @@ def _prompt_attention_kernel(
     tile = tl.program_id(0)
     head = tl.program_id(1)
     kv_head = head // group
-    item = tl.load(tile_items_ptr + tile)
-    first_row = tl.load(tile_rows_ptr + tile)  # inside the chunk
-    start = tl.load(starts_ptr + item)
-    num_rows = tl.load(starts_ptr + item + 1) - start
-    context = tl.load(context_ptr + item)
+    item = tl.load(tiles_ptr + tile)
+    if item < 0:
+        return
+    first_row = tl.load(tiles_ptr + tl.num_programs(0) + tile)  # inside the chunk
+    start = tl.load(spans_ptr + item)
+    num_rows = tl.load(spans_ptr + num_items + item)
+    context = tl.load(spans_ptr + 2 * num_items + item)
     row = first_row + tl.arange(0, tile_m)
     in_chunk = row < num_rows
     position = context - num_rows + row
     lane = tl.arange(0, head_dim)
     place = (start + row).to(tl.int64)[:, None] * row_stride + head * head_dim + lane[None, :]
-    query = tl.load(qkv_ptr + place, mask=in_chunk[:, None], other=0.0)
+    query = _comparable(tl.load(qkv_ptr + place, mask=in_chunk[:, None], other=0.0), keys_ptr)
     top = tl.full((tile_m,), -float("inf"), tl.float32)
     total = tl.zeros((tile_m,), tl.float32)
     acc = tl.zeros((tile_m, head_dim), tl.float32)
@@ -652,10 +754,8 @@ def prompt_attention(
     qkv: torch.Tensor,
     cache: torch.Tensor,
     block_tables: torch.Tensor,
-    tile_items: torch.Tensor,
-    tile_rows: torch.Tensor,
-    starts: torch.Tensor,
-    context_lens: torch.Tensor,
+    tiles: torch.Tensor,
+    spans: torch.Tensor,
     out: torch.Tensor,
     block_size: int,
     *,
@@ -665,28 +765,28 @@ def prompt_attention(
     """Causal attention of prompt chunks over the paged cache, which holds the chunks' own keys and values already.
 
     qkv: [num_tokens, heads, head_dim], of which the queries are read; cache: [2, num_slots, num_kv_heads, head_dim];
-    block_tables: [num_items, max_blocks] int32; starts: [num_items + 1] int32 rows; context_lens: [num_items] int32,
-    the chunk included. Program p computes rows tile_rows[p] … of item tile_items[p] (int32; `prompt_tile` rows each).
+    block_tables: [num_items, max_blocks] int32. spans: [3, num_items] int32: first row of the chunk, its rows, and its
+    context, the chunk included. tiles: [2, num_tiles] int32: program p computes the `prompt_tile` rows of item
+    tiles[0, p] that begin at row tiles[1, p] of the chunk; none if the item is negative.
     out: [num_tokens, num_heads, head_dim]; rows of no item are left alone.
     """
     num_heads, head_dim = out.shape[1:]
     num_kv_heads = cache.shape[2]
     rows, keys, warps, stages = prompt_tile(qkv.dtype)
-    _prompt_attention_kernel[(len(tile_items), num_heads)](
+    _prompt_attention_kernel[(tiles.shape[1], num_heads)](
         qkv,
         cache[0],
         cache[1],
         block_tables,
-        tile_items,
-        tile_rows,
-        starts,
-        context_lens,
+        tiles,
+        spans,
         out,
         lse if lse is not None else out,
         head_dim**-0.5 * 1.4426950408889634,
         window if window is not None else 2**30,
         block_tables.shape[1],
         qkv.stride(0),
+        spans.shape[1],
         num_heads,
         num_kv_heads,
         num_heads // num_kv_heads,

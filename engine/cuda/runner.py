@@ -1,35 +1,39 @@
-"""Computes scheduled batches on a GPU. Steps of decodes alone replay captured graphs; others go kernel by kernel.
+"""Computes scheduled batches on a GPU, a step ahead of the host that takes their results.
 
-A graph is captured per batch bucket over static buffers; a smaller batch is padded with rows that write no KV and
-attend to nothing. The host fills one pinned buffer a step and copies it in one go.
+`submit` gives a step to the device and waits for nothing: what a step samples stays on the device, where the next step
+finds it, and is copied to the host behind it. Steps of decodes alone, and of a few short prompts alone, replay captured
+graphs; others go kernel by kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from engine.batch import ScheduledBatch, ScheduledSequence, StepResult
+from engine.batch import ComputedStep, PendingStep, ScheduledBatch, ScheduledSequence, StepResult
+from engine.cuda import sampling
+from engine.cuda.attention import RaggedAttention, planned_shapes
 from engine.cuda.decoder import CudaDecoder
-from engine.cuda.kernels import DecodeAttention, merge_into, prompt_attention, prompt_tile
-from engine.forward_inputs import ForwardInputs
+from engine.cuda.graphs import PROMPT_CHUNKS, PromptGraph, StepOutputs, StepParts, capture_all, decode_batches
+from engine.cuda.kernels import DecodeAttention, prepare_step
+from engine.cuda.sampling import Drawn, DrawRow, draw, greedy
+from engine.cuda.step_inputs import DecodeRows, TokenRows, Upload, aligned, prompt_rows
 from engine.kv_cache import PagedKVCache
 from engine.loader import LoadedModel
-from engine.model_runner import ModelRunner
-from engine.tensor_parallel import Command, OtherRanks
+from engine.model_runner import ModelRunner, sample_indices
+from engine.sequence import Sequence
+from phasewise.core.errors import InternalError
 from phasewise.core.request import SampledToken, SamplingParams
 
-GRAPH_BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-_REGULAR = 256  # chunk and context lengths that are multiples of it have cuDNN's plans made for them
+_NO_DECODES: tuple[list[int], TokenRows, np.ndarray] = ([], TokenRows.padding(0), np.zeros(0, dtype=np.int32))
 
 
 class CudaModelRunner(ModelRunner):
-    """One model with one KV cache on one GPU. Sampling and prompt log-probabilities are those of the plain runner."""
+    """One model with one KV cache on one GPU, for up to `max_batch` sequences that decode."""
 
     def __init__(
         self,
@@ -38,31 +42,37 @@ class CudaModelRunner(ModelRunner):
         max_model_len: int,
         *,
         max_batch: int = 256,
-        others: OtherRanks | None = None,
+        graphs: bool = True,
     ) -> None:
-        super().__init__(loaded, kv_cache, max_model_len, attention="reference", others=others)
+        super().__init__(loaded, kv_cache, max_model_len, attention="reference")
         config = loaded.config
         # cuDNN's fused attention took 101 us where flash attention took 189 (one layer, 1 x 2048). A context manager
         # around each call says the same, and costs more than the call.
         torch.backends.cuda.enable_cudnn_sdp(True)
         torch.backends.cuda.enable_flash_sdp(False)
-        self._config = config
-        self._block_size = kv_cache.block_size
-        self._max_blocks = -(-max_model_len // kv_cache.block_size)
+        device, block_size = loaded.model.device, kv_cache.block_size
+        self._max_batch = max_batch
+        self._side = torch.cuda.Stream()
+        self._vocab_size = config.vocab_size
         with torch.inference_mode():
-            self._decoder = CudaDecoder(loaded.model, max_model_len)
-            self._attention = DecodeAttention(
+            attention = DecodeAttention(
                 config.num_heads,
                 config.num_kv_heads,
                 config.head_dim,
-                kv_cache.block_size,
+                block_size,
                 max_batch,
-                loaded.model.device,
+                device,
                 loaded.model.dtype,
             )
-            self._graphs = _capture_all(self, [b for b in GRAPH_BATCHES if b <= max_batch])
+            rows = DecodeRows(max_batch, -(-max_model_len // block_size), block_size, device)
+            decoder = CudaDecoder(loaded.model, max_model_len)
+            self._parts = StepParts(decoder, kv_cache, attention, rows, config.windows)
+            self._decode_graphs, self._prompt_graphs = capture_all(self._parts, max_batch) if graphs else ([], [])
 
-    @torch.inference_mode()
+    @property
+    def num_steps_ahead(self) -> int:
+        return 1
+
     def run(
         self,
         batch: ScheduledBatch,
@@ -70,323 +80,273 @@ class CudaModelRunner(ModelRunner):
         layers_per_group: int = 0,
     ) -> StepResult:
         """As ModelRunner.run."""
-        graph = self._graph_for(batch)
-        if graph is None:
-            return super().run(batch, on_layers_done, layers_per_group)
-        rows = graph.fill(batch.items)
-        takes_largest = all(_takes_largest(item.sequence.sampling) for item in batch.items)
-        sequences = [item.sequence for item in batch.items]
-        with self._together(("graph", graph.batch, rows, takes_largest)):
-            graph.replay()
-            if on_layers_done is not None:
-                on_layers_done(0, self._config.num_layers)
-            if takes_largest:
-                tokens = graph.next_ids[: len(sequences)].tolist()
-                return StepResult(tuple((SampledToken(t),) for t in tokens), ((),) * len(tokens))
-            logits = self._decoder.gather(graph.logits[: len(sequences)]).float()
-        return StepResult(self._sample_rows(batch, logits), ((),) * len(sequences))
+        return self.submit(batch, on_layers_done, layers_per_group).collect()
 
     @torch.inference_mode()
-    def follow(self, command: Command) -> None:
-        """As ModelRunner.follow; also ("graph", bucket, rows of its host buffer, whether no logits are gathered)."""
-        match command:
-            case ("graph", bucket, rows, takes_largest):
-                graph = next(graph for graph in self._graphs if graph.batch == bucket)
-                graph.fill_rows(rows)
-                graph.replay()
-                if not takes_largest:
-                    self._decoder.gather(graph.logits[: len(rows)])
-            case _:
-                super().follow(command)
+    def submit(
+        self,
+        batch: ScheduledBatch,
+        on_layers_done: Callable[[int, int], None] | None = None,
+        layers_per_group: int = 0,
+    ) -> PendingStep:
+        """As ModelRunner.submit; at most one step may be in flight, and its sequences have their newest token there.
+
+        `on_layers_done` is called when the layers' kernels are on the device's stream, not when they have run.
+        """
+        if not batch.items:
+            return ComputedStep(StepResult((), ()))
+        decodes = [item for item in batch.items if _is_decode(item)]
+        prompts = [item for item in batch.items if not _is_decode(item)]
+        if len(decodes) > self._max_batch or any(i.start + i.num_tokens > self._max_model_len for i in batch.items):
+            raise ValueError(f"{len(decodes)} decodes, longest {max(i.start + i.num_tokens for i in batch.items)}")
+        prompt_graph = self._prompt_graph(prompts)
+        has_graph = bool(self._decode_graphs) and (prompt_graph is not None or not prompts)
+        # Only graphs need padding: elsewhere it would be computed with the rest.
+        num_rows = self._padded(len(decodes)) if decodes and has_graph else len(decodes)
+        rows, tokens, contexts = self._parts.rows.assign(decodes, num_rows) if decodes else _NO_DECODES
+        if has_graph:
+            computed = self._replay(prompt_graph, prompts, num_rows, tokens, contexts)
+            if on_layers_done is not None:
+                on_layers_done(0, self._num_layers)
+        else:
+            groups = layers_per_group or self._num_layers
+            computed = self._compute(tokens, contexts, prompts, on_layers_done, groups)
+        return self._sample_step(batch, decodes, prompts, rows, num_rows, computed)
+
+    @torch.inference_mode()
+    def warm_up(self, token_budget: int) -> None:
+        """Compiles the kernels of mixed steps and lets cuDNN plan for prompts: what would hold up the first requests.
+
+        Overwrites blocks of the cache, which must not be in use.
+        """
+        sampling.warm_up(torch.zeros(1, self._vocab_size, dtype=self._model.dtype, device=self._model.device))
+        size = self._kv_cache.block_size
+        capacity = min(self._max_model_len, self._kv_cache.num_blocks * size)
+        for count, length in [(1, 1), (1, 1023), *planned_shapes(token_budget)]:
+            if length > capacity:
+                continue
+            table = list(range(-(-length // size)))  # of all of them: nobody reads what they write
+            prompts = [Sequence("warm-up", SamplingParams(temperature=0.0), [0] * length, length) for _ in range(count)]
+            decode = Sequence("warm-up", SamplingParams(temperature=0.0), [0, 0], 1, num_computed_tokens=1)
+            for sequence in (*prompts, decode):
+                sequence.block_table = list(table)
+            items = [ScheduledSequence(decode, 1, 1), *(ScheduledSequence(s, length, 1) for s in prompts)]
+            self.run(ScheduledBatch(tuple(items)))
 
     # ---- inside
 
-    def _graph_for(self, batch: ScheduledBatch) -> _DecodeGraph | None:
-        items = batch.items
-        if not items or any(item.num_tokens != 1 or item.num_samples != 1 for item in items):
+    def _padded(self, num_decodes: int) -> int:
+        """Rows of the graph for so many decodes."""
+        return next(batch for batch in decode_batches(self._max_batch) if batch >= num_decodes)
+
+    def _prompt_graph(self, prompts: list[ScheduledSequence]) -> PromptGraph | None:
+        if not prompts or len(prompts) > PROMPT_CHUNKS or any(_wants_prompt_logprobs(item) for item in prompts):
             return None
-        if any(i.sequence.is_prefilling and i.sequence.sampling.prompt_logprobs is not None for i in items):
-            return None
-        return next((graph for graph in self._graphs if graph.batch >= len(items)), None)
+        num_tokens = sum(item.num_tokens for item in prompts)
+        return next((graph for graph in self._prompt_graphs if graph.num_tokens >= num_tokens), None)
+
+    def _replay(
+        self,
+        prompt_graph: PromptGraph | None,
+        prompts: list[ScheduledSequence],
+        num_rows: int,
+        tokens: TokenRows,
+        contexts: np.ndarray,
+    ) -> _Computed:
+        """Decodes and short prompts beside each other.
+
+        64 decodes beside 256 tokens behind 1,792 took 16.9 ms on an H100, kernel by kernel in one batch 22.9. For more
+        tokens the two are equal within the noise: a product of many rows leaves no room for another.
+        """
+        if not num_rows:
+            assert prompt_graph is not None
+            return self._replay_prompts(prompt_graph, prompts)
+        decode_graph = next(graph for graph in self._decode_graphs if graph.batch == num_rows)
+        if prompt_graph is None:
+            return _Computed(decode_graph.submit(tokens, contexts), None)
+        main = torch.cuda.current_stream()
+        self._side.wait_stream(main)
+        with torch.cuda.stream(self._side):
+            decodes = decode_graph.submit(tokens, contexts)
+        computed = self._replay_prompts(prompt_graph, prompts)
+        main.wait_stream(self._side)
+        outputs = computed.outputs
+        assert decodes.logits is not None and decodes.tokens is not None
+        assert outputs.logits is not None and outputs.tokens is not None
+        logits = torch.cat((decodes.logits, outputs.logits))
+        joined = StepOutputs(decodes.input_ids, logits, torch.cat((decodes.tokens, outputs.tokens)))
+        return _Computed(joined, None, computed.prompt_rows)
+
+    def _replay_prompts(self, graph: PromptGraph, prompts: list[ScheduledSequence]) -> _Computed:
+        chunks, tokens = prompt_rows(prompts, 0, self._kv_cache.block_size)
+        sampled = [i for i, item in enumerate(prompts) if item.num_samples]
+        return _Computed(graph.submit(chunks, tokens), None, sampled)
 
     def _compute(
-        self, inputs: ForwardInputs, on_layers_done: Callable[[int, int], None] | None, layers_per_group: int
-    ) -> torch.Tensor:
-        """[num_tokens, hidden_size] after the last layer, kernel by kernel."""
-        attend = RaggedAttention(self._attention, self._kv_cache, self._config.windows, inputs)
-        x = self._decoder.embed(inputs.input_ids)
+        self,
+        decodes: TokenRows,
+        contexts: np.ndarray,
+        prompts: list[ScheduledSequence],
+        on_layers_done: Callable[[int, int], None] | None,
+        layers_per_group: int,
+    ) -> _Computed:
+        """A step kernel by kernel."""
+        parts, block_size, num_decodes = self._parts, self._kv_cache.block_size, len(contexts)
+        chunks, tokens = prompt_rows(prompts, num_decodes, block_size) if prompts else ([], TokenRows.padding(0))
+        last_rows = [c.first + c.num_queries - 1 for c, p in zip(chunks, prompts, strict=True) if p.num_samples]
+        num_tokens = num_decodes + len(tokens.sources)
+        upload = Upload.of_size(
+            3 * aligned(8 * num_tokens)
+            + aligned(4 * num_decodes)
+            + aligned(8 * (num_decodes + len(last_rows)))
+            + RaggedAttention.upload_bytes(chunks),
+            self._model.device,
+        )
+        sources = upload.add(np.concatenate((decodes.sources, tokens.sources)))
+        positions = upload.add(np.concatenate((decodes.positions, tokens.positions)))
+        slots = upload.add(np.concatenate((decodes.slots, tokens.slots)))
+        contexts_on_device = upload.add(contexts)
+        sampled = upload.add(np.asarray([*range(num_decodes), *last_rows], dtype=np.int64))
+        tables = parts.rows.tables
+        attend = RaggedAttention(
+            parts.attention, self._kv_cache, parts.windows, tables[:num_decodes], contexts_on_device, chunks, upload
+        )
+        upload.send()
+        ids = prepare_step(sources, positions, slots, parts.rows.newest, tables, num_decodes, block_size)
+        x = parts.decoder.embed(ids)
         for first in range(0, self._num_layers, layers_per_group):
             count = min(layers_per_group, self._num_layers - first)
-            x = self._decoder.run_layers(
-                x, first, count, inputs.positions, inputs.slot_mapping, self._kv_cache.storage, attend
-            )
+            x = parts.decoder.run_layers(x, first, count, positions, slots, self._kv_cache.storage, attend)
             if on_layers_done is not None:
                 on_layers_done(first, count)
-        return x
+        if not len(sampled):
+            return _Computed(StepOutputs(ids, None, None), x)
+        logits = parts.decoder.logits(x[sampled] if len(sampled) < len(x) else x)
+        greedy_tokens = greedy(logits)
+        parts.rows.newest[:num_decodes].copy_(greedy_tokens[:num_decodes])
+        return _Computed(StepOutputs(ids, logits, greedy_tokens), x, list(range(len(last_rows))))
 
-
-class RaggedAttention:
-    """Attention of one step over a ragged batch: decodes by the decode kernel, prompt chunks by what is fastest.
-
-    Without windows torch's fused attention (cuDNN) was the fastest measured. A chunk without earlier context needs no
-    cache for it; one with context attends to itself and to a gathered copy of its context, and the two are merged
-    (1,984 tokens behind 2,048: 0.23 ms a layer, the paged prompt kernel 0.41). But cuDNN makes a plan for every new
-    shape, some 50 ms each, so that only regular shapes go there (the scheduler cuts prompts so that most are); all
-    others go through the paged kernel.
-    """
-
-    def __init__(
+    def _sample_step(
         self,
-        decode: DecodeAttention,
-        kv_cache: PagedKVCache,
-        windows: tuple[int | None, ...],
-        inputs: ForwardInputs,
-    ) -> None:
-        self._decode = decode
-        self._storage = kv_cache.storage
-        self._block_size = kv_cache.block_size
-        self._windows = windows
-        is_low_precision = kv_cache.storage.dtype != torch.float32
-        may_use_cudnn = is_low_precision and not any(window is not None for window in windows)
-        decodes, paged, dense, split = [], [], [], []
-        for item in range(inputs.num_items):
-            num_queries = inputs.num_queries(item)
-            num_earlier = inputs.context_lens[item] - num_queries
-            is_regular = may_use_cudnn and num_queries % _REGULAR == 0 and num_earlier % _REGULAR == 0
-            if num_queries == 1:
-                decodes.append(item)
-            elif not is_regular:
-                paged.append(item)
-            elif num_earlier:
-                split.append(item)
-            else:
-                dense.append(item)
-        device = self._storage.device
-        self._decodes = _DecodeRows.build(inputs, decodes, device) if decodes else None
-        self._paged = _PagedChunks.build(inputs, paged, self._storage.dtype, device) if paged else None
-        self._dense = _dense_runs(inputs, dense)
-        self._split = [_SplitChunk.build(inputs, item, self._block_size, device) for item in split]
+        batch: ScheduledBatch,
+        decodes: list[ScheduledSequence],
+        prompts: list[ScheduledSequence],
+        rows: list[int],
+        first_prompt_row: int,
+        computed: _Computed,
+    ) -> PendingStep:
+        """Draws where the largest logit is not all that is wanted, and sends the tokens on their way to the host.
 
-    def __call__(self, layer: int, qkv: torch.Tensor, out: torch.Tensor) -> None:
-        window = self._windows[layer]
-        if self._decodes is not None:
-            d = self._decodes
-            rows, attended = qkv.view(len(qkv), -1), out
-            if d.rows is not None:
-                rows, attended = rows[d.rows], out.new_empty(len(d.context_lens), *out.shape[1:])
-            self._decode(rows, self._storage[layer], d.tables, d.context_lens, attended, window=window)
-            if d.rows is not None:
-                out[d.rows] = attended
-        if self._paged is not None:
-            p = self._paged
-            prompt_attention(
-                qkv,
-                self._storage[layer],
-                p.tables,
-                p.tile_items,
-                p.tile_rows,
-                p.starts,
-                p.context_lens,
-                out,
-                self._block_size,
-                window=window,
-            )
-        num_heads, num_kv_heads = out.shape[1], self._storage.shape[3]
-        for first, count, length in self._dense:
-            rows = qkv[first : first + count * length].view(count, length, *qkv.shape[1:]).transpose(1, 2)
-            queries, keys, values = rows.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
-            attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
-            out[first : first + count * length].view(count, length, *out.shape[1:]).copy_(attended.transpose(1, 2))
-        for chunk in self._split:
-            rows = qkv[chunk.first : chunk.last].unsqueeze(0).transpose(1, 2)
-            queries, keys, values = rows.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
-            own, own_lse = _cudnn_attention(queries, keys, values, is_causal=True)
-            context = self._storage[layer].index_select(1, chunk.slots).unsqueeze(1).transpose(2, 3)
-            earlier, earlier_lse = _cudnn_attention(queries, context[0], context[1], is_causal=False)
-            place = out[chunk.first : chunk.last]
-            place.copy_(own[0].transpose(0, 1))
-            merge_into(place, own_lse, earlier[0].transpose(0, 1), earlier_lse)
-
-
-def _cudnn_attention(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, is_causal: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """([1, num_heads, num_queries, head_dim], log-sum-exp [num_heads, num_queries]); called directly for the latter."""
-    result = torch.ops.aten._scaled_dot_product_cudnn_attention(queries, keys, values, None, True, 0.0, is_causal)
-    return result[0], result[1].reshape(queries.shape[1], queries.shape[2])
+        The prompts' rows, of tokens and of logits, come behind those of the decodes, padding included.
+        """
+        outputs = computed.outputs
+        prompts_that_sample = [item for item in prompts if item.num_samples]
+        logits_rows = [*rows, *(first_prompt_row + row for row in computed.prompt_rows)]
+        items = list(zip([*decodes, *prompts_that_sample], logits_rows, strict=True))
+        drawn = tokens = None
+        if items and not all(_takes_largest(item.sequence.sampling) for item, _ in items):
+            assert outputs.logits is not None
+            wanted = [
+                DrawRow(
+                    item.sequence,
+                    index,
+                    row,
+                    item.start + item.num_tokens - item.sequence.num_prompt_tokens,
+                    row if item.start == len(item.sequence.token_ids) else -1,
+                )
+                for item, row in items
+                for index in sample_indices(item)
+            ]
+            drawn = draw(outputs.logits, wanted, outputs.input_ids)
+            if decodes:
+                index = Upload.of_size(aligned(8 * len(rows)), self._model.device)
+                places = index.add(np.asarray(rows, dtype=np.int64))
+                index.send()
+                self._parts.rows.newest.index_copy_(0, places, drawn.tokens[: len(rows)])
+            drawn.start_copy()
+        elif items:
+            assert outputs.tokens is not None
+            tokens = torch.empty(outputs.tokens.shape, dtype=torch.int64, pin_memory=True)
+            tokens.copy_(outputs.tokens, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return _CudaStep(self, batch, event, items, drawn, tokens, computed.hidden, first_prompt_row)
 
 
 @dataclass(frozen=True, slots=True)
-class _SplitChunk:
-    """Rows `first` to `last`, and the slots of the tokens before them."""
+class _Computed:
+    """A step on the device. `prompt_rows` are rows of logits, counted from the first that is a prompt's."""
 
-    first: int
-    last: int
-    slots: torch.Tensor
-
-    @staticmethod
-    def build(inputs: ForwardInputs, item: int, block_size: int, device: torch.device) -> _SplitChunk:
-        num_earlier = inputs.context_lens[item] - inputs.num_queries(item)
-        position = np.arange(num_earlier)
-        table = np.asarray(inputs.block_tables[item], dtype=np.int64)
-        slots = table[position // block_size] * block_size + position % block_size
-        first, last = inputs.query_starts[item : item + 2]
-        return _SplitChunk(first, last, torch.from_numpy(slots).to(device))
+    outputs: StepOutputs
+    hidden: torch.Tensor | None
+    prompt_rows: Seq[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class _DecodeRows:
-    """`rows` is None when the decodes are the whole batch."""
+class _CudaStep:
+    """A step in flight: PendingStep."""
 
-    rows: torch.Tensor | None
-    tables: torch.Tensor
-    context_lens: torch.Tensor
+    runner: CudaModelRunner
+    batch: ScheduledBatch
+    event: torch.cuda.Event
+    items: list[tuple[ScheduledSequence, int]]  # those that sample, and their row of logits
+    drawn: Drawn | None
+    tokens: torch.Tensor | None  # of each row of logits
+    hidden: torch.Tensor | None
+    first_prompt_row: int
 
-    @staticmethod
-    def build(inputs: ForwardInputs, items: list[int], device: torch.device) -> _DecodeRows:
-        whole = len(items) == inputs.num_items
-        rows = None if whole else torch.tensor([inputs.query_starts[i] for i in items], device=device)
-        lens = torch.tensor([inputs.context_lens[i] for i in items], dtype=torch.int32, device=device)
-        return _DecodeRows(rows, _padded_tables(inputs, items, device), lens)
+    @torch.inference_mode()
+    def collect(self) -> StepResult:
+        self.event.synchronize()
+        sampled: dict[int, tuple[SampledToken, ...]] = {}
+        if self.drawn is not None:
+            drawn = iter(self.drawn.result())
+            for item, _ in self.items:
+                sampled[id(item)] = tuple(_checked(next(drawn), item) for _ in range(item.num_samples))
+        elif self.tokens is not None:
+            tokens = self.tokens.tolist()
+            for item, row in self.items:
+                token = _checked(SampledToken(tokens[row]) if tokens[row] >= 0 else None, item)
+                sampled[id(item)] = (token,) * item.num_samples
+        return StepResult(tuple(sampled.get(id(item), ()) for item in self.batch.items), self._prompt_logprobs())
 
-
-@dataclass(frozen=True, slots=True)
-class _PagedChunks:
-    """Arguments of `prompt_attention`. Items that are not its own have no tile."""
-
-    tables: torch.Tensor
-    tile_items: torch.Tensor
-    tile_rows: torch.Tensor
-    starts: torch.Tensor
-    context_lens: torch.Tensor
-
-    @staticmethod
-    def build(inputs: ForwardInputs, items: list[int], dtype: torch.dtype, device: torch.device) -> _PagedChunks:
-        step = prompt_tile(dtype)[0]
-        tiles = [(item, row) for item in items for row in range(0, inputs.num_queries(item), step)]
-        tiles.sort(key=lambda tile: tile[1] - inputs.context_lens[tile[0]])  # the longest first
-        columns = np.asarray(tiles, dtype=np.int32).T
-        return _PagedChunks(
-            _padded_tables(inputs, list(range(inputs.num_items)), device),
-            torch.from_numpy(np.ascontiguousarray(columns[0])).to(device),
-            torch.from_numpy(np.ascontiguousarray(columns[1])).to(device),
-            torch.tensor(inputs.query_starts, dtype=torch.int32, device=device),
-            torch.tensor(inputs.context_lens, dtype=torch.int32, device=device),
-        )
-
-
-class _DecodeGraph:
-    """One captured decode step for up to `batch` sequences, with its static buffers."""
-
-    def __init__(self, runner: CudaModelRunner, batch: int, pool: Any) -> None:
-        self.batch = batch
-        self._max_blocks = runner._max_blocks
-        self._block_size = runner._block_size
-        # One row per sequence: id, position, slot, context, then its block table; int64 so that one copy takes all.
-        self._host = np.zeros((batch, 4 + self._max_blocks), dtype=np.int64)
-        self._pinned = torch.from_numpy(self._host).pin_memory()
-        self._host = self._pinned.numpy()
-        self._host[:, 2] = -1
-        self._tables_of_rows: list[tuple[list[int], int, int]] = [([], 0, -1)] * batch  # (table, blocks, last block)
-        device = runner._model.device
-        self._device = self._pinned.to(device)
-        self._tables = torch.zeros(batch, self._max_blocks, dtype=torch.int32, device=device)
-        self._contexts = torch.zeros(batch, dtype=torch.int32, device=device)
-        self._graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._step(runner)  # compiles kernels and sets libraries up, which a capture must not see
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self.logits, self.next_ids = self._step(runner)
-
-    def _step(self, runner: CudaModelRunner) -> tuple[torch.Tensor, torch.Tensor]:
-        self._tables.copy_(self._device[:, 4:])
-        self._contexts.copy_(self._device[:, 3])
-        positions, slots = self._device[:, 1].contiguous(), self._device[:, 2].contiguous()
-        x = runner._decoder.embed(self._device[:, 0].contiguous())
-        storage, attention, windows = runner._kv_cache.storage, runner._attention, runner._config.windows
-
-        def attend(layer: int, qkv: torch.Tensor, out: torch.Tensor) -> None:
-            rows = qkv.view(self.batch, -1)
-            attention(rows, storage[layer], self._tables, self._contexts, out, window=windows[layer])
-
-        x = runner._decoder.run_layers(x, 0, runner._num_layers, positions, slots, storage, attend)
-        logits = runner._decoder.partial_logits(x)
-        return logits, runner._decoder.largest(logits)
-
-    def fill(self, items: tuple[ScheduledSequence, ...]) -> np.ndarray:
-        """Writes this step's rows; rows beyond them are padding. Returns them, up to the longest block table's end."""
-        torch.cuda.current_stream().synchronize()  # the last step's copy has left the pinned buffer
-        host, size = self._host, self._block_size
-        for row, item in enumerate(items):
-            sequence = item.sequence
-            position, table = sequence.num_computed_tokens, sequence.block_table
-            host[row, 0] = sequence.token_ids[position]
-            host[row, 1] = position
-            host[row, 2] = table[position // size] * size + position % size
-            host[row, 3] = position + 1
-            count = position // size + 1
-            known, known_count, known_last = self._tables_of_rows[row]
-            # A table only grows at its end, or has its last block replaced; another list is another history.
-            if known is not table or known_count != count or known_last != table[count - 1]:
-                host[row, 4 : 4 + count] = table[:count]
-                self._tables_of_rows[row] = (table, count, table[count - 1])
-        host[len(items) :, 2] = -1
-        host[len(items) :, 3] = 0
-        self._device.copy_(self._pinned, non_blocking=True)
-        longest = max(item.sequence.num_computed_tokens for item in items) // size + 1
-        return host[: len(items), : 4 + longest]
-
-    def fill_rows(self, rows: np.ndarray) -> None:
-        """On another rank: writes what `fill` gave on rank 0."""
-        torch.cuda.current_stream().synchronize()
-        self._host[: len(rows), : rows.shape[1]] = rows
-        self._host[len(rows) :, 2] = -1
-        self._host[len(rows) :, 3] = 0
-        self._device.copy_(self._pinned, non_blocking=True)
-
-    def replay(self) -> None:
-        self._graph.replay()
+    def _prompt_logprobs(self) -> tuple[tuple[SampledToken, ...], ...]:
+        if not any(_wants_prompt_logprobs(item) for item in self.batch.items):
+            return ((),) * len(self.batch.items)
+        assert self.hidden is not None
+        described: list[tuple[SampledToken, ...]] = []
+        row = self.first_prompt_row
+        for item in self.batch.items:
+            if _is_decode(item):
+                described.append(())
+                continue
+            described.append(self.runner._prompt_logprobs(item, self.hidden, row))
+            row += item.num_tokens
+        return tuple(described)
 
 
-def _capture_all(runner: CudaModelRunner, batches: list[int]) -> list[_DecodeGraph]:
-    """Graphs by growing batch; captured from the largest down, so that all fit into the memory of the first."""
-    pool = torch.cuda.graph_pool_handle()
-    graphs = [_DecodeGraph(runner, batch, pool) for batch in reversed(batches)]
-    torch.cuda.synchronize()
-    return graphs[::-1]
+def _checked(token: SampledToken | None, item: ScheduledSequence) -> SampledToken:
+    if token is None:
+        request_id = item.sequence.request_id
+        raise InternalError(f"the model computed NaN logits for request {request_id}; its weights may be damaged")
+    return token
 
 
-def _takes_largest(sampling: SamplingParams) -> bool:
+def _is_decode(item: ScheduledSequence) -> bool:
+    return item.num_tokens == 1 and item.start >= item.sequence.num_prompt_tokens
+
+
+def _wants_prompt_logprobs(item: ScheduledSequence) -> bool:
+    return item.sequence.sampling.prompt_logprobs is not None and not _is_decode(item)
+
+
+def _takes_largest(params: SamplingParams) -> bool:
     """True when the largest logit is all that is wanted."""
     return (
-        sampling.temperature == 0
-        and sampling.logprobs is None
-        and not sampling.logit_bias
-        and not sampling.presence_penalty
-        and not sampling.frequency_penalty
-        and sampling.repetition_penalty == 1.0
+        params.temperature == 0
+        and params.logprobs is None
+        and not params.logit_bias
+        and not params.presence_penalty
+        and not params.frequency_penalty
+        and params.repetition_penalty == 1.0
     )
-
-
-def _padded_tables(inputs: ForwardInputs, items: list[int], device: torch.device) -> torch.Tensor:
-    width = max(len(inputs.block_tables[item]) for item in items)
-    tables = np.zeros((len(items), width), dtype=np.int32)
-    for row, item in enumerate(items):
-        table = inputs.block_tables[item]
-        tables[row, : len(table)] = table
-    return torch.from_numpy(tables).to(device)
-
-
-def _dense_runs(inputs: ForwardInputs, items: list[int]) -> list[tuple[int, int, int]]:
-    """(first row, number of chunks, rows of each): neighbours of equal length are one call."""
-    runs: list[tuple[int, int, int]] = []
-    for item in items:
-        first, length = inputs.query_starts[item], inputs.num_queries(item)
-        if runs and runs[-1][2] == length and runs[-1][0] + runs[-1][1] * length == first:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1, length)
-        else:
-            runs.append((first, 1, length))
-    return runs

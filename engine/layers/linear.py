@@ -1,9 +1,11 @@
-"""y = x Wᵀ + b, with the weight laid out for the device once it is loaded."""
+"""y = x Wᵀ + b, with the weight laid out for the device, or quantised, once it is loaded."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
+from engine.layers.fp8 import Fp8Weight, quantize_weight
 
 # oneDNN adds up all products of an output one after the other. Over the layers of SmolLM2 its logits are then up to
 # 1.7e-4 away from transformers'; summed in pieces of this length, as MKL does, 0.8e-4. bfloat16 rounds more anyway.
@@ -14,7 +16,9 @@ class Linear:
     """One product, or several that share an input, fused: the rows of `weight` are the outputs, one below the other.
 
     Attributes:
-        weight: [out_features, in_features], to be filled by the loader; gone (None) once `finish_loading` packed it.
+        weight: [out_features, in_features], to be filled by the loader; gone (None) once `quantize` or `finish_loading`
+            replaced it.
+        fp8: what `quantize` replaced it with, or None.
         bias: [out_features] or None.
     """
 
@@ -24,6 +28,7 @@ class Linear:
         self.out_features = out_features
         self.weight: torch.Tensor | None = torch.empty(out_features, in_features, dtype=dtype, device=device)
         self.bias = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        self.fp8: Fp8Weight | None = None
         self._packed: _PackedWeight | None = None
 
     def rows(self, first: int, count: int) -> torch.Tensor:
@@ -36,8 +41,24 @@ class Linear:
         assert self.bias is not None, "this product has no bias"
         return self.bias[first : first + count]
 
+    def scale_inputs(self, scales: torch.Tensor) -> None:
+        """Multiplies factors of the inputs [in_features] into the weight: W diag(scales)."""
+        assert self.weight is not None, "the weight is packed already"
+        for rows in self.weight.split(4096):  # in float32, without a second copy of the whole
+            rows.copy_(rows.float() * scales)
+
+    def quantize(self, input_scales: torch.Tensor | None = None) -> None:
+        """Replaces the filled weight by its fp8 form, factors of the inputs multiplied in before as by `scale_inputs`.
+
+        Raises ConfigError for a shape that fp8 products do not take.
+        """
+        assert self.weight is not None, "the weight is packed already"
+        self.fp8, self.weight = quantize_weight(self.weight, input_scales), None
+
     def finish_loading(self) -> None:
         """Call once, when weight and bias are filled."""
+        if self.fp8 is not None:
+            return
         assert self.weight is not None, "the weight is packed already"
         if can_pack(self.weight.dtype, self.weight.device):
             self._packed = _PackedWeight(self.weight)
@@ -47,6 +68,8 @@ class Linear:
         """[num_tokens, in_features] → [num_tokens, out_features]"""
         if self._packed is not None:
             return self._packed.multiply(x, self.bias)
+        if self.fp8 is not None:  # the plain twin of engine/cuda/fp8.py
+            return F.linear(x, self.fp8.dequantized().to(x.dtype), self.bias)
         assert self.weight is not None
         return F.linear(x, self.weight, self.bias)
 

@@ -110,6 +110,20 @@ class DecoderLayer:
             **self.mlp.weight_views(f"{prefix}.mlp"),
         }
 
+    def fold_norms(self) -> None:
+        """Multiplies the norms' weights into the products behind them, and leaves ones: the layer's function stays."""
+        for norm, linear in ((self.attention_norm, self.attention.qkv), (self.mlp_norm, self.mlp.gate_up)):
+            linear.scale_inputs(norm.weight)
+            norm.weight.fill_(1.0)
+
+    def quantize(self) -> None:
+        """Replaces the products' weights by fp8, with the norms folded in: the scales then see what is multiplied."""
+        for norm, linear in ((self.attention_norm, self.attention.qkv), (self.mlp_norm, self.mlp.gate_up)):
+            linear.quantize(norm.weight)
+            norm.weight.fill_(1.0)
+        self.attention.output.quantize()
+        self.mlp.down.quantize()
+
     def linears(self) -> tuple[Linear, ...]:
         return (self.attention.qkv, self.attention.output, self.mlp.gate_up, self.mlp.down)
 

@@ -32,10 +32,16 @@ class ModelConfigSection(_Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: float32 on a CPU, bfloat16 on a GPU"
     )
+    weights: Literal["auto", "fp8"] = Field(
+        "auto", description="auto: in model.dtype; fp8: e4m3 with a scale per output channel (GPUs only)"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
     seed: int = Field(0, ge=0, description="Seed of random weights (random:<config.json> only)")
     max_model_len: int | None = Field(
         None, ge=16, description="Longest prompt plus output in tokens; default: the model's context"
+    )
+    profile: str | None = Field(
+        None, description="File that phasewise profile wrote; default: each worker measures itself when it starts"
     )
 
 
@@ -97,7 +103,13 @@ class CacheConfig(_Section):
     """The paged KV cache of each worker."""
 
     block_size: Literal[8, 16, 32, 64] = Field(16, description="Tokens per block")
-    kv_cache_gib: float = Field(1.0, gt=0, description="Memory for KV blocks per worker on a CPU, in GiB")
+    dtype: Literal["auto", "fp8_e4m3"] = Field("auto", description="auto: model.dtype; fp8_e4m3: GPUs only")
+    kv_cache_gib: float | None = Field(
+        None, gt=0, description="Memory for KV blocks per worker, in GiB; default: 1 on a CPU, measured on a GPU"
+    )
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="Share of a GPU's memory that may be in use, where kv_cache_gib is not given"
+    )
     prefix_caching: bool = Field(True, description="Reuse KV of equal prompt beginnings")
     swap_gib: float = Field(2.0, ge=0, description="Host memory for preempted sequences per worker, in GiB")
 

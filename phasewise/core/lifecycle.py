@@ -47,7 +47,7 @@ TRANSITIONS: dict[RequestStatus, frozenset[RequestStatus]] = {
     _S.PREFILLING: frozenset({_S.HANDOFF, _S.DECODING, _S.FINISHED}) | _BROKEN,
     _S.HANDOFF: frozenset({_S.DECODING, _S.FINISHED}) | _BROKEN,
     _S.DECODING: frozenset({_S.PREEMPTED, _S.FINISHED}) | _BROKEN,
-    _S.PREEMPTED: frozenset({_S.DECODING}) | _BROKEN,
+    _S.PREEMPTED: frozenset({_S.DECODING, _S.FINISHED}) | _BROKEN,
     _S.RECOVERING: frozenset({_S.PLACED, _S.FAILED, _S.CANCELLED}),
     _S.FINISHED: frozenset(),
     _S.FAILED: frozenset(),

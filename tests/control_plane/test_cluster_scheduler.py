@@ -12,11 +12,11 @@ from phasewise.core.errors import Overloaded, Unavailable
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.messages import WorkerInfo, WorkerLoad
 from phasewise.core.placement import WorkerRole, WorkerState
-from phasewise.core.profile import DeviceProfile
+from phasewise.core.profile import DeviceProfile, Point, StepTimes
 
 SPEC = KVCacheSpec(2, 1, 4, 16, "float32")
-FAST = DeviceProfile(0.0, 0.001, 0.01, 0.001)
-SLOW = DeviceProfile(0.0, 0.003, 0.03, 0.003)
+FAST = DeviceProfile.linear(0.0, 0.001, 0.01, 0.001)
+SLOW = DeviceProfile.linear(0.0, 0.003, 0.03, 0.003)
 
 
 def make(workers: dict[str, DeviceProfile], *, max_waiting: int = 100, num_blocks: int = 1000) -> ClusterScheduler:
@@ -42,6 +42,49 @@ def test_a_slow_gpu_gets_its_share_and_no_more() -> None:
     placements = [scheduler.place(f"r{i}", 100, 1, 64) for i in range(80)]
     assert sum(p.prefill_worker == "prefill-0" for p in placements) == pytest.approx(60, abs=2)
     assert sum(p.decode_worker == "decode-0" for p in placements) > 50
+
+
+def profile(prefill: dict[tuple[int, int], float], decode: dict[tuple[int, int], float]) -> DeviceProfile:
+    """From (size, context tokens) → seconds."""
+    tables = (StepTimes(tuple(Point(*key, s) for key, s in table.items())) for table in (prefill, decode))
+    return DeviceProfile(*tables)
+
+
+# Equal for short prompts and contexts; only a measured context tells them apart.
+WIDE = profile({(64, 0): 0.01, (64, 4096): 0.01}, {(1, 128): 0.01, (1, 4096): 0.01, (8, 1024): 0.012})
+NARROW = profile({(64, 0): 0.01, (64, 4096): 0.05}, {(1, 128): 0.01, (1, 4096): 0.05, (8, 1024): 0.02})
+
+
+def test_another_table_is_another_placement() -> None:
+    for num_tokens in (100, 3000):
+        scheduler = make({"prefill-0": NARROW, "prefill-1": WIDE, "decode-0": NARROW, "decode-1": WIDE})
+        long = scheduler.place("long", 3000, 1, 64)
+        assert (long.prefill_worker, long.decode_worker) == ("prefill-1", "decode-1"), "faster behind much context"
+        swapped = make({"prefill-0": WIDE, "prefill-1": NARROW, "decode-0": WIDE, "decode-1": NARROW})
+        long = swapped.place("long", num_tokens, 1, 64)
+        assert (long.prefill_worker, long.decode_worker) == ("prefill-0", "decode-0")
+
+
+def test_contexts_of_what_decodes_already_count() -> None:
+    scheduler = make({"prefill-0": WIDE, "decode-0": WIDE, "decode-1": WIDE})
+    scheduler.place("long", 4000, 1, 64)
+    equal = {scheduler.place(f"r{i}", 10, 1, 8).decode_worker for i in range(2)}
+    assert equal == {"decode-1", "decode-0"}, "one more sequence costs the same on both"
+    scheduler = make({"prefill-0": NARROW, "decode-0": NARROW, "decode-1": NARROW})
+    first = scheduler.place("long", 4000, 1, 64).decode_worker
+    others = {scheduler.place(f"r{i}", 10, 1, 8).decode_worker for i in range(3)}
+    assert others == {"decode-0", "decode-1"} - {first}, "a step beside the long one is slower"
+
+
+def test_short_prompts_that_share_a_step_are_no_long_queue() -> None:
+    one_step = profile({(16, 0): 0.05, (1024, 0): 0.06}, {(1, 128): 0.01})
+    scheduler = make({"prefill-0": one_step, "prefill-1": one_step, "decode-0": FAST})
+    for _ in range(2):
+        long = scheduler.place("long", 900, 1, 8).prefill_worker
+        scheduler.finished("long", 8)
+    scheduler.place("long", 900, 1, 8)
+    short = [scheduler.place(f"r{i}", 8, 1, 8).prefill_worker for i in range(20)]
+    assert short.count(long) > 0, "twenty prompts of 8 tokens are one step, as the long one is"
 
 
 def test_the_queue_is_measured_in_work_not_in_requests() -> None:

@@ -32,7 +32,7 @@ def worker(worker_id: str, role: WorkerRole, **load: object) -> tuple[WorkerInfo
         kv_spec=SPEC,
         num_kv_blocks=100,
         max_model_len=128,
-        profile=DeviceProfile(0.0, 0.0, 0.0, 0.0),
+        profile=DeviceProfile.linear(0.0, 0.0, 0.0, 0.0),
     )
     fields = {"role": role, "state": WorkerState.READY, "num_kv_blocks": 100, **load}
     return info, WorkerLoad(worker_id=worker_id, **fields)  # type: ignore[arg-type]

@@ -40,13 +40,22 @@ SMALL: dict[str, Any] = {
 class Engine:
     """A loaded model with cache, block manager and runner; checks at the end that no block is lost."""
 
-    def __init__(self, loaded: LoadedModel, *, num_blocks: int = 96, block_size: int = 8, max_len: int = 256) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        num_blocks: int = 96,
+        block_size: int = 8,
+        max_len: int = 256,
+        cache_dtype: str = "auto",
+        attention: str = "auto",
+    ) -> None:
         self.loaded = loaded
         self.blocks = BlockManager(num_blocks, block_size)
-        self.cache = PagedKVCache(loaded.kv_cache_spec(block_size), num_blocks, "cpu")
+        self.cache = PagedKVCache(loaded.kv_cache_spec(block_size, cache_dtype), num_blocks, "cpu")
         self.cache.storage.fill_(torch.nan)  # whoever reads what nobody wrote will notice
         self.max_len = max_len
-        self.runner = ModelRunner(loaded, self.cache, max_len)
+        self.runner = ModelRunner(loaded, self.cache, max_len, attention=attention)
 
     def sequence(self, prompt: list[int], sampling: SamplingParams = GREEDY, **fields: Any) -> Sequence:
         return Sequence("request", sampling, list(prompt), len(prompt), **fields)
@@ -61,7 +70,7 @@ class Engine:
         items = []
         for sequence, num_tokens in work:
             self.reserve(sequence, num_tokens)
-            items.append(ScheduledSequence(sequence, num_tokens, int(num_tokens == sequence.num_uncomputed_tokens)))
+            items.append(ScheduledSequence(sequence, num_tokens, int(num_tokens == sequence.num_unscheduled_tokens)))
         result = self.runner.run(ScheduledBatch(tuple(items)), **options)
         for item, tokens in zip(items, result.tokens, strict=True):
             item.sequence.num_computed_tokens += item.num_tokens
@@ -70,7 +79,7 @@ class Engine:
 
     def prefill(self, sequence: Sequence, chunk: int = 10**6) -> None:
         while sequence.num_output_tokens == 0:
-            self.step((sequence, min(chunk, sequence.num_uncomputed_tokens)))
+            self.step((sequence, min(chunk, sequence.num_unscheduled_tokens)))
 
     def decode(self, sequences: list[Sequence], num_tokens: int) -> None:
         while running := [sequence for sequence in sequences if sequence.num_output_tokens < num_tokens]:

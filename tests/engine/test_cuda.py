@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -17,10 +19,23 @@ from engine.forward_inputs import ForwardInputs
 from engine.kv_cache import PagedKVCache
 from engine.loader import load_model
 from engine.sequence import Sequence
+from phasewise.core.clock import MonotonicClock
+from phasewise.core.config import build_config
 from phasewise.core.kv_spec import KVCacheSpec
+from phasewise.core.messages import PrefillTask, WorkerInfo, WorkerLoad, WorkerOutput
 from phasewise.core.model_source import ModelSource
-from phasewise.core.request import SamplingParams
+from phasewise.core.placement import Placement, WorkerRole
+from phasewise.core.profile import DeviceProfile
+from phasewise.core.request import Request, SamplingParams
 from tests.engine.conftest import SMALL, build_oracle, oracle_tokens
+from workers.build import Ports, assemble
+
+pytest.importorskip("triton")
+
+from engine.cuda.attention import RaggedAttention
+from engine.cuda.kernels import DecodeAttention, gemv, skinny_product
+from engine.cuda.runner import CudaModelRunner
+from engine.cuda.step_inputs import PromptChunk, TokenRows, Upload
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,14 +52,34 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-def ragged_inputs(rng: random.Random, num_blocks: int, block_size: int, kinds: str) -> tuple[ForwardInputs, int]:
-    """A random ragged batch: `d` one-token items, `p` prompt chunks with and without earlier context."""
-    free = list(range(num_blocks))
-    rng.shuffle(free)
+@dataclass
+class Ragged:
+    """A random ragged batch for both kinds of attention: one-token items first, then prompt chunks."""
+
+    inputs: ForwardInputs
+    num_decodes: int
+    chunks: list[PromptChunk]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.inputs.slot_mapping)
+
+    def attention(self, decode: DecodeAttention, cache: PagedKVCache, window: int | None) -> RaggedAttention:
+        width = max(len(table) for table in self.inputs.block_tables)
+        tables = torch.zeros(self.num_decodes, width, dtype=torch.int32)
+        for row, table in enumerate(self.inputs.block_tables[: self.num_decodes]):
+            tables[row, : len(table)] = torch.tensor(table)
+        contexts = torch.tensor(self.inputs.context_lens[: self.num_decodes], dtype=torch.int32)
+        upload = Upload.of_size(RaggedAttention.upload_bytes(self.chunks), torch.device("cuda"))
+        attend = RaggedAttention(decode, cache, (window,), tables.cuda(), contexts.cuda(), self.chunks, upload)
+        upload.send()
+        return attend
+
+
+def ragged(spans: list[tuple[int, int]], num_decodes: int, free: list[int], block_size: int) -> Ragged:
+    """Items given as (context, queries), on blocks taken from `free`."""
     starts, contexts, tables, slots, positions = [0], [], [], [], []
-    for kind in kinds:
-        context = rng.randrange(1, 300)
-        queries = 1 if kind == "d" else rng.choice([context, rng.randrange(1, context + 1)])
+    for context, queries in spans:
         table = tuple(free.pop() for _ in range(-(-context // block_size)))
         span = range(context - queries, context)
         positions += span
@@ -61,7 +96,22 @@ def ragged_inputs(rng: random.Random, num_blocks: int, block_size: int, kinds: s
         tuple(contexts),
         tuple(tables),
     )
-    return inputs, len(slots)
+    chunks = [
+        PromptChunk(starts[i], spans[i][1], spans[i][0], np.asarray(tables[i], dtype=np.int32))
+        for i in range(num_decodes, len(spans))
+    ]
+    return Ragged(inputs, num_decodes, chunks)
+
+
+def random_ragged(rng: random.Random, num_blocks: int, block_size: int, kinds: str) -> Ragged:
+    """`d` one-token items, `p` prompt chunks with and without earlier context."""
+    free = list(range(num_blocks))
+    rng.shuffle(free)
+    spans = []
+    for kind in kinds:
+        context = rng.randrange(1, 300)
+        spans.append((context, 1 if kind == "d" else rng.choice([context, rng.randrange(1, context + 1)])))
+    return ragged(spans, kinds.count("d"), free, block_size)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2)])
@@ -70,15 +120,13 @@ def ragged_inputs(rng: random.Random, num_blocks: int, block_size: int, kinds: s
 def test_ragged_attention_against_the_plain_twin(
     dtype: str, tolerance: float, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None
 ) -> None:
-    from engine.cuda.kernels import DecodeAttention
-    from engine.cuda.runner import RaggedAttention
-
     rng = random.Random(f"{dtype}{num_heads}{head_dim}{window}")
     torch.manual_seed(rng.randrange(1000))
     spec = KVCacheSpec(1, num_kv_heads, head_dim, 16, dtype)
     torch_dtype = getattr(torch, dtype)
-    for kinds in ("d", "ddddd", "p", "pdpdd", "dppp", "d" * 40):
-        inputs, num_tokens = ragged_inputs(rng, 1200, 16, kinds)
+    for kinds in ("d", "ddddd", "p", "dddpp", "dppp", "d" * 40):
+        batch = random_ragged(rng, 1200, 16, kinds)
+        inputs, num_tokens = batch.inputs, batch.num_tokens
         cache = PagedKVCache(spec, 1200, "cuda")
         cache.storage.normal_()
         written = torch.zeros(1200 * 16, dtype=torch.bool, device="cuda")
@@ -96,17 +144,15 @@ def test_ragged_attention_against_the_plain_twin(
         cache.storage[0].index_copy_(1, inputs.slot_mapping, keys_values.transpose(0, 1))
         decode = DecodeAttention(num_heads, num_kv_heads, head_dim, 16, 64, torch.device("cuda"), torch_dtype)
         decode._partial.fill_(torch.nan)
-        attend = RaggedAttention(decode, cache, (window,), inputs)
+        attend = batch.attention(decode, cache, window)
         for _ in range(2):  # twice: the arrival counters must be ready again
             out = torch.full((num_tokens, num_heads, head_dim), torch.nan, device="cuda", dtype=torch_dtype)
-            attend(0, qkv, out)
+            out = attend(0, qkv, out)
             error = (out.double() - wanted).norm() / wanted.norm()
             assert error < tolerance, (kinds, error.item())
 
 
 def test_decode_attention_gives_the_log_sum_exp_and_zeros_for_padding() -> None:
-    from engine.cuda.kernels import DecodeAttention
-
     torch.manual_seed(0)
     cache = torch.randn(2, 64 * 16, 2, 64, device="cuda")
     tables = torch.randperm(64, device="cuda", dtype=torch.int32).view(4, 16)
@@ -127,8 +173,6 @@ def test_decode_attention_gives_the_log_sum_exp_and_zeros_for_padding() -> None:
 
 @pytest.mark.parametrize("columns", [512, 1000, 4096])
 def test_gemv_against_the_product(columns: int) -> None:
-    from engine.cuda.kernels import gemv
-
     torch.manual_seed(0)
     x, weight = torch.randn(1, columns, device="cuda"), torch.randn(333, columns, device="cuda")
     out = torch.full((1, 333), torch.nan, device="cuda")
@@ -142,8 +186,6 @@ def test_gemv_against_the_product(columns: int) -> None:
 @pytest.mark.parametrize("num_tokens", [2, 7, 16, 33, 64])
 @pytest.mark.parametrize(("rows", "columns"), [(384, 512), (16_384, 256), (256, 8192)])
 def test_skinny_product_against_the_product(num_tokens: int, rows: int, columns: int) -> None:
-    from engine.cuda.kernels import skinny_product
-
     torch.manual_seed(0)
     x = torch.randn(num_tokens, columns, device="cuda").bfloat16()
     weight = torch.randn(rows, columns, device="cuda").bfloat16()
@@ -157,53 +199,46 @@ def test_skinny_product_against_the_product(num_tokens: int, rows: int, columns:
 
 
 def test_a_chunk_split_at_its_context_against_the_plain_twin() -> None:
-    from engine.cuda.kernels import DecodeAttention
-    from engine.cuda.runner import RaggedAttention
-
     rng = random.Random(1)
-    for queries, earlier in ((256, 256), (512, 1280), (768, 512)):
+    for queries, earlier in ((1024, 4096), (1280, 4352)):
         context = queries + earlier
-        table = tuple(rng.sample(range(200), -(-context // 16)))
-        span = range(earlier, context)
-        slots = torch.tensor([table[i // 16] * 16 + i % 16 for i in span], device="cuda")
-        inputs = ForwardInputs(slots, slots, slots, (0, queries), (context,), (table,))
-        cache = PagedKVCache(KVCacheSpec(1, 2, 128, 16, "bfloat16"), 200, "cuda")
+        batch = ragged([(context, queries)], 0, rng.sample(range(400), 400), 16)
+        inputs, slots = batch.inputs, batch.inputs.slot_mapping
+        cache = PagedKVCache(KVCacheSpec(1, 2, 128, 16, "bfloat16"), 400, "cuda")
         cache.storage.normal_()
         qkv = torch.randn(queries, 12, 128, device="cuda").bfloat16()
         keys_values = qkv[:, 8:].unflatten(1, (2, 2))
-        twin = PagedKVCache(KVCacheSpec(1, 2, 128, 16, "float32"), 200, "cuda")
+        twin = PagedKVCache(KVCacheSpec(1, 2, 128, 16, "float32"), 400, "cuda")
         twin.storage = cache.storage.double()
         reference = ReferenceAttention(twin, (None,))
         reference.plan(inputs)
         wanted = reference.run(0, qkv[:, :8].double(), keys_values.double())
         cache.storage[0].index_copy_(1, slots, keys_values.transpose(0, 1))
         decode = DecodeAttention(8, 2, 128, 16, 4, torch.device("cuda"))
-        attend = RaggedAttention(decode, cache, (None,), inputs)
+        attend = batch.attention(decode, cache, None)
         assert attend._split
         out = torch.full((queries, 8, 128), torch.nan, device="cuda", dtype=torch.bfloat16)
-        attend(0, qkv, out)
+        out = attend(0, qkv, out)
         assert (out.double() - wanted).norm() / wanted.norm() < 1e-2
 
 
 class GpuEngine:
     """A model on the GPU, driven step by step."""
 
-    def __init__(self, folder: Path, dtype: str, num_blocks: int = 400) -> None:
-        from engine.cuda.runner import CudaModelRunner
-
+    def __init__(self, folder: Path, dtype: str, num_blocks: int = 400, *, graphs: bool = True) -> None:
         source = ModelSource("hf", folder, "test")
         self.loaded = load_model(source, dtype=dtype, device="cuda", seed=0, progress=lambda share: None)
         self.blocks = BlockManager(num_blocks, 16)
         self.cache = PagedKVCache(self.loaded.kv_cache_spec(16), num_blocks, "cuda")
         self.cache.storage.fill_(torch.nan)
-        self.runner = CudaModelRunner(self.loaded, self.cache, 512, max_batch=16)
+        self.runner = CudaModelRunner(self.loaded, self.cache, 512, max_batch=16, graphs=graphs)
 
     def step(self, work: list[tuple[Sequence, int]]) -> None:
         items = []
         for sequence, num_tokens in work:
             missing = self.blocks.blocks_for(sequence.num_computed_tokens + num_tokens) - len(sequence.block_table)
             sequence.block_table += self.blocks.allocate(max(missing, 0))
-            items.append(ScheduledSequence(sequence, num_tokens, int(num_tokens == sequence.num_uncomputed_tokens)))
+            items.append(ScheduledSequence(sequence, num_tokens, int(num_tokens == sequence.num_unscheduled_tokens)))
         result = self.runner.run(ScheduledBatch(tuple(items)))
         for item, tokens in zip(items, result.tokens, strict=True):
             item.sequence.num_computed_tokens += item.num_tokens
@@ -214,7 +249,7 @@ class GpuEngine:
         params = SamplingParams(**{"temperature": 0.0, **sampling})
         sequences = [Sequence("r", params, list(p), len(p)) for p in prompts]
         while running := [s for s in sequences if s.num_output_tokens < num_tokens]:
-            self.step([(s, min(s.num_uncomputed_tokens, chunk)) for s in running])
+            self.step([(s, min(s.num_unscheduled_tokens, chunk)) for s in running])
         for sequence in sequences:
             self.blocks.release(sequence.block_table)
         return [s.token_ids[s.num_prompt_tokens :] for s in sequences]
@@ -243,9 +278,8 @@ def test_graph_and_kernel_by_kernel_agree_and_sampling_does_not_care(tmp_path: P
     prompts = prompts_of(SIZES["vocab_size"])
     sampling = {"temperature": 1.1, "top_p": 0.9, "seed": 5, "frequency_penalty": 0.3}
     graphed = engine.generate(prompts, 30, chunk=10**6, **sampling)
-    graphs, engine.runner._graphs = engine.runner._graphs, []
-    assert engine.generate(prompts, 30, chunk=10**6, **sampling) == graphed
-    engine.runner._graphs = graphs
+    plain = GpuEngine(tmp_path, "float32", graphs=False)
+    assert plain.generate(prompts, 30, chunk=10**6, **sampling) == graphed
     assert [engine.generate([p], 30, chunk=10**6, **sampling)[0] for p in prompts] == graphed
 
 
@@ -260,8 +294,91 @@ def test_bfloat16_is_as_close_to_float64_as_transformers_in_bfloat16(tmp_path: P
     sequence = Sequence("r", SamplingParams(), prompt, len(prompt))
     sequence.block_table = engine.blocks.allocate(engine.blocks.blocks_for(len(prompt)))
     with torch.inference_mode():
-        batch = ScheduledBatch((ScheduledSequence(sequence, len(prompt), 1),))
-        hidden = engine.runner._forward(batch, None, 3)
+        none = TokenRows.padding(0), np.zeros(0, dtype=np.int32)
+        hidden = engine.runner._compute(*none, [ScheduledSequence(sequence, len(prompt), 1)], None, 3).hidden
+        assert hidden is not None
         ours = engine.loaded.model.logits(hidden[-1:])[0].double()
     their_error, our_error = (theirs - exact).norm(), (ours - exact).norm()
     assert our_error < 1.5 * their_error, (our_error.item(), their_error.item())
+
+
+class Outputs:
+    """The ports of one mixed worker without a cluster: keeps what comes out."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[tuple[str, int], list[int]] = {}
+
+    def send(self, *_: object) -> None:
+        raise AssertionError("a mixed worker has nobody to talk to")
+
+    send_part = send
+
+    def deliver(self, gateway_id: str, output: WorkerOutput) -> None:
+        assert not output.failures
+        for chunk in output.chunks:
+            tokens = self.tokens.setdefault((chunk.request_id, chunk.sample_index), [])
+            assert len(tokens) == chunk.position
+            tokens += [token.token_id for token in chunk.tokens]
+
+    def report(self, load: WorkerLoad) -> None: ...
+
+
+def serve(engine: GpuEngine, requests: list[Request], num_blocks: int) -> dict[tuple[str, int], list[int]]:
+    """All requests at once through a worker's loop, which is a step ahead of what it has seen."""
+    outputs, spec = Outputs(), engine.loaded.kv_cache_spec(16)
+    profile = DeviceProfile.linear(0, 0, 0, 0)
+    info = WorkerInfo("w", WorkerRole.MIXED, 0, "", "cuda", "float32", 1, spec, num_blocks, 512, profile)
+    config = build_config({"scheduler": {"token_budget": 64, "max_running": 16}}, source="test")
+    ports = Ports(outputs, outputs, outputs, outputs)
+    worker = assemble(info, engine.runner, engine.cache, config, ports, MonotonicClock())
+    for request in requests:
+        worker.post(PrefillTask(request, Placement(request.request_id, "w", "w"), "gateway", 1e6))
+    while worker.round():
+        pass
+    worker._parts.blocks.check()
+    assert worker.load().num_used_blocks == 0
+    return outputs.tokens
+
+
+def test_a_worker_a_step_ahead_gives_the_tokens_of_transformers(tmp_path: Path) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    oracle = build_oracle(CONFIGS["llama"](), tmp_path)
+    rng = random.Random(11)
+    prompts = [[rng.randrange(SIZES["vocab_size"]) for _ in range(rng.randrange(1, 150))] for _ in range(40)]
+    expected = [oracle_tokens(oracle, prompt, rng.randrange(1, 60)) for prompt in prompts]
+    requests = []
+    for i, (prompt, tokens) in enumerate(zip(prompts, expected, strict=True)):
+        stops = tuple(tokens[len(tokens) // 2 :][:1]) if i % 3 == 0 else ()  # found out a step late
+        limit = len(tokens)
+        if stops:
+            tokens[tokens.index(stops[0]) + 1 :] = []
+        params = SamplingParams(temperature=0.0, max_tokens=limit, stop_token_ids=stops)
+        requests.append(Request(f"r{i}", tuple(prompt), params))
+    engine = GpuEngine(tmp_path, "float32")
+    for num_blocks in (400, 60):  # the second preempts
+        outputs = serve(engine, requests, num_blocks)
+        assert [outputs[(f"r{i}", 0)] for i in range(len(requests))] == expected
+
+
+def test_sampling_a_step_ahead_does_not_change_a_token(tmp_path: Path) -> None:
+    build_oracle(CONFIGS["llama"](), tmp_path)
+    rng = random.Random(12)
+    requests = []
+    for i in range(12):
+        prompt = tuple(rng.randrange(SIZES["vocab_size"]) for _ in range(rng.randrange(1, 90)))
+        params = SamplingParams(
+            temperature=1.0,
+            top_p=0.9,
+            seed=i,
+            max_tokens=30,
+            frequency_penalty=0.4,
+            presence_penalty=0.2,
+            repetition_penalty=1.1,
+            n=1 + i % 3,
+            logprobs=2 if i % 4 == 0 else None,
+        )
+        requests.append(Request(f"r{i}", prompt, params))
+    engine = GpuEngine(tmp_path, "float32")
+    together = serve(engine, requests, 400)
+    alone = {key: tokens for request in requests for key, tokens in serve(engine, [request], 400).items()}
+    assert together == alone

@@ -94,8 +94,10 @@ def check_decoder(rank: int, store: str, results: Any, config: str, size: int) -
         for position in range(20):
             contexts = torch.full((2,), position + 1, dtype=torch.int32, device=device)
 
-            def attend(layer: int, qkv: torch.Tensor, out: torch.Tensor, contexts: torch.Tensor = contexts) -> None:
-                attention(qkv.view(2, -1), storage[layer], tables, contexts, out)
+            def attend(
+                layer: int, qkv: torch.Tensor, out: torch.Tensor, contexts: torch.Tensor = contexts
+            ) -> torch.Tensor:
+                return attention(qkv.view(2, -1), storage[layer], tables, contexts, out)
 
             positions = torch.full((2,), position, device=device)
             x = decoder.embed(ids)

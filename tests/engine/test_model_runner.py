@@ -46,7 +46,7 @@ def test_chunks_beside_decodes(engine: Any, kit: Any, expected: list[list[int]],
         newest = engine.sequence(kit.random_prompt(n, seed=n))
         while newest.num_output_tokens == 0:
             running = [(sequence, 1) for sequence in sequences if sequence.num_output_tokens < NUM_TOKENS]
-            engine.step(*running, (newest, min(chunk, newest.num_uncomputed_tokens)))
+            engine.step(*running, (newest, min(chunk, newest.num_unscheduled_tokens)))
         sequences.append(newest)
     engine.decode(sequences, NUM_TOKENS)
     assert outputs(sequences) == expected
@@ -158,9 +158,9 @@ def test_prompt_logprobs_are_the_oracles(llama: Any, engine: Any, kit: Any, chun
     sequence = engine.sequence(prompt, SamplingParams(temperature=0.0, prompt_logprobs=3, logprobs=2))
     described = []
     while sequence.num_computed_tokens < 40:
-        count = min(chunk, sequence.num_uncomputed_tokens)
+        count = min(chunk, sequence.num_unscheduled_tokens)
         engine.reserve(sequence, count)
-        last = count == sequence.num_uncomputed_tokens
+        last = count == sequence.num_unscheduled_tokens
         result = engine.runner.run(ScheduledBatch((ScheduledSequence(sequence, count, int(last)),)))
         described += result.prompt_logprobs[0]
         sequence.num_computed_tokens += count

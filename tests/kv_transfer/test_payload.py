@@ -13,6 +13,7 @@ from kv_transfer.staging import gather, scatter, slots_of
 from phasewise.core.kv_spec import KVCacheSpec
 
 CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn]
 
 
 def storage_of(num_slots: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -20,7 +21,12 @@ def storage_of(num_slots: int, dtype: torch.dtype, seed: int = 0) -> torch.Tenso
     return torch.randn(5, 2, num_slots, 2, 8, generator=generator).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    """Bytes: torch compares no fp8."""
+    return tensor.view(torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("source_block", "target_block"), [(16, 16), (16, 32), (32, 8)])
 def test_a_part_arrives_bit_for_bit_between_different_block_sizes(
     dtype: torch.dtype, source_block: int, target_block: int
@@ -37,10 +43,11 @@ def test_a_part_arrives_bit_for_bit_between_different_block_sizes(
         source_table = rng.sample(range(256 // source_block), -(-length // source_block))
         target_table = rng.sample(range(256 // target_block), -(-length // target_block))
         payload = gather(source, slots_of(source_table, source_block, first, count, CPU), 1, 3)
-        assert payload.shape == (3, 2, count, 2, 8)
+        assert payload.shape == (3, 2, count, 2, 8) and payload.dtype == dtype
         assert payload.is_contiguous()
         target_slots = slots_of(target_table, target_block, first, count, CPU)
         scatter(target, target_slots, 1, payload)
+        source, target, before = raw(source), raw(target), raw(before)
         for i, slot in enumerate(target_slots.tolist()):
             token = first + i
             origin = source_table[token // source_block] * source_block + token % source_block
@@ -52,7 +59,7 @@ def test_a_part_arrives_bit_for_bit_between_different_block_sizes(
         assert torch.equal(target[4], before[4])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_checksum_sees_every_single_changed_value_and_every_exchange(dtype: torch.dtype) -> None:
     payload = storage_of(3, dtype)[:2].contiguous()
     right = checksum(payload)
@@ -60,10 +67,11 @@ def test_checksum_sees_every_single_changed_value_and_every_exchange(dtype: torc
     flat = payload.view(-1)
     for i in range(flat.numel()):
         changed = payload.clone()
-        changed.view(-1)[i] = -changed.view(-1)[i]
+        changed.view(-1)[i] = -changed.view(-1)[i].float()
         assert checksum(changed) != right
     for dim in range(4):
-        assert checksum(payload.flip(dim).contiguous()) != right, f"rows exchanged along dimension {dim}"
+        flipped = payload.float().flip(dim).to(dtype).contiguous()
+        assert checksum(flipped) != right, f"rows exchanged along dimension {dim}"
     assert checksum(torch.zeros_like(payload)) != right
 
 
@@ -82,6 +90,7 @@ def test_fingerprint_ignores_block_size_and_nothing_else() -> None:
         KVCacheSpec(4, 1, 64, 16, "float32", "weights"),
         KVCacheSpec(4, 2, 32, 16, "float32", "weights"),
         KVCacheSpec(4, 2, 64, 16, "bfloat16", "weights"),
+        KVCacheSpec(4, 2, 64, 16, "fp8_e4m3", "weights"),
         KVCacheSpec(4, 2, 64, 16, "float32", "others"),
     ):
         assert spec.content_fingerprint != other.content_fingerprint

@@ -40,6 +40,8 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ({"gateway": {"http": "a:99999"}}, "65535"),
         ({"gateway": {"http": "a:1", "grpc": "a:1"}}, "must differ"),
         ({"model": {"dtype": "fp4"}}, "model.dtype"),
+        ({"model": {"weights": "int4"}}, "model.weights"),
+        ({"cache": {"dtype": "fp8"}}, "cache.dtype: Input should be 'auto' or 'fp8_e4m3'"),
     ],
 )
 def test_what_is_wrong_is_named(values: dict[str, Any], expected: str) -> None:

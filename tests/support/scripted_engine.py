@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from engine.batch import ScheduledBatch, ScheduledSequence, StepResult
+from engine.batch import PendingStep, ScheduledBatch, ScheduledSequence, StepResult
 from engine.kv_cache import PagedKVCache
 from engine.sequence import Sequence
 from kv_transfer.staging import slots_of
@@ -45,23 +45,52 @@ def expected_tokens(prompt: list[int], num_tokens: int, sample_index: int = 0) -
     return tokens[len(prompt) :]
 
 
+class ScriptedStep:
+    """A submitted step. `fails` makes `collect` raise."""
+
+    def __init__(self, result: StepResult, fails: bool) -> None:
+        self._result = result
+        self._fails = fails
+
+    def collect(self) -> StepResult:
+        if self._fails:
+            raise RuntimeError("scripted failure")
+        return self._result
+
+
 class ScriptedRunner:
-    """Runs batches as workers.worker.Runner. `fail_next` makes the next run raise."""
+    """Runs batches as workers.worker.Runner. `fail_next` makes the next step raise, `fail_late` when it is collected.
 
-    def __init__(self, cache: PagedKVCache) -> None:
+    With `num_steps_ahead` 1 it feeds a sequence the token of the step before, which the host has not seen, as a device
+    does; and as there, that holds for the very next step only.
+    """
+
+    def __init__(self, cache: PagedKVCache, num_steps_ahead: int = 0) -> None:
         self._cache = cache
+        self.num_steps_ahead = num_steps_ahead
         self.fail_next = False
+        self.fail_late = False
         self.batches: list[ScheduledBatch] = []
+        self._newest: dict[Sequence, int] = {}
 
-    def run(
+    def submit(
         self,
         batch: ScheduledBatch,
         on_layers_done: Callable[[int, int], None] | None = None,
         layers_per_group: int = 0,
-    ) -> StepResult:
+    ) -> PendingStep:
         if self.fail_next:
             self.fail_next = False
             raise RuntimeError("scripted failure")
+        result = self._run(batch, on_layers_done, layers_per_group)
+        sampled = zip(batch.items, result.tokens, strict=True)
+        self._newest = {item.sequence: tokens[0].token_id for item, tokens in sampled if tokens}
+        fails, self.fail_late = self.fail_late, False
+        return ScriptedStep(result, fails)
+
+    def _run(
+        self, batch: ScheduledBatch, on_layers_done: Callable[[int, int], None] | None, layers_per_group: int
+    ) -> StepResult:
         self.batches.append(batch)
         step = layers_per_group or SPEC.num_layers
         for first in range(0, SPEC.num_layers, step):
@@ -73,10 +102,11 @@ class ScriptedRunner:
         tokens, logprobs = [], []
         for item in batch.items:
             s = item.sequence
-            indices = range(item.num_samples) if s.is_prefilling else [s.sample_index] * item.num_samples
+            in_prompt = item.start < s.num_prompt_tokens
+            indices = range(item.num_samples) if in_prompt else [s.sample_index] * item.num_samples
             tokens.append(tuple(SampledToken(self._sample(item, index)) for index in indices))
-            after = range(s.num_computed_tokens + 1, s.num_computed_tokens + 1 + item.num_tokens)
-            wanted = s.sampling.prompt_logprobs is not None and s.is_prefilling
+            after = range(item.start + 1, item.start + 1 + item.num_tokens)
+            wanted = s.sampling.prompt_logprobs is not None and in_prompt
             logprobs.append(
                 tuple(SampledToken(s.token_ids[p], -1.0) for p in after if wanted and p < s.num_prompt_tokens)
             )
@@ -87,15 +117,16 @@ class ScriptedRunner:
 
     def _write(self, item: ScheduledSequence, layers: range) -> None:
         s = item.sequence
-        slots = self._slots(s, s.num_computed_tokens, item.num_tokens)
+        slots = self._slots(s, item.start, item.num_tokens)
         for i, slot in enumerate(slots.tolist()):
-            position = s.num_computed_tokens + i
+            position = item.start + i
+            token = s.token_ids[position] if position < s.num_tokens else self._newest[s]
             for layer in layers:
-                self._cache.storage[layer, :, slot] = float(_kv(s.token_ids[position], position, layer))
+                self._cache.storage[layer, :, slot] = float(_kv(token, position, layer))
 
     def _sample(self, item: ScheduledSequence, sample_index: int) -> int:
         s = item.sequence
-        end = s.num_computed_tokens + item.num_tokens
+        end = item.start + item.num_tokens
         cells = self._cache.storage[:, 0, self._slots(s, 0, end), 0, 0]  # [layers, tokens]
         weights = torch.arange(end) % 13 + 1
         return int((cells * weights).sum(dtype=torch.float64).item() + sample_index * 101) % VOCAB

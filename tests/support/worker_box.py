@@ -30,7 +30,13 @@ from workers.worker import Worker
 
 
 class WorkerBox:
-    """A cluster's workers without a cluster. `lost` workers get nothing any more."""
+    """A cluster's workers without a cluster. `lost` workers get nothing any more.
+
+    Attributes:
+        num_steps_ahead: how far their engines are ahead of the results that the loop takes: 1 on a GPU, 0 on a CPU.
+    """
+
+    num_steps_ahead = 0
 
     def __init__(
         self, roles: dict[WorkerId, str], *, num_blocks: int = 64, fault: Fault | None = None, **sections: Any
@@ -54,7 +60,7 @@ class WorkerBox:
             cache = PagedKVCache(SPEC, num_blocks, "cpu")
             cache.storage.fill_(float("nan"))  # what was never written must never be read
             self.caches[worker_id] = cache
-            self.runners[worker_id] = ScriptedRunner(cache)
+            self.runners[worker_id] = ScriptedRunner(cache, self.num_steps_ahead)
             info = WorkerInfo(
                 worker_id,
                 WorkerRole(role),
@@ -66,7 +72,7 @@ class WorkerBox:
                 SPEC,
                 num_blocks,
                 num_blocks * SPEC.block_size,
-                DeviceProfile(0.0, 0.001, 0.0, 0.001),
+                DeviceProfile.linear(0.0, 0.001, 0.0, 0.001),
             )
             ports = Ports(self, self, self, link)
             worker = assemble(info, self.runners[worker_id], cache, self.config, ports, self.clock)

@@ -49,6 +49,11 @@ def settings_for(path: Path, size: int) -> WorkerSettings:
     return WorkerSettings("mixed-0", WorkerRole.MIXED, "cpu", 1, config, tensor_parallel=size)
 
 
+@pytest.fixture(autouse=True)
+def _engines() -> None:
+    """Once is enough: these tests have engines of their own."""
+
+
 class Started:
     """An engine of two ranks, and why it was lost."""
 
@@ -80,7 +85,7 @@ def generate(engine: LoadedEngine, num_tokens: int, swap: bool = False, **sampli
         for i, p in enumerate(PROMPTS)
     ]
     for step in range(num_tokens):
-        items = tuple(ScheduledSequence(s, s.num_uncomputed_tokens, 1) for s in sequences)
+        items = tuple(ScheduledSequence(s, s.num_unscheduled_tokens, 1) for s in sequences)
         result = engine.runner.run(ScheduledBatch(items))
         for sequence, tokens in zip(sequences, result.tokens, strict=True):
             sequence.num_computed_tokens = sequence.num_tokens
