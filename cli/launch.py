@@ -183,22 +183,22 @@ class Launcher:
             .remote(GatewaySettings(GATEWAY_ID, config, collector))
         )
         for s in settings:
-            num_gpus = 0 if s.device == "cpu" else 1
+            num_gpus = 0 if s.device == "cpu" else s.tensor_parallel
             actor = make(WorkerActor).options(name=s.worker_id, num_gpus=num_gpus, max_concurrency=1000)
             self._workers[s.worker_id] = actor.remote(s)
 
     def _devices(self) -> str:
-        """The device of every worker. `auto` takes GPUs where there are any, and then needs one for each worker."""
+        """The device of every worker. `auto` takes GPUs where there are any, and then needs enough for all workers."""
         import ray
 
-        wanted, num_workers = self._config.model.device, self._config.pools.num_workers
+        wanted, num_needed = self._config.model.device, self._config.pools.num_devices
         num_gpus = int(ray.cluster_resources().get("GPU", 0))
         if wanted == "cpu" or (wanted == "auto" and num_gpus == 0):
             return "cpu"
-        if num_gpus < num_workers:
+        if num_gpus < num_needed:
             raise ConfigError(
-                f"pools: {num_workers} workers need a GPU each and Ray sees {num_gpus}; lower the number of workers, "
-                "or set --device cpu"
+                f"pools: {self._config.pools.num_workers} workers need {num_needed} GPUs and Ray sees {num_gpus}; "
+                "lower the number of workers or tensor_parallel, or set --device cpu"
             )
         return "cuda"
 
@@ -272,14 +272,16 @@ class Launcher:
 def worker_settings(config: ServingConfig, device: str, collector: str | None) -> list[WorkerSettings]:
     """One entry per worker. Threads that are not given are the machine's cores shared out, at least one each."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = max(cores // config.pools.num_workers, 1)
+    share = max(cores // config.pools.num_devices, 1)
     pools: list[tuple[WorkerRole, PoolConfig]] = [
         (WorkerRole.PREFILL, config.pools.prefill),
         (WorkerRole.DECODE, config.pools.decode),
         (WorkerRole.MIXED, config.pools.mixed),
     ]
     return [
-        WorkerSettings(f"{role.value}-{i}", role, device, pool.threads or share, config, collector)
+        WorkerSettings(
+            f"{role.value}-{i}", role, device, pool.threads or share, config, collector, pool.tensor_parallel
+        )
         for role, pool in pools
         for i in range(pool.workers)
     ]

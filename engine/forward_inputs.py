@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,16 @@ class ForwardInputs:
 
     def num_queries(self, item: int) -> int:
         return self.query_starts[item + 1] - self.query_starts[item]
+
+    def to_host(self) -> tuple[Any, ...]:
+        """The same for another process: what `from_host` takes."""
+        tensors = (self.input_ids, self.positions, self.slot_mapping)
+        return *(t.cpu().numpy() for t in tensors), self.query_starts, self.context_lens, self.block_tables
+
+    @staticmethod
+    def from_host(host: tuple[Any, ...], device: torch.device) -> ForwardInputs:
+        ids, positions, slots = (torch.from_numpy(array).to(device) for array in host[:3])
+        return ForwardInputs(ids, positions, slots, *host[3:])
 
 
 def build_forward_inputs(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import gguf
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 
 from engine.gguf_config import ROPE_DIVISORS
 from engine.model_config import ModelConfig
-from engine.weights import check_complete
+from engine.sharding import Shard, Slice
+from engine.weights import check_complete, whole_shape
 from phasewise.core.errors import ModelLoadError
 from phasewise.core.gguf_file import GGUFFile, GGUFTensor
 
@@ -48,39 +50,44 @@ _VALUES_PER_PIECE = 4 << 20
 
 
 def load_gguf(
-    file: GGUFFile, config: ModelConfig, views: dict[str, torch.Tensor], progress: Callable[[float], None]
+    file: GGUFFile,
+    config: ModelConfig,
+    views: dict[str, torch.Tensor],
+    progress: Callable[[float], None],
+    shard: Shard = Shard(),  # noqa: B008 (frozen)
 ) -> None:
-    """Dequantises every tensor into the view of its name.
+    """Dequantises every tensor, or this rank's part of it, into the view of its name.
 
     Raises:
         ModelLoadError: names the file and the tensor that is missing, unknown, of the wrong shape or type.
     """
-    total = sum(tensor.num_bytes for tensor in file.tensors.values())
-    pieces: list[tuple[GGUFTensor, torch.Tensor, int, int]] = []
+    pieces: list[_Piece] = []
     loaded: set[str] = set()
     for tensor in file.tensors.values():
         if tensor.name == ROPE_DIVISORS:  # part of the configuration
             continue
         name = weight_name(tensor.name)
-        view = views.get(name)
+        view, cut = views.get(name), shard.slice_of(name, config)
+        if view is None and cut is not None and not cut.count:
+            continue
         if view is None:
             raise ModelLoadError(f"{file.path}: tensor {tensor.name!r} has no place in this architecture")
-        if tensor.shape != tuple(view.shape):
+        if tensor.shape != whole_shape(view, cut):
             raise ModelLoadError(
                 f"{file.path}: tensor {tensor.name!r} has shape {list(tensor.shape)}, "
-                f"the metadata asks for {list(view.shape)}"
+                f"the metadata asks for {list(whole_shape(view, cut))}"
             )
         if tensor.type_name not in SUPPORTED_TYPES:
             raise ModelLoadError(
                 f"{file.path}: tensor {tensor.name!r} has type {tensor.type_name}; "
                 f"supported: {', '.join(SUPPORTED_TYPES)}"
             )
-        pieces += _split(tensor, _in_file_order(view, name, config))
+        pieces += _split(tensor, _in_file_order(view, name, config), cut)
         loaded.add(name)
     check_complete(views, loaded, file.path)
-    done = 0
+    done, total = 0, sum(piece.num_bytes for piece in pieces) or 1
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        for num_bytes in pool.map(lambda piece: _dequantise(file, *piece), pieces):
+        for num_bytes in pool.map(lambda piece: _dequantise(file, piece), pieces):
             done += num_bytes
             progress(done / total)
 
@@ -106,24 +113,45 @@ def _in_file_order(view: torch.Tensor, name: str, config: ModelConfig) -> torch.
     return view
 
 
-def _split(tensor: GGUFTensor, target: torch.Tensor) -> list[tuple[GGUFTensor, torch.Tensor, int, int]]:
-    """(tensor, part of the target, first byte, number of bytes): whole units of the target's first dimension."""
-    if target.dim() == 1:
-        return [(tensor, target, 0, tensor.num_bytes)]
-    num_units = target.shape[0]
-    step = max(1, _VALUES_PER_PIECE // target[0].numel())
-    unit_bytes = tensor.num_bytes // num_units
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Bytes of a tensor, and the part of the weight that they fill. `columns`: of each row only those."""
+
+    tensor: GGUFTensor
+    target: torch.Tensor
+    first_byte: int
+    num_bytes: int
+    columns: slice
+
+
+def _split(tensor: GGUFTensor, target: torch.Tensor, cut: Slice | None) -> list[_Piece]:
+    """Whole units of the target's first dimension. Columns are cut from dequantised rows: blocks lie along them."""
+    num_units, columns, first_unit, whole = len(target), slice(None), 0, len(target)
+    if cut is not None and cut.dim == 1:
+        columns = slice(cut.first, cut.first + cut.count)
+    elif cut is not None:
+        first_unit, whole = cut.first * num_units // cut.count, cut.whole * num_units // cut.count
+    unit_bytes = tensor.num_bytes // whole
+    step = max(1, _VALUES_PER_PIECE * whole // int(np.prod(tensor.shape, dtype=int)))
     return [
-        (tensor, target[i : i + step], i * unit_bytes, min(step, num_units - i) * unit_bytes)
+        _Piece(
+            tensor,
+            target[i : i + step],
+            (first_unit + i) * unit_bytes,
+            min(step, num_units - i) * unit_bytes,
+            columns,
+        )
         for i in range(0, num_units, step)
     ]
 
 
-def _dequantise(file: GGUFFile, tensor: GGUFTensor, target: torch.Tensor, first_byte: int, num_bytes: int) -> int:
-    raw = np.frombuffer(file.data(tensor), dtype=np.uint8, count=num_bytes, offset=first_byte)
-    rows = raw.reshape(-1, tensor.num_bytes // (np.prod(tensor.shape[:-1], dtype=int)))
-    values = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(tensor.type_id))
+def _dequantise(file: GGUFFile, piece: _Piece) -> int:
+    tensor, target = piece.tensor, piece.target
+    raw = np.frombuffer(file.data(tensor), dtype=np.uint8, count=piece.num_bytes, offset=piece.first_byte)
+    # A bias is stored as F32, so that any part of it is a row.
+    rows = raw.reshape(1, -1) if len(tensor.shape) == 1 else raw.reshape(-1, tensor.num_bytes // tensor.shape[0])
+    values = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(tensor.type_id))[:, piece.columns]
     # A copy for types that are only viewed (F32): the file is mapped read-only, which torch warns about.
     values = values if values.flags.writeable else values.copy()
     target.copy_(torch.from_numpy(values).reshape(target.shape))
-    return num_bytes
+    return piece.num_bytes

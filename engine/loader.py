@@ -13,6 +13,7 @@ from engine.kv_cache import TORCH_DTYPES
 from engine.model_config import ModelConfig, read_model_config
 from engine.models.llama import LlamaModel
 from engine.models.registry import build_model
+from engine.tensor_parallel import Group
 from engine.weights import files_identity, fill_random, load_safetensors, safetensors_files
 from phasewise.core.errors import ConfigError
 from phasewise.core.gguf_file import GGUFFile
@@ -22,10 +23,10 @@ from phasewise.core.model_source import ModelSource, config_file
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model with its weights on its device.
+    """A model with its weights on its device, or one rank's part of it, which is what `config` describes.
 
     `dtype` is what it computes in, whatever its weights and its cache are stored in. `fingerprint` is equal in
-    processes that loaded the same weights.
+    processes that loaded the same weights, whatever their part.
     """
 
     model: LlamaModel
@@ -93,16 +94,19 @@ def load_model(
     seed: int,
     progress: Callable[[float], None],
     weights: str = "auto",
+    group: Group | None = None,
 ) -> LoadedModel:
     """Reads configuration and weights. `dtype` and `device` may be `auto`; `seed` is for random weights only.
 
     `progress` is called with growing shares from 0 to 1. `weights` is `auto` (in `dtype`) or `fp8`; see `check_fp8`:
-    where that refuses, fp8 weights are multiplied as if they were `dtype`, which is for tests.
+    where that refuses, fp8 weights are multiplied as if they were `dtype`, which is for tests. With a `group`, which
+    need not be connected yet, only this rank's part of the weights is read.
 
     Raises:
         ModelLoadError: one line that names the file, and the tensor or key, that is wrong.
-        ConfigError: a device or dtype that cannot be used here.
+        ConfigError: a device or dtype that cannot be used here, or a model that the group cannot split.
     """
+    group = group or Group()
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
     torch_dtype, torch_device = TORCH_DTYPES[dtype], torch.device(device)
@@ -110,18 +114,17 @@ def load_model(
     if source.kind == "gguf":
         with GGUFFile(source.path) as file:
             config = read_gguf_config(file)
-            model = build_model(config, torch_dtype, torch_device)
-            load_gguf(file, config, model.weight_views(), progress)
+            model = build_model(config, torch_dtype, torch_device, group)
+            load_gguf(file, config, model.weight_views(), progress, group.shard)
         identity = files_identity([source.path])
     else:
         config = read_model_config(config_file(source))
-        model = build_model(config, torch_dtype, torch_device)
+        model = build_model(config, torch_dtype, torch_device, group)
         if source.kind == "hf":
-            tied = config.tie_word_embeddings
-            load_safetensors(source.path, model.weight_views(), tied=tied, progress=progress)
+            load_safetensors(source.path, config, model.weight_views(), progress, group.shard)
             identity = files_identity(safetensors_files(source.path))
         else:
-            fill_random(model.weight_views(), seed=seed, std=config.initializer_range, progress=progress)
+            fill_random(config, model.weight_views(), seed, progress, group.shard)
             identity = f"random/{seed}/{torch_device.type}"
     if weights == "fp8":
         identity += "/fp8"  # their KV is another
@@ -131,4 +134,4 @@ def load_model(
             torch.cuda.empty_cache()  # what the weights took before is the cache's now
     model.finish_loading()
     progress(1.0)
-    return LoadedModel(model, config, dtype, device, config.fingerprint(identity))
+    return LoadedModel(model, model.config, dtype, device, config.fingerprint(identity))

@@ -1,27 +1,36 @@
-"""Computes a scheduled batch: forward pass, sampling, prompt log-probabilities. No queue, no transfer, no clock."""
+"""Computes a scheduled batch: forward pass, sampling, prompt log-probabilities. No queue, no transfer, no clock.
+
+Of several ranks rank 0 gets the batches. It tells the others what to compute before it computes it itself: they need
+neither sequences nor sampling, only the tensors of a step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 
 import torch
 
 from engine.attention.select import select_backend
 from engine.batch import ComputedStep, PendingStep, ScheduledBatch, ScheduledSequence, StepResult
-from engine.forward_inputs import build_forward_inputs
+from engine.forward_inputs import ForwardInputs, build_forward_inputs
 from engine.kv_cache import PagedKVCache
 from engine.layers.rotary import RotaryEmbedding
 from engine.loader import LoadedModel
 from engine.sampler import SampleRow, describe, sample
+from engine.tensor_parallel import Command, OtherRanks
 from phasewise.core.kv_spec import FP8
 from phasewise.core.request import SampledToken
+
+logger = logging.getLogger(__name__)
 
 # Bounds the memory for prompt log-probabilities: rows of logits held at once.
 _LOGITS_ROWS = 128
 
 
 class ModelRunner:
-    """One model with one KV cache.
+    """One model with one KV cache. `others` are the other ranks, on rank 0 of several.
 
     Raises:
         ValueError: the cache was made for another model or device.
@@ -29,12 +38,20 @@ class ModelRunner:
     """
 
     def __init__(
-        self, loaded: LoadedModel, kv_cache: PagedKVCache, max_model_len: int, *, attention: str = "auto"
+        self,
+        loaded: LoadedModel,
+        kv_cache: PagedKVCache,
+        max_model_len: int,
+        *,
+        attention: str = "auto",
+        others: OtherRanks | None = None,
     ) -> None:
         dtype = FP8 if kv_cache.spec.dtype == FP8 else "auto"
         differences = kv_cache.spec.differences(loaded.kv_cache_spec(kv_cache.block_size, dtype))
         if differences or kv_cache.device != loaded.model.device:
             raise ValueError(f"the KV cache does not fit the model: {'; '.join(differences) or kv_cache.device}")
+        self._others = others
+        self._followed: torch.Tensor | None = None
         self._model = loaded.model
         self._num_layers = loaded.config.num_layers
         self._kv_cache = kv_cache
@@ -90,11 +107,48 @@ class ModelRunner:
         )
         return StepResult(self._sample(batch, hidden, last_rows), prompt_logprobs)
 
+    @torch.inference_mode()
+    def follow(self, command: Command) -> None:
+        """On a rank other than 0: computes what rank 0 computes after it told so.
+
+        ("forward", ForwardInputs.to_host()): a step's hidden states.
+        ("logits", rows): the logits of these rows of the last step.
+        """
+        match command:
+            case ("forward", host):
+                inputs = ForwardInputs.from_host(host, self._model.device)
+                self._followed = self._forward_inputs(inputs, None, self._num_layers)
+            case ("logits", rows):
+                assert self._followed is not None, "logits before any step"
+                self._model.logits(self._followed[rows])
+            case _:
+                raise ValueError(f"unknown command {command[0]!r}")
+
     def _forward(
         self, batch: ScheduledBatch, on_layers_done: Callable[[int, int], None] | None, layers_per_group: int
     ) -> torch.Tensor:
         """[num_tokens, hidden_size] after the last layer."""
         inputs = build_forward_inputs(batch, self._kv_cache.block_size, self._max_model_len, self._model.device)
+        with self._together(("forward", inputs.to_host() if self._others else None)):
+            return self._forward_inputs(inputs, on_layers_done, layers_per_group)
+
+    @contextlib.contextmanager
+    def _together(self, command: Command) -> Iterator[None]:
+        """Around what all ranks compute at this command."""
+        if self._others is None:
+            yield
+            return
+        self._others.tell(command)
+        try:
+            yield
+        except Exception as error:
+            logger.exception("a step failed on one rank of several")
+            self._others.broken(f"{type(error).__name__} in a step: {error}")
+            raise
+
+    def _forward_inputs(
+        self, inputs: ForwardInputs, on_layers_done: Callable[[int, int], None] | None, layers_per_group: int
+    ) -> torch.Tensor:
         self._backend.plan(inputs)
         rope = self._rotary.plan(inputs.positions)
         hidden = self._model.embed(inputs.input_ids)
@@ -112,9 +166,14 @@ class ModelRunner:
         if not sampled_rows:
             return ((),) * len(batch.items)
         # Only these rows go through the output head: it is as large as many layers.
-        if len(sampled_rows) < len(hidden):
-            hidden = hidden[torch.tensor(sampled_rows, device=hidden.device)]
-        return self._sample_rows(batch, self._model.logits(hidden))
+        return self._sample_rows(batch, self._logits(hidden, sampled_rows))
+
+    def _logits(self, hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        """[len(rows), vocab_size] float32"""
+        with self._together(("logits", rows)):
+            if len(rows) < len(hidden):
+                hidden = hidden[torch.tensor(rows, device=hidden.device)]
+            return self._model.logits(hidden)
 
     def _sample_rows(self, batch: ScheduledBatch, logits: torch.Tensor) -> tuple[tuple[SampledToken, ...], ...]:
         """Tokens per item; logits: one row per item that samples, in order."""
@@ -139,7 +198,7 @@ class ModelRunner:
         described: list[SampledToken] = []
         for i in range(0, len(targets), _LOGITS_ROWS):
             part = targets[i : i + _LOGITS_ROWS]
-            logits = self._model.logits(hidden[first_row + i : first_row + i + len(part)])
+            logits = self._logits(hidden, list(range(first_row + i, first_row + i + len(part))))
             described += describe(logits, part, [wanted] * len(part))
         return tuple(described)
 

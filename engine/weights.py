@@ -1,15 +1,18 @@
-"""Fills a model's weights from safetensors shards, one tensor at a time, or with seeded random numbers."""
+"""Fills a model's weights from safetensors files by several threads, or with seeded random numbers."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from engine.model_config import ModelConfig
+from engine.sharding import Shard, Slice
 from phasewise.core.errors import ModelLoadError
 from phasewise.core.model_source import read_json
 
@@ -19,39 +22,87 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Written by older versions of transformers, computed here.
 _NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")
 
+# Copies give the interpreter up. A few threads keep a disk's queue, or the way to a GPU, full.
+_NUM_THREADS = 8
+_VALUES_PER_PIECE = 8 << 20
+
 _SAMPLES_PER_FILE = 64
 _SAMPLE_BYTES = 4096
 
 
 def load_safetensors(
-    directory: Path, views: dict[str, torch.Tensor], *, tied: bool, progress: Callable[[float], None]
+    directory: Path,
+    config: ModelConfig,
+    views: dict[str, torch.Tensor],
+    progress: Callable[[float], None],
+    shard: Shard = Shard(),  # noqa: B008 (frozen)
 ) -> None:
-    """Copies every tensor of the checkpoint into the view of its name, converting the dtype.
+    """Copies every tensor of the checkpoint, or this rank's part of it, into the view of its name.
 
-    `tied`: the output head is the embedding, so a stored `lm_head.weight` is left alone. `progress` gets 0 to 1.
+    The dtype is converted; bytes of other ranks' parts are not read. A stored `lm_head.weight` is left alone where the
+    output head is the embedding. `progress` gets 0 to 1.
 
     Raises:
         ModelLoadError: names the file and the tensor that is missing, of the wrong shape or type, or damaged.
     """
-    files = safetensors_files(directory)
-    total = sum(file.stat().st_size for file in files)
     loaded: set[str] = set()
-    num_bytes = 0
-    for file in files:
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for file in safetensors_files(directory):
         try:
-            with safe_open(file, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118  (a safe_open is no mapping)
-                    if _NOT_WEIGHTS.search(name) or (tied and name == "lm_head.weight"):
+            with safe_open(file, framework="pt") as stored:
+                for name in stored.keys():  # noqa: SIM118  (a safe_open is no mapping)
+                    if _NOT_WEIGHTS.search(name) or (config.tie_word_embeddings and name == "lm_head.weight"):
                         continue
-                    tensor = shard.get_tensor(name)
-                    copy_weight(views, name, tensor, str(file))
+                    # Not read yet: the tensor lies in the file, which is mapped into memory for as long as it is used.
+                    tensor = stored.get_tensor(name)
+                    copies += _checked(views, name, tensor, shard.slice_of(name, config), file)
                     loaded.add(name)
-                    num_bytes += tensor.numel() * tensor.element_size()
-                    progress(min(1.0, num_bytes / total))
         except (SafetensorError, OSError) as error:
             reason = " ".join(str(error).split())
             raise ModelLoadError(f"{file} is cut short or damaged ({reason}); copy or download it again") from None
     check_complete(views, loaded, str(directory))
+    total, done = sum(part.numel() for part, _ in copies) or 1, 0
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        for num_values in pool.map(lambda copy: _copy(*copy), copies):
+            done += num_values
+            progress(done / total)
+
+
+def _checked(
+    views: dict[str, torch.Tensor], name: str, tensor: torch.Tensor, cut: Slice | None, file: Path
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(stored part, its place), in pieces for the threads, once type and shape are right."""
+    view = views.get(name)
+    if view is None and (cut is None or cut.count):
+        raise ModelLoadError(
+            f"{file}: tensor {name!r} has no place in this architecture; is config.json the right one?"
+        )
+    if tensor.dtype not in _FLOATS:
+        raise ModelLoadError(f"{file}: tensor {name!r} is {tensor.dtype}; supported: float32, bfloat16, float16")
+    if view is None:
+        return []
+    expected = whole_shape(view, cut)
+    if tensor.shape != expected:
+        raise ModelLoadError(
+            f"{file}: tensor {name!r} has shape {list(tensor.shape)}, the configuration asks for {list(expected)}"
+        )
+    if cut is not None:
+        tensor = tensor.narrow(cut.dim, cut.first, cut.count)
+    step = max(1, _VALUES_PER_PIECE // max(tensor[0].numel(), 1))
+    return list(zip(tensor.split(step), view.split(step), strict=True))
+
+
+def _copy(part: torch.Tensor, place: torch.Tensor) -> int:
+    place.copy_(part)
+    return part.numel()
+
+
+def whole_shape(view: torch.Tensor, cut: Slice | None) -> tuple[int, ...]:
+    """The shape of the stored tensor of which `view` takes `cut`."""
+    shape = list(view.shape)
+    if cut is not None:
+        shape[cut.dim] = cut.whole
+    return tuple(shape)
 
 
 def safetensors_files(directory: Path) -> list[Path]:
@@ -72,22 +123,6 @@ def safetensors_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def copy_weight(views: dict[str, torch.Tensor], name: str, tensor: torch.Tensor, where: str) -> None:
-    """Checks a stored tensor against its place in the model and copies it there. Raises ModelLoadError."""
-    view = views.get(name)
-    if view is None:
-        raise ModelLoadError(
-            f"{where}: tensor {name!r} has no place in this architecture; is config.json the right one?"
-        )
-    if tensor.dtype not in _FLOATS:
-        raise ModelLoadError(f"{where}: tensor {name!r} is {tensor.dtype}; supported: float32, bfloat16, float16")
-    if tensor.shape != view.shape:
-        raise ModelLoadError(
-            f"{where}: tensor {name!r} has shape {list(tensor.shape)}, the configuration asks for {list(view.shape)}"
-        )
-    view.copy_(tensor)
-
-
 def check_complete(views: dict[str, torch.Tensor], loaded: set[str], where: str) -> None:
     """Raises ModelLoadError unless every weight was filled."""
     missing = sorted(set(views) - loaded)
@@ -96,17 +131,26 @@ def check_complete(views: dict[str, torch.Tensor], loaded: set[str], where: str)
         raise ModelLoadError(f"{where}: tensor {missing[0]!r}{more} is missing; the checkpoint is not complete")
 
 
-def fill_random(views: dict[str, torch.Tensor], *, seed: int, std: float, progress: Callable[[float], None]) -> None:
-    """Normal weights of this standard deviation, norms about 1; each tensor depends on (seed, its name) alone.
+def fill_random(
+    config: ModelConfig,
+    views: dict[str, torch.Tensor],
+    seed: int,
+    progress: Callable[[float], None],
+    shard: Shard = Shard(),  # noqa: B008 (frozen)
+) -> None:
+    """Normal weights of the configured deviation, norms about 1; each tensor depends on (seed, its name) alone.
 
-    The numbers are the same in every process on the same kind of device.
+    The numbers are the same in every process on the same kind of device: a rank makes the whole tensor and keeps its
+    part, so that all ranks together have the weights that one alone would have.
     """
     for done, (name, view) in enumerate(views.items(), start=1):
         digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
         generator = torch.Generator(device=view.device)
         generator.manual_seed(int.from_bytes(digest, "little") >> 1)
-        numbers = torch.empty(view.shape, dtype=torch.float32, device=view.device)
-        view.copy_(numbers.normal_(mean=1.0 if "norm" in name else 0.0, std=std, generator=generator))
+        cut = shard.slice_of(name, config)
+        numbers = torch.empty(whole_shape(view, cut), dtype=torch.float32, device=view.device)
+        numbers.normal_(mean=1.0 if "norm" in name else 0.0, std=config.initializer_range, generator=generator)
+        view.copy_(numbers if cut is None else numbers.narrow(cut.dim, cut.first, cut.count))
         progress(done / len(views))
 
 

@@ -97,6 +97,8 @@ class WorkerActor:
         if self._worker is not None and self._loop_task is not None:
             self._worker.stop()
             await asyncio.wait([self._loop_task])
+        if self._engine is not None and self._engine.ranks is not None:
+            await asyncio.to_thread(self._engine.ranks.close)
 
     async def wait_closed(self) -> None:
         """Returns when the loop has ended; raises what ended it, if that was a fault."""

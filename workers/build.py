@@ -19,11 +19,14 @@ from engine.kv_cache import PagedKVCache
 from engine.loader import LoadedModel, check_fp8, load_model
 from engine.model_config import ModelConfig, read_model_config
 from engine.model_runner import ModelRunner
+from engine.sharding import Shard
+from engine.tensor_parallel import Group, OtherRanks
 from kv_transfer.link import Link
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
 from phasewise.core.clock import Clock
 from phasewise.core.config import ServingConfig
+from phasewise.core.errors import ConfigError
 from phasewise.core.gguf_file import GGUFFile
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.messages import WorkerInfo
@@ -35,6 +38,7 @@ from prefill_workers.phase import PrefillLimits, PrefillPhase
 from prefill_workers.scheduler import PrefillScheduler
 from workers.memory import CPU_KV_CACHE_GIB, blocks_of_size
 from workers.profiler import PreparedEngine, device_name, measure_profile, model_shape, start_up_grid, warm_up
+from workers.ranks import Join, LeadingKVCache, Ranks
 from workers.settings import WorkerSettings
 from workers.sizing import CudaMemory, GpuSizer, StepLimits
 from workers.worker import LoopSettings, Runner, Worker, WorkerParts
@@ -57,13 +61,14 @@ class Ports:
 
 @dataclass(frozen=True, slots=True)
 class LoadedEngine:
-    """A model in memory with its cache, warmed and measured."""
+    """A model in memory with its cache, warmed and measured. `ranks`: the other processes that hold parts of it."""
 
     runner: Runner
     cache: PagedKVCache
     max_model_len: int
     profile: DeviceProfile
     dtype: str
+    ranks: Ranks | None = None
 
 
 def load_engine(settings: WorkerSettings, progress: Callable[[float], None], clock: Clock) -> LoadedEngine:
@@ -71,25 +76,38 @@ def load_engine(settings: WorkerSettings, progress: Callable[[float], None], clo
 
     Raises:
         ModelLoadError: the model's files are at fault.
-        ConfigError: the model, or a cache worth having, does not fit; `model.profile` is of another worker; or fp8 is
-            wanted where it cannot be computed.
+        ConfigError: the model, or a cache worth having, does not fit; `model.profile` is of another worker; the model
+            cannot be split over the ranks; or fp8 is wanted where it cannot be computed.
     """
     config = settings.config
     written = _written_profile(settings)  # a wrong one is said before the wait for the weights
-    engine = prepare_engine(settings, lambda share: progress(0.95 * share))
-    grid = start_up_grid(settings.device, token_budget(config, settings.device), config.scheduler.max_running)
-    if written is None:
-        profile = measure_profile(engine, grid, clock)
-    else:
-        warm_up(engine, grid, clock)
-        profile = written
+    ranks = Ranks(settings) if settings.tensor_parallel > 1 else None
+    try:
+        engine = prepare_engine(settings, lambda share: progress(0.95 * share), ranks)
+        grid = start_up_grid(settings.device, token_budget(config, settings.device), config.scheduler.max_running)
+        if written is None:
+            profile = measure_profile(engine, grid, clock)
+        else:
+            warm_up(engine, grid, clock)
+            profile = written
+    except BaseException:
+        if ranks is not None:
+            ranks.close()
+        raise
     progress(1.0)
     dtype = resolve_dtype(config.model.dtype, settings.device)
-    return LoadedEngine(engine.runner, engine.cache, engine.max_model_len, profile, dtype)
+    return LoadedEngine(engine.runner, engine.cache, engine.max_model_len, profile, dtype, ranks)
 
 
-def prepare_engine(settings: WorkerSettings, progress: Callable[[float], None]) -> PreparedEngine:
+def prepare_engine(
+    settings: WorkerSettings, progress: Callable[[float], None], ranks: Ranks | None = None
+) -> PreparedEngine:
     """Loads the model and makes its cache and runner; as `load_engine`, without measuring."""
+    if settings.tensor_parallel > 1 and settings.device != "cpu":
+        raise ConfigError(
+            "pools.mixed.tensor_parallel: the GPU's runner does not drive several ranks yet; use 1",
+            field="pools.mixed.tensor_parallel",
+        )
     torch.set_num_threads(settings.num_threads)
     config = settings.config
     source = resolve_model(config.model.path)
@@ -101,20 +119,20 @@ def prepare_engine(settings: WorkerSettings, progress: Callable[[float], None]) 
     wanted = min(config.model.max_model_len, context) if config.model.max_model_len else None
     gib, running = config.cache.kv_cache_gib, config.scheduler.max_running
 
+    group = Group(Shard(0, settings.tensor_parallel))
+
     def load() -> LoadedModel:
-        return load_model(
-            source,
-            dtype=dtype,
-            device=settings.device,
-            seed=config.model.seed,
-            progress=progress,
-            weights=config.model.weights,
-        )
+        return load_part(settings, group, progress)
 
     def prepared(loaded: LoadedModel, spec: KVCacheSpec, num_blocks: int) -> PreparedEngine:
-        cache = PagedKVCache(spec, num_blocks, settings.device)
         max_model_len = min(wanted or context, num_blocks * spec.block_size)
-        runner = make_runner(loaded, cache, max_model_len, running)
+        join = Join(num_blocks, max_model_len, running)
+        if ranks is not None:
+            ranks.wait_loaded()
+            ranks.join(join)
+        cache, runner = make_part(loaded, settings, group, join, ranks.store_path if ranks else "", ranks)
+        if ranks is not None:
+            ranks.wait_ready()
         runner.warm_up(token_budget(config, settings.device))
         facts = profile_facts(settings, model_config, spec, num_blocks)
         return PreparedEngine(runner, cache, max_model_len, model_config.vocab_size, facts)
@@ -137,6 +155,45 @@ def prepare_engine(settings: WorkerSettings, progress: Callable[[float], None]) 
         remedy = f"lower cache.gpu_memory_utilization ({config.cache.gpu_memory_utilization})"
     with sizer.explained("making the KV cache and the CUDA graphs", remedy):
         return prepared(loaded, spec, num_blocks)
+
+
+def load_part(settings: WorkerSettings, group: Group, progress: Callable[[float], None]) -> LoadedModel:
+    """This rank's part of the model, on its device. The group need not be connected yet."""
+    model = settings.config.model
+    return load_model(
+        resolve_model(model.path),
+        dtype=resolve_dtype(model.dtype, settings.device),
+        device=rank_device(settings, group),
+        seed=model.seed,
+        progress=progress,
+        weights=model.weights,
+        group=group,
+    )
+
+
+def make_part(
+    loaded: LoadedModel,
+    settings: WorkerSettings,
+    group: Group,
+    join: Join,
+    store_path: str,
+    ranks: Ranks | None = None,
+) -> tuple[PagedKVCache, ModelRunner]:
+    """Joins the group, if there is one, and makes this rank's cache and runner. `ranks` only on rank 0."""
+    if group.size > 1:
+        group.connect(store_path, loaded.model.device)
+    caching, device = settings.config.cache, loaded.device
+    spec = loaded.kv_cache_spec(caching.block_size, caching.dtype)
+    if ranks is not None:
+        cache: PagedKVCache = LeadingKVCache(spec, join.num_blocks, device, ranks)
+        return cache, make_runner(loaded, cache, join.max_model_len, join.max_batch, ranks)
+    cache = PagedKVCache(spec, join.num_blocks, device)
+    return cache, make_runner(loaded, cache, join.max_model_len, join.max_batch)
+
+
+def rank_device(settings: WorkerSettings, group: Group) -> str:
+    """GPU r for rank r: torch's symmetric memory wants all ranks to see all GPUs of the group."""
+    return f"cuda:{group.rank}" if group.size > 1 and settings.device.startswith("cuda") else settings.device
 
 
 def profile_facts(
@@ -175,14 +232,20 @@ def _read_config(source: ModelSource) -> ModelConfig:
         return read_gguf_config(file)
 
 
-def make_runner(loaded: LoadedModel, cache: PagedKVCache, max_model_len: int, max_batch: int) -> ModelRunner:
+def make_runner(
+    loaded: LoadedModel,
+    cache: PagedKVCache,
+    max_model_len: int,
+    max_batch: int,
+    others: OtherRanks | None = None,
+) -> ModelRunner:
     """The fast runner on a GPU, the plain one elsewhere, and for shapes that the kernels do not know."""
     head_dim = loaded.config.head_dim
     if cache.device.type != "cuda":
-        return ModelRunner(loaded, cache, max_model_len)
+        return ModelRunner(loaded, cache, max_model_len, others=others)
     if head_dim & (head_dim - 1) or head_dim < 16:
         logger.warning("no fast kernels for head dim %d: using plain attention", head_dim)
-        return ModelRunner(loaded, cache, max_model_len)
+        return ModelRunner(loaded, cache, max_model_len, others=others)
     from engine.cuda.runner import CudaModelRunner  # needs Triton, which CPU machines do not have
 
     return CudaModelRunner(loaded, cache, max_model_len, max_batch=max_batch)

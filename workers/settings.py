@@ -10,7 +10,10 @@ from phasewise.core.placement import WorkerId, WorkerRole
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """One worker of a cluster. `device` is a torch device name: `cpu`, `cuda:0`."""
+    """One worker of a cluster. `device` is a torch device name: `cpu`, `cuda:0`.
+
+    With `tensor_parallel` > 1 the worker is so many processes, and rank r is on GPU r of those that they see.
+    """
 
     worker_id: WorkerId
     role: WorkerRole
@@ -18,3 +21,4 @@ class WorkerSettings:
     num_threads: int
     config: ServingConfig
     log_collector: str | None = None
+    tensor_parallel: int = 1

@@ -8,6 +8,9 @@ in the residual stream add to it themselves. A layer is then
     attention               x += attended · Wo
     gate_up = x · Wgu       scale, silu, product                         (silu_mul)
                             x += act · Wdown
+
+Of several ranks each has a part of the heads and of the MLP: a product that ends in x is partial there, and
+engine/cuda/all_reduce.py adds up all of them. x is the same on every rank.
 """
 
 from __future__ import annotations
@@ -17,11 +20,13 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.cuda.all_reduce import FastReduce
 from engine.cuda.fp8 import Fp8Product
 from engine.cuda.kernels import gemv, rope_and_cache, row_scales, silu_mul, skinny_product, skinny_tile
 from engine.layers.linear import Linear
 from engine.layers.rotary import rope_frequencies
 from engine.models.llama import DecoderLayer, LlamaModel
+from engine.tensor_parallel import ids_of, sortable
 
 # From this many rows on one pass over x for all scales beats computing a row's scale in every program that needs it.
 _ROWS_FOR_SCALES = 257
@@ -44,13 +49,17 @@ class _Layer:
 
 
 class CudaDecoder:
-    """Runs layers of `model` over rows of tokens. Folds the model's norms on construction: the model stays valid."""
+    """Runs layers of `model` over rows of tokens. Folds the model's norms on construction: the model stays valid.
+
+    With several ranks every method is called by all of them together, and `config` is this rank's part.
+    """
 
     def __init__(self, model: LlamaModel, max_model_len: int) -> None:
         config = model.config
         self.config = config
         self._model = model
         self._eps = config.rms_norm_eps
+        self._reduce = FastReduce.connect(model.group, model.device) if model.group.size > 1 else None
         self._layers = [_fold(layer) for layer in model.layers]
         frequencies, factor = rope_frequencies(config.rope, config.head_dim)
         angles = torch.arange(max_model_len, dtype=torch.float32).unsqueeze(1) * frequencies
@@ -76,10 +85,9 @@ class CudaDecoder:
         config, num_tokens = self.config, x.shape[0]
         workspace = x.new_empty(num_tokens, config.num_heads, config.head_dim)
         act = x.new_empty(num_tokens, config.intermediate_size)
-        many = num_tokens >= _ROWS_FOR_SCALES
+        scales = self._scales(x)
         for index in range(first, first + count):
             layer = self._layers[index]
-            scales = row_scales(x, self._eps) if many else None
             qkv = _product(x, layer.qkv).view(num_tokens, -1, config.head_dim)
             rope_and_cache(
                 qkv,
@@ -95,13 +103,10 @@ class CudaDecoder:
                 config.num_heads,
             )
             attended = attend(index, qkv, workspace)
-            _add_product(x, attended.view(num_tokens, -1), layer.output)
-            if layer.output_bias is not None:
-                x += layer.output_bias
-            scales = row_scales(x, self._eps) if many else None
+            scales = self._add_product(x, attended.view(num_tokens, -1), layer.output, layer.output_bias, turn=0)
             gate_up = _product(x, layer.gate_up)
             silu_mul(gate_up, x, scales, self._eps, act)
-            _add_product(x, act, layer.down)
+            scales = self._add_product(x, act, layer.down, None, turn=1)
         return x
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
@@ -110,20 +115,60 @@ class CudaDecoder:
         Embedding and head are never fp8: one row of the embedding is read per token, and an error of the head's is in
         the logits as it is, for a fifteenth of the bytes of an 8B model.
         """
+        return self.gather(self.partial_logits(x))
+
+    def partial_logits(self, x: torch.Tensor) -> torch.Tensor:
+        """[num_rows, hidden] → logits of the ids that this rank's rows of the head stand for."""
         return _product(self._model.norm(x), _weight(self._model.head))
 
+    def gather(self, partial_logits: torch.Tensor) -> torch.Tensor:
+        """→ the logits of all ids, [num_rows, vocab_size]."""
+        return self._model.group.gather_vocab(partial_logits, self.config.vocab_size)
 
-def _product(x: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """x · Wᵀ by the kernel that is fastest for so many rows."""
+    def largest(self, partial_logits: torch.Tensor) -> torch.Tensor:
+        """→ the ids of the largest logits, [num_rows] int64; 8 bytes a row go between the ranks."""
+        if self._reduce is None:
+            return partial_logits.argmax(dim=-1)
+        first_id = self._model.group.shard.vocab(self.config.vocab_size)[0]
+        return ids_of(self._reduce.max_(sortable(partial_logits, first_id)))
+
+    def share_ids(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rank 0's sampled ids, on every rank.  # [num_rows] int64, what other ranks give is not looked at"""
+        if self._reduce is None:
+            return ids
+        return self._reduce.max_(ids.clone() if self._model.group.rank == 0 else torch.full_like(ids, -1))
+
+    def _scales(self, x: torch.Tensor) -> torch.Tensor | None:
+        return row_scales(x, self._eps) if len(x) >= _ROWS_FOR_SCALES else None
+
+    def _add_product(
+        self, x: torch.Tensor, inputs: torch.Tensor, weight: Weight, bias: torch.Tensor | None, turn: int
+    ) -> torch.Tensor | None:
+        """x += inputs · Wᵀ + bias, over all ranks; the new `_scales`."""
+        if self._reduce is None:
+            _add_product(x, inputs, weight)
+            if bias is not None:
+                x += bias
+            return self._scales(x)
+        partial = _product(inputs, weight, self._reduce.partial(x, turn))
+        if bias is not None:  # on rank 0 alone
+            partial += bias
+        return self._reduce.add(x, partial, turn, self._eps)
+
+
+def _product(x: torch.Tensor, weight: Weight, out: torch.Tensor | None = None) -> torch.Tensor:
+    """x · Wᵀ by the kernel that is fastest for so many rows, into `out` or a new tensor."""
     if isinstance(weight, Fp8Product):
-        return weight(x)
+        return weight(x) if out is None else out.copy_(weight(x))
     num_tokens, (rows, columns) = x.shape[0], weight.shape
-    if num_tokens == 1:
-        return gemv(x, weight, x.new_empty(1, rows), adds=False)
+    if out is None:
+        out = x.new_empty(num_tokens, rows)
     tile = skinny_tile(num_tokens, rows, columns, x.dtype)
+    if num_tokens == 1:
+        return gemv(x, weight, out, adds=False)
     if tile is not None:
-        return skinny_product(x, weight, x.new_empty(num_tokens, rows), tile, adds=False)
-    return torch.mm(x, weight.t())
+        return skinny_product(x, weight, out, tile, adds=False)
+    return torch.mm(x, weight.t(), out=out)
 
 
 def _add_product(x: torch.Tensor, inputs: torch.Tensor, weight: Weight) -> None:

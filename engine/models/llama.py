@@ -13,6 +13,7 @@ from engine.layers.linear import Linear
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import RotaryEmbedding
 from engine.model_config import ModelConfig
+from engine.tensor_parallel import Group
 
 RopePlan = tuple[torch.Tensor, torch.Tensor]
 
@@ -20,7 +21,9 @@ RopePlan = tuple[torch.Tensor, torch.Tensor]
 class Attention:
     """Self-attention of one layer, with queries, keys and values as one fused product."""
 
-    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, dtype: torch.dtype, device: torch.device, *, has_output_bias: bool
+    ) -> None:
         self._layer = layer
         self._num_heads, self._num_kv_heads = config.num_heads, config.num_kv_heads
         self._head_dim = config.head_dim
@@ -28,7 +31,7 @@ class Attention:
         self.qkv = Linear(
             config.hidden_size, query_size + 2 * kv_size, bias=config.qkv_bias, dtype=dtype, device=device
         )
-        self.output = Linear(query_size, config.hidden_size, bias=config.output_bias, dtype=dtype, device=device)
+        self.output = Linear(query_size, config.hidden_size, bias=has_output_bias, dtype=dtype, device=device)
         self.query_norm = RMSNorm(config.head_dim, config.rms_norm_eps, device) if config.qk_norm else None
         self.key_norm = RMSNorm(config.head_dim, config.rms_norm_eps, device) if config.qk_norm else None
 
@@ -65,10 +68,10 @@ class Attention:
 class MLP:
     """The gated feed-forward network, with gate and up as one fused product (Shazeer 2020, "SwiGLU")."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, *, has_output_bias: bool) -> None:
         self._size = config.intermediate_size
         self.gate_up = Linear(config.hidden_size, 2 * self._size, bias=config.mlp_bias, dtype=dtype, device=device)
-        self.down = Linear(self._size, config.hidden_size, bias=config.mlp_bias, dtype=dtype, device=device)
+        self.down = Linear(self._size, config.hidden_size, bias=has_output_bias, dtype=dtype, device=device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         both = self.gate_up(x)
@@ -83,19 +86,20 @@ class MLP:
 
 
 class DecoderLayer:
-    """Attention and MLP, each behind a norm and added to the residual stream."""
+    """Attention and MLP, each behind a norm and added to the residual stream: summed over the ranks before."""
 
-    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype, device: torch.device, group: Group) -> None:
+        self._group = group
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
-        self.attention = Attention(config, layer, dtype, device)
+        self.attention = Attention(config, layer, dtype, device, has_output_bias=config.output_bias and group.rank == 0)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
-        self.mlp = MLP(config, dtype, device)
+        self.mlp = MLP(config, dtype, device, has_output_bias=config.mlp_bias and group.rank == 0)
 
     def __call__(
         self, hidden: torch.Tensor, rotary: RotaryEmbedding, rope: RopePlan, backend: AttentionBackend
     ) -> torch.Tensor:
-        hidden += self.attention(self.attention_norm(hidden), rotary, rope, backend)
-        hidden += self.mlp(self.mlp_norm(hidden))
+        hidden += self._group.all_reduce(self.attention(self.attention_norm(hidden), rotary, rope, backend))
+        hidden += self._group.all_reduce(self.mlp(self.mlp_norm(hidden)))
         return hidden
 
     def weight_views(self, prefix: str) -> dict[str, torch.Tensor]:
@@ -127,19 +131,26 @@ class DecoderLayer:
 class LlamaModel:
     """Token ids in, logits out, in three steps, so that a caller can act between groups of layers.
 
-    The weights are unset until a loader has filled every one of `weight_views` and called `finish_loading`.
+    The weights are unset until a loader has filled every one of `weight_views` and called `finish_loading`. In a group
+    of several ranks this is one rank's part of the model that `whole` describes: `config` has the heads and the MLP
+    that are computed here, and hidden states are equal on all ranks.
+
+    Raises:
+        ConfigError: the group cannot split this model evenly.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-        self.config = config
+    def __init__(self, whole: ModelConfig, dtype: torch.dtype, device: torch.device, group: Group) -> None:
+        self.config = config = group.shard.part(whole)
         self.dtype = dtype
         self.device = device
+        self.group = group
         self.embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
-        self.layers = [DecoderLayer(config, i, dtype, device) for i in range(config.num_layers)]
+        self.layers = [DecoderLayer(config, i, dtype, device, group) for i in range(config.num_layers)]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
-        self.head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=device)
+        first, count = group.shard.vocab(config.vocab_size)
+        self.head = Linear(config.hidden_size, count, bias=False, dtype=dtype, device=device)
         if config.tie_word_embeddings:
-            self.head.weight = self.embedding
+            self.head.weight = self.embedding[first : first + count]
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[num_tokens] int64 → hidden states [num_tokens, hidden_size]"""
@@ -161,7 +172,7 @@ class LlamaModel:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_rows, hidden_size] → [num_rows, vocab_size] float32"""
-        return self.head(self.norm(hidden)).float()
+        return self.group.gather_vocab(self.head(self.norm(hidden)).float(), self.config.vocab_size)
 
     def weight_views(self) -> dict[str, torch.Tensor]:
         """Name in a Hugging Face checkpoint → the part of a weight that it fills."""

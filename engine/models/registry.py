@@ -6,6 +6,7 @@ import torch
 
 from engine.model_config import ModelConfig
 from engine.models.llama import LlamaModel
+from engine.tensor_parallel import Group
 from phasewise.core.errors import ModelLoadError
 
 _MODELS: dict[str, type[LlamaModel]] = {
@@ -16,9 +17,16 @@ _MODELS: dict[str, type[LlamaModel]] = {
 }
 
 
-def build_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> LlamaModel:
-    """The model with weights that are not loaded yet. Raises ModelLoadError for an unknown architecture."""
+def build_model(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, group: Group | None = None
+) -> LlamaModel:
+    """The model, or this rank's part of it, with weights that are not loaded yet.
+
+    Raises:
+        ModelLoadError: an unknown architecture.
+        ConfigError: the group cannot split this model evenly.
+    """
     model = _MODELS.get(config.architecture)
     if model is None:
         raise ModelLoadError(f"architecture {config.architecture!r} is not supported; supported: {', '.join(_MODELS)}")
-    return model(config, dtype, device)
+    return model(config, dtype, device, group or Group())

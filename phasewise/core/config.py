@@ -50,6 +50,7 @@ class PoolConfig(_Section):
 
     workers: int = Field(0, ge=0, le=1024, description="Number of workers")
     threads: int | None = Field(None, ge=1, description="CPU threads per worker; default: the cores shared out evenly")
+    tensor_parallel: int = Field(1, ge=1, le=64, description="GPUs per worker: each holds a part of the model")
 
 
 class PoolsConfig(_Section):
@@ -71,6 +72,16 @@ class PoolsConfig(_Section):
         return {**values, **sized}
 
     @model_validator(mode="after")
+    def _can_hand_off(self) -> PoolsConfig:
+        for name in ("prefill", "decode"):
+            if getattr(self, name).tensor_parallel > 1:
+                raise ValueError(
+                    f"{name}.tensor_parallel must be 1: KV is not handed over yet between workers of several GPUs; use "
+                    "tensor_parallel in the mixed pool"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _can_serve(self) -> PoolsConfig:
         if self.mixed.workers == 0 and not (self.prefill.workers and self.decode.workers):
             raise ValueError(
@@ -81,6 +92,11 @@ class PoolsConfig(_Section):
     @property
     def num_workers(self) -> int:
         return self.prefill.workers + self.decode.workers + self.mixed.workers
+
+    @property
+    def num_devices(self) -> int:
+        """Of all workers: GPUs, or on CPUs processes."""
+        return sum(pool.workers * pool.tensor_parallel for pool in (self.prefill, self.decode, self.mixed))
 
 
 class CacheConfig(_Section):

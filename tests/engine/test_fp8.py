@@ -18,6 +18,7 @@ from engine.loader import LoadedModel, check_fp8, load_model
 from engine.model_config import read_model_config
 from engine.model_runner import ModelRunner
 from engine.models.llama import DecoderLayer
+from engine.tensor_parallel import Group
 from phasewise.core.errors import ConfigError
 from phasewise.core.kv_spec import FP8, KVCacheSpec
 from phasewise.core.model_source import ModelSource
@@ -87,7 +88,7 @@ def test_folding_the_norms_keeps_the_function(tmp_path: Path) -> None:
     )
     config = read_model_config(tmp_path / "config.json")
     torch.manual_seed(0)
-    layer = DecoderLayer(config, 0, torch.float32, CPU)
+    layer = DecoderLayer(config, 0, torch.float32, CPU, Group())
     for view in layer.weight_views("").values():
         view.normal_()
     x = torch.randn(7, config.hidden_size)
