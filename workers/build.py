@@ -246,6 +246,9 @@ def make_runner(
     if head_dim & (head_dim - 1) or head_dim < 16:
         logger.warning("no fast kernels for head dim %d: using plain attention", head_dim)
         return ModelRunner(loaded, cache, max_model_len, others=others)
+    if loaded.config.mlp_bias:
+        logger.warning("no fast kernels for an MLP with biases: using the plain runner")
+        return ModelRunner(loaded, cache, max_model_len, others=others)
     from engine.cuda.runner import CudaModelRunner  # needs Triton, which CPU machines do not have
 
     return CudaModelRunner(loaded, cache, max_model_len, max_batch=max_batch)

@@ -26,6 +26,7 @@ pytestmark = [
 ]
 
 MIB = 2**20
+LATER = 256 * MIB  # kernels and plans of libraries, which the driver loads when they are first used
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 1024,
@@ -66,13 +67,13 @@ def test_the_cache_takes_what_is_left_and_the_largest_step_still_fits(tmp_path: 
     used, total = in_use()
     bound = int(total * 0.5)
     print(f"in use {used / MIB:.0f} of {bound / MIB:.0f} MiB, cache {engine.cache.storage.nbytes / MIB:.0f} MiB")
-    assert bound - 2048 * MIB < used <= bound + 64 * MIB
+    assert bound - 2048 * MIB < used <= bound + LATER
     assert engine.max_model_len == 16_384
     for items in largest_steps(StepLimits(16_384, 2048, MAX_RUNNING)):
         engine.runner.run(made_up_step(items, 16, 64_000, shared_block=True))
     used, _ = in_use()
     print(f"after the largest step {used / MIB:.0f} MiB")
-    assert used <= bound + 64 * MIB
+    assert used <= bound + LATER
 
 
 def test_what_was_built_for_the_profile_run_is_gone(tmp_path: Path) -> None:
