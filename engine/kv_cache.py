@@ -44,7 +44,11 @@ class PagedKVCache:
     def copy_out(self, blocks: Seq[int]) -> torch.Tensor:
         """The blocks' content on the host: [num_layers, 2, len(blocks) * block_size, num_kv_heads, head_dim]."""
         picked = as_words(self.blocks_view()).index_select(2, self._index(blocks)).view(self.storage.dtype)
-        return picked.view(*self.storage.shape[:2], -1, *self.storage.shape[3:]).cpu()
+        picked = picked.view(*self.storage.shape[:2], -1, *self.storage.shape[3:])
+        if picked.device.type == "cpu":
+            return picked
+        # Pinned: into other memory the copy took 1.1 GB/s on an H100's host, while every sequence waited.
+        return torch.empty(picked.shape, dtype=picked.dtype, pin_memory=True).copy_(picked)
 
     def copy_in(self, content: torch.Tensor, blocks: Seq[int]) -> None:
         """Puts what `copy_out` gave into (other) blocks. Raises ValueError when shape or dtype do not fit."""

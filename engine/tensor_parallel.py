@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from engine.sharding import Shard
 
 _LOW_32 = 2**32 - 1
+_NAN = 2**63 - 1
 
 Command = tuple[Any, ...]
 """What rank 0 tells the other ranks: a name, then values that can be pickled (ModelRunner.follow)."""
@@ -111,14 +112,15 @@ class Group:
 def sortable(part: torch.Tensor, first_id: int) -> torch.Tensor:
     """Each row's largest logit and its id as one number: the larger logit is the larger number, then the lower id.
 
-    part: [num_rows, n] of ids from `first_id`, without NaN. Returns [num_rows] int64.
+    part: [num_rows, n] of ids from `first_id`; a row with a NaN gives the largest number. Returns [num_rows] int64.
     """
-    best = part.float().max(dim=-1)
+    best = part.float().max(dim=-1)  # a NaN anywhere in a row is its maximum
     bits = best.values.contiguous().view(torch.int32)
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)  # negative floats grow downwards
-    return ordered * 2**32 + (_LOW_32 - first_id - best.indices)
+    keys = ordered * 2**32 + (_LOW_32 - first_id - best.indices)
+    return keys.masked_fill_(best.values.isnan(), _NAN)
 
 
 def ids_of(keys: torch.Tensor) -> torch.Tensor:
-    """The ids in what `sortable` gives."""
-    return _LOW_32 - (keys & _LOW_32)
+    """The ids in what `sortable` gives; -1 for a row with a NaN."""
+    return (_LOW_32 - (keys & _LOW_32)).masked_fill_(keys == _NAN, -1)

@@ -103,11 +103,6 @@ def prepare_engine(
     settings: WorkerSettings, progress: Callable[[float], None], ranks: Ranks | None = None
 ) -> PreparedEngine:
     """Loads the model and makes its cache and runner; as `load_engine`, without measuring."""
-    if settings.tensor_parallel > 1 and settings.device != "cpu":
-        raise ConfigError(
-            "pools.mixed.tensor_parallel: the GPU's runner does not drive several ranks yet; use 1",
-            field="pools.mixed.tensor_parallel",
-        )
     torch.set_num_threads(settings.num_threads)
     config = settings.config
     source = resolve_model(config.model.path)
@@ -118,6 +113,11 @@ def prepare_engine(
     context = model_config.max_position_embeddings
     wanted = min(config.model.max_model_len, context) if config.model.max_model_len else None
     gib, running = config.cache.kv_cache_gib, config.scheduler.max_running
+    if gib is None and settings.tensor_parallel > 1 and settings.device != "cpu":
+        raise ConfigError(
+            "cache.kv_cache_gib: set it (GiB per GPU): the KV cache is sized by itself for workers of one GPU only",
+            field="cache.kv_cache_gib",
+        )
 
     group = Group(Shard(0, settings.tensor_parallel))
 
@@ -251,7 +251,7 @@ def make_runner(
         return ModelRunner(loaded, cache, max_model_len, others=others)
     from engine.cuda.runner import CudaModelRunner  # needs Triton, which CPU machines do not have
 
-    return CudaModelRunner(loaded, cache, max_model_len, max_batch=max_batch)
+    return CudaModelRunner(loaded, cache, max_model_len, max_batch=max_batch, others=others)
 
 
 def resolve_dtype(dtype: str, device: str) -> str:

@@ -23,6 +23,7 @@ import torch
 from engine.cuda.all_reduce import FastReduce
 from engine.cuda.fp8 import Fp8Product
 from engine.cuda.kernels import gemv, rope_and_cache, row_scales, silu_mul, skinny_product, skinny_tile
+from engine.cuda.sampling import greedy
 from engine.layers.linear import Linear
 from engine.layers.rotary import rope_frequencies
 from engine.models.llama import DecoderLayer, LlamaModel
@@ -64,6 +65,10 @@ class CudaDecoder:
         frequencies, factor = rope_frequencies(config.rope, config.head_dim)
         angles = torch.arange(max_model_len, dtype=torch.float32).unsqueeze(1) * frequencies
         self._rope = ((angles.cos() * factor).to(model.device), (angles.sin() * factor).to(model.device))
+
+    @property
+    def num_ranks(self) -> int:
+        return self._model.group.size
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self._model.embed(input_ids)
@@ -126,9 +131,12 @@ class CudaDecoder:
         return self._model.group.gather_vocab(partial_logits, self.config.vocab_size)
 
     def largest(self, partial_logits: torch.Tensor) -> torch.Tensor:
-        """→ the ids of the largest logits, [num_rows] int64; 8 bytes a row go between the ranks."""
+        """→ the ids of the largest logits, [num_rows] int64, -1 where there is a NaN.
+
+        8 bytes a row go between the ranks.
+        """
         if self._reduce is None:
-            return partial_logits.argmax(dim=-1)
+            return greedy(partial_logits)
         first_id = self._model.group.shard.vocab(self.config.vocab_size)[0]
         return ids_of(self._reduce.max_(sortable(partial_logits, first_id)))
 

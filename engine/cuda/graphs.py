@@ -14,7 +14,6 @@ import torch
 from engine.cuda.attention import PagedChunks
 from engine.cuda.decoder import CudaDecoder
 from engine.cuda.kernels import DecodeAttention, prepare_step, prompt_tile
-from engine.cuda.sampling import greedy
 from engine.cuda.step_inputs import DecodeRows, PromptChunk, TokenRows, Upload, aligned
 from engine.kv_cache import PagedKVCache
 
@@ -40,7 +39,8 @@ class StepOutputs:
 
     Attributes:
         input_ids: [num_tokens] int64; decode rows come first.
-        logits: [num_rows, vocab_size], in the model's dtype; None when nothing is sampled.
+        logits: [num_rows, vocab_size], in the model's dtype, of several ranks this one's part; None when nothing is
+            sampled.
         tokens: [num_rows] int64, the first largest of each row's logits; -1 where they hold a NaN.
     """
 
@@ -71,7 +71,8 @@ class _Graph:
         with torch.cuda.stream(stream):
             self._step()  # compiles kernels and sets libraries up, which a capture must not see
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self._graph, pool=capture.pool, stream=stream):
+        # thread_local: other threads, such as those of NCCL, may use the device meanwhile.
+        with torch.cuda.graph(self._graph, pool=capture.pool, stream=stream, capture_error_mode="thread_local"):
             self._outputs = self._step()
 
     def _replay(self) -> StepOutputs:
@@ -115,15 +116,15 @@ class DecodeGraph(_Graph):
 
         x = parts.decoder.embed(ids)
         x = parts.decoder.run_layers(x, 0, len(parts.windows), positions, slots, storage, attend)
-        logits = parts.decoder.logits(x)
-        tokens = greedy(logits)
+        logits = parts.decoder.partial_logits(x)
+        tokens = parts.decoder.largest(logits)
         rows.newest[:batch].copy_(tokens)
         return StepOutputs(ids, logits, tokens)
 
 
 class PromptGraph(_Graph):
     """A step of a few short prompt chunks and no decodes, `num_tokens` tokens in all: launching it kernel by kernel
-    takes the host longer than the device computes. Row i of the logits is that of chunk i's last token.
+    takes the host longer than the device computes.
     """
 
     def __init__(self, parts: StepParts, num_tokens: int, capture: Capture) -> None:
@@ -132,14 +133,15 @@ class PromptGraph(_Graph):
         width = parts.rows.tables.shape[1]
         arrays = 4 * (PROMPT_CHUNKS * width + 2 * self._num_tiles + 3 * PROMPT_CHUNKS) + 8 * PROMPT_CHUNKS
         super().__init__(parts, 3 * aligned(8 * num_tokens) + arrays + 4 * aligned(0))
-        self._inputs = self._upload([], TokenRows.padding(0))
+        self._inputs = self._upload([], TokenRows.padding(0), [])
         self._capture(capture)
 
-    def submit(self, chunks: Seq[PromptChunk], tokens: TokenRows) -> StepOutputs:
-        self._upload(chunks, tokens)
+    def submit(self, chunks: Seq[PromptChunk], tokens: TokenRows, sampled: Seq[int]) -> StepOutputs:
+        """`sampled`: numbers of the chunks whose last tokens' logits are wanted, which are the first rows of logits."""
+        self._upload(chunks, tokens, sampled)
         return self._replay()
 
-    def _upload(self, chunks: Seq[PromptChunk], tokens: TokenRows) -> tuple[torch.Tensor, ...]:
+    def _upload(self, chunks: Seq[PromptChunk], tokens: TokenRows, sampled: Seq[int]) -> tuple[torch.Tensor, ...]:
         padded, count = TokenRows.padding(self.num_tokens), len(tokens.sources)
         padded.sources[:count], padded.positions[:count] = tokens.sources, tokens.positions
         padded.slots[:count] = tokens.slots
@@ -152,7 +154,7 @@ class PromptGraph(_Graph):
             tables[: len(chunks), : own_tables.shape[1]] = own_tables
             tiles[:, : own_tiles.shape[1]] = own_tiles
             spans[:, : len(chunks)] = own_spans
-            last_rows[: len(chunks)] = [chunk.first + chunk.num_queries - 1 for chunk in chunks]
+            last_rows[: len(sampled)] = [chunks[i].first + chunks[i].num_queries - 1 for i in sampled]
         upload = Upload(self._static)
         arrays = (padded.sources, padded.positions, padded.slots, last_rows, tables, tiles, spans)
         places = tuple(upload.add(array) for array in arrays)
@@ -172,8 +174,8 @@ class PromptGraph(_Graph):
 
         x = parts.decoder.embed(ids)
         x = parts.decoder.run_layers(x, 0, len(parts.windows), positions, slots, storage, attend)
-        logits = parts.decoder.logits(x[last_rows])
-        return StepOutputs(ids, logits, greedy(logits))
+        logits = parts.decoder.partial_logits(x[last_rows])
+        return StepOutputs(ids, logits, parts.decoder.largest(logits))
 
 
 def decode_batches(max_batch: int) -> list[int]:

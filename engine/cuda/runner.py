@@ -3,12 +3,14 @@
 `submit` gives a step to the device and waits for nothing: what a step samples stays on the device, where the next step
 finds it, and is copied to the host behind it. Steps of decodes alone, and of a few short prompts alone, replay captured
 graphs; others go kernel by kernel.
+
+Of several ranks, rank 0 has the sequences and samples. It tells the others a step's StepInputs, which is all that the
+computation needs; what is sampled from the largest logits alone, every rank finds by itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,18 +20,28 @@ from engine.batch import ComputedStep, PendingStep, ScheduledBatch, ScheduledSeq
 from engine.cuda import sampling
 from engine.cuda.attention import RaggedAttention, planned_shapes
 from engine.cuda.decoder import CudaDecoder
-from engine.cuda.graphs import PROMPT_CHUNKS, PromptGraph, StepOutputs, StepParts, capture_all, decode_batches
+from engine.cuda.graphs import PROMPT_CHUNKS, StepOutputs, StepParts, capture_all
 from engine.cuda.kernels import DecodeAttention, prepare_step
-from engine.cuda.sampling import Drawn, DrawRow, draw, greedy
-from engine.cuda.step_inputs import DecodeRows, TokenRows, Upload, aligned, prompt_rows
+from engine.cuda.sampling import Drawn, DrawRow, draw
+from engine.cuda.step_inputs import (
+    DecodeInputs,
+    DecodeRows,
+    PromptChunk,
+    RowAssignment,
+    TokenRows,
+    Upload,
+    aligned,
+    prompt_rows,
+)
 from engine.kv_cache import PagedKVCache
 from engine.loader import LoadedModel
 from engine.model_runner import ModelRunner, sample_indices
 from engine.sequence import Sequence
+from engine.tensor_parallel import Command, OtherRanks
 from phasewise.core.errors import InternalError
 from phasewise.core.request import SampledToken, SamplingParams
 
-_NO_DECODES: tuple[list[int], TokenRows, np.ndarray] = ([], TokenRows.padding(0), np.zeros(0, dtype=np.int32))
+_NO_TOKENS = TokenRows.padding(0)
 
 
 class CudaModelRunner(ModelRunner):
@@ -43,8 +55,9 @@ class CudaModelRunner(ModelRunner):
         *,
         max_batch: int = 256,
         graphs: bool = True,
+        others: OtherRanks | None = None,
     ) -> None:
-        super().__init__(loaded, kv_cache, max_model_len, attention="reference")
+        super().__init__(loaded, kv_cache, max_model_len, attention="reference", others=others)
         config = loaded.config
         # cuDNN's fused attention took 101 us where flash attention took 189 (one layer, 1 x 2048). A context manager
         # around each call says the same, and costs more than the call.
@@ -52,6 +65,7 @@ class CudaModelRunner(ModelRunner):
         torch.backends.cuda.enable_flash_sdp(False)
         device, block_size = loaded.model.device, kv_cache.block_size
         self._max_batch = max_batch
+        self._assignment = RowAssignment(block_size)
         self._side = torch.cuda.Stream()
         self._vocab_size = config.vocab_size
         with torch.inference_mode():
@@ -64,7 +78,7 @@ class CudaModelRunner(ModelRunner):
                 device,
                 loaded.model.dtype,
             )
-            rows = DecodeRows(max_batch, -(-max_model_len // block_size), block_size, device)
+            rows = DecodeRows(max_batch, -(-max_model_len // block_size), device)
             decoder = CudaDecoder(loaded.model, max_model_len)
             self._parts = StepParts(decoder, kv_cache, attention, rows, config.windows)
             self._decode_graphs, self._prompt_graphs = capture_all(self._parts, max_batch) if graphs else ([], [])
@@ -97,21 +111,61 @@ class CudaModelRunner(ModelRunner):
             return ComputedStep(StepResult((), ()))
         decodes = [item for item in batch.items if _is_decode(item)]
         prompts = [item for item in batch.items if not _is_decode(item)]
-        if len(decodes) > self._max_batch or any(i.start + i.num_tokens > self._max_model_len for i in batch.items):
-            raise ValueError(f"{len(decodes)} decodes, longest {max(i.start + i.num_tokens for i in batch.items)}")
-        prompt_graph = self._prompt_graph(prompts)
-        has_graph = bool(self._decode_graphs) and (prompt_graph is not None or not prompts)
-        # Only graphs need padding: elsewhere it would be computed with the rest.
-        num_rows = self._padded(len(decodes)) if decodes and has_graph else len(decodes)
-        rows, tokens, contexts = self._parts.rows.assign(decodes, num_rows) if decodes else _NO_DECODES
-        if has_graph:
-            computed = self._replay(prompt_graph, prompts, num_rows, tokens, contexts)
-            if on_layers_done is not None:
-                on_layers_done(0, self._num_layers)
-        else:
-            groups = layers_per_group or self._num_layers
-            computed = self._compute(tokens, contexts, prompts, on_layers_done, groups)
-        return self._sample_step(batch, decodes, prompts, rows, num_rows, computed)
+        inputs = self._plan(decodes, prompts, layers_per_group or self._num_layers)
+        with self._together(("step", inputs)):
+            computed = self._execute(inputs, on_layers_done)
+            # The prompts' rows, of tokens and of logits, come behind those of the decodes, padding included.
+            num_rows = len(inputs.decodes.contexts)
+            rows = [*inputs.decodes.rows.tolist(), *range(num_rows, num_rows + len(inputs.sampled_chunks))]
+            sampling_items = [*decodes, *(item for item in prompts if item.num_samples)]
+            items = list(zip(sampling_items, rows, strict=True))
+            drawn = self._draw(items, computed) if inputs.needs_draw else None
+            if drawn is not None and decodes:
+                newest = self._parts.decoder.share_ids(drawn.tokens[: len(decodes)])
+                self._parts.rows.write_newest(inputs.decodes, newest)
+        logprobs: tuple[tuple[SampledToken, ...], ...] | None = None
+        if inputs.needs_hidden and self._others is not None:  # the other ranks keep one step's hidden states
+            logprobs = self.prompt_logprobs(batch, computed.hidden, num_rows)
+        tokens = None
+        if drawn is not None:
+            drawn.start_copy()
+        elif items:
+            assert computed.tokens is not None
+            tokens = torch.empty(computed.tokens.shape, dtype=torch.int64, pin_memory=True)
+            tokens.copy_(computed.tokens, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return _CudaStep(self, batch, event, items, drawn, tokens, computed.hidden, num_rows, logprobs)
+
+    @torch.inference_mode()
+    def follow(self, command: Command) -> None:
+        """As ModelRunner.follow; also ("step", StepInputs)."""
+        match command:
+            case ("step", inputs):
+                computed = self._execute(inputs, None)
+                self._followed = computed.hidden
+                if inputs.needs_draw and len(inputs.decodes.rows):
+                    nothing = torch.zeros(len(inputs.decodes.rows), dtype=torch.int64, device=self._model.device)
+                    self._parts.rows.write_newest(inputs.decodes, self._parts.decoder.share_ids(nothing))
+            case _:
+                super().follow(command)
+
+    def prompt_logprobs(
+        self, batch: ScheduledBatch, hidden: torch.Tensor | None, first_prompt_row: int
+    ) -> tuple[tuple[SampledToken, ...], ...]:
+        """As StepResult.prompt_logprobs. Waits for the device."""
+        if not any(_wants_prompt_logprobs(item) for item in batch.items):
+            return ((),) * len(batch.items)
+        assert hidden is not None
+        described: list[tuple[SampledToken, ...]] = []
+        row = first_prompt_row
+        for item in batch.items:
+            if _is_decode(item):
+                described.append(())
+                continue
+            described.append(self._prompt_logprobs(item, hidden, row))
+            row += item.num_tokens
+        return tuple(described)
 
     @torch.inference_mode()
     def warm_up(self, token_budget: int) -> None:
@@ -135,151 +189,169 @@ class CudaModelRunner(ModelRunner):
 
     # ---- inside
 
-    def _padded(self, num_decodes: int) -> int:
-        """Rows of the graph for so many decodes."""
-        return next(batch for batch in decode_batches(self._max_batch) if batch >= num_decodes)
+    def _plan(
+        self, decodes: list[ScheduledSequence], prompts: list[ScheduledSequence], layers_per_group: int
+    ) -> StepInputs:
+        """What the ranks need to know of a step."""
+        longest = max(item.start + item.num_tokens for item in (*decodes, *prompts))
+        if len(decodes) > self._max_batch or longest > self._max_model_len:
+            raise ValueError(
+                f"{len(decodes)} decodes, a sequence of {longest} tokens: more than this runner was made for"
+            )
+        needs_hidden = any(_wants_prompt_logprobs(item) for item in prompts)
+        num_prompt_tokens = sum(item.num_tokens for item in prompts)
+        prompt_graph = -1
+        if prompts and len(prompts) <= PROMPT_CHUNKS and not needs_hidden:
+            graphs = enumerate(self._prompt_graphs)
+            prompt_graph = next((i for i, graph in graphs if graph.num_tokens >= num_prompt_tokens), -1)
+        is_replay = bool(self._decode_graphs) and (prompt_graph >= 0 or not prompts)
+        # Only graphs need padding: elsewhere it would be computed with the rest.
+        num_rows = len(decodes)
+        if decodes and is_replay:
+            num_rows = next(graph.batch for graph in self._decode_graphs if graph.batch >= len(decodes))
+        first_row = 0 if is_replay else num_rows
+        chunks, tokens = prompt_rows(prompts, first_row, self._kv_cache.block_size) if prompts else ([], _NO_TOKENS)
+        return StepInputs(
+            decodes=self._assignment.assign(decodes, num_rows) if decodes else DecodeInputs.none(),
+            chunks=chunks,
+            tokens=tokens,
+            sampled_chunks=[i for i, item in enumerate(prompts) if item.num_samples],
+            is_replay=is_replay,
+            prompt_graph=prompt_graph,
+            layers_per_group=layers_per_group,
+            needs_draw=any(i.num_samples and not _takes_largest(i.sequence.sampling) for i in (*decodes, *prompts)),
+            needs_hidden=needs_hidden,
+        )
 
-    def _prompt_graph(self, prompts: list[ScheduledSequence]) -> PromptGraph | None:
-        if not prompts or len(prompts) > PROMPT_CHUNKS or any(_wants_prompt_logprobs(item) for item in prompts):
-            return None
-        num_tokens = sum(item.num_tokens for item in prompts)
-        return next((graph for graph in self._prompt_graphs if graph.num_tokens >= num_tokens), None)
+    def _execute(self, inputs: StepInputs, on_layers_done: Callable[[int, int], None] | None) -> _Computed:
+        """Computes a step on this rank, as all others do."""
+        self._parts.rows.write_tables(inputs.decodes)
+        if inputs.is_replay:
+            outputs, hidden = self._replay(inputs), None
+            if on_layers_done is not None:
+                on_layers_done(0, self._num_layers)
+        else:
+            outputs, hidden = self._compute(inputs, on_layers_done)
+        logits = outputs.logits
+        if inputs.needs_draw and logits is not None:
+            logits = self._parts.decoder.gather(logits)
+        return _Computed(outputs.input_ids, logits, outputs.tokens, hidden)
 
-    def _replay(
-        self,
-        prompt_graph: PromptGraph | None,
-        prompts: list[ScheduledSequence],
-        num_rows: int,
-        tokens: TokenRows,
-        contexts: np.ndarray,
-    ) -> _Computed:
+    def _replay(self, inputs: StepInputs) -> StepOutputs:
         """Decodes and short prompts beside each other.
 
         64 decodes beside 256 tokens behind 1,792 took 16.9 ms on an H100, kernel by kernel in one batch 22.9. For more
-        tokens the two are equal within the noise: a product of many rows leaves no room for another.
+        tokens the two are equal within the noise: a product of many rows leaves no room for another. Several ranks
+        have one set of buffers for their sums, so there one follows the other.
         """
+        decodes, num_rows = inputs.decodes, len(inputs.decodes.contexts)
         if not num_rows:
-            assert prompt_graph is not None
-            return self._replay_prompts(prompt_graph, prompts)
-        decode_graph = next(graph for graph in self._decode_graphs if graph.batch == num_rows)
-        if prompt_graph is None:
-            return _Computed(decode_graph.submit(tokens, contexts), None)
+            return self._replay_prompts(inputs)
+        graph = next(graph for graph in self._decode_graphs if graph.batch == num_rows)
+        if not inputs.chunks:
+            return graph.submit(decodes.tokens, decodes.contexts)
         main = torch.cuda.current_stream()
-        self._side.wait_stream(main)
-        with torch.cuda.stream(self._side):
-            decodes = decode_graph.submit(tokens, contexts)
-        computed = self._replay_prompts(prompt_graph, prompts)
-        main.wait_stream(self._side)
-        outputs = computed.outputs
-        assert decodes.logits is not None and decodes.tokens is not None
-        assert outputs.logits is not None and outputs.tokens is not None
-        logits = torch.cat((decodes.logits, outputs.logits))
-        joined = StepOutputs(decodes.input_ids, logits, torch.cat((decodes.tokens, outputs.tokens)))
-        return _Computed(joined, None, computed.prompt_rows)
+        side = self._side if self._parts.decoder.num_ranks == 1 else main
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            decoded = graph.submit(decodes.tokens, decodes.contexts)
+        prompted = self._replay_prompts(inputs)
+        main.wait_stream(side)
+        if not inputs.sampled_chunks:
+            return decoded
+        assert decoded.logits is not None and decoded.tokens is not None
+        assert prompted.logits is not None and prompted.tokens is not None
+        tokens = torch.cat((decoded.tokens, prompted.tokens))
+        return StepOutputs(decoded.input_ids, torch.cat((decoded.logits, prompted.logits)), tokens)
 
-    def _replay_prompts(self, graph: PromptGraph, prompts: list[ScheduledSequence]) -> _Computed:
-        chunks, tokens = prompt_rows(prompts, 0, self._kv_cache.block_size)
-        sampled = [i for i, item in enumerate(prompts) if item.num_samples]
-        return _Computed(graph.submit(chunks, tokens), None, sampled)
+    def _replay_prompts(self, inputs: StepInputs) -> StepOutputs:
+        return self._prompt_graphs[inputs.prompt_graph].submit(inputs.chunks, inputs.tokens, inputs.sampled_chunks)
 
     def _compute(
-        self,
-        decodes: TokenRows,
-        contexts: np.ndarray,
-        prompts: list[ScheduledSequence],
-        on_layers_done: Callable[[int, int], None] | None,
-        layers_per_group: int,
-    ) -> _Computed:
-        """A step kernel by kernel."""
-        parts, block_size, num_decodes = self._parts, self._kv_cache.block_size, len(contexts)
-        chunks, tokens = prompt_rows(prompts, num_decodes, block_size) if prompts else ([], TokenRows.padding(0))
-        last_rows = [c.first + c.num_queries - 1 for c, p in zip(chunks, prompts, strict=True) if p.num_samples]
-        num_tokens = num_decodes + len(tokens.sources)
+        self, inputs: StepInputs, on_layers_done: Callable[[int, int], None] | None
+    ) -> tuple[StepOutputs, torch.Tensor]:
+        """A step kernel by kernel; also the hidden states, [num_tokens, hidden_size]."""
+        parts, block_size, decodes = self._parts, self._kv_cache.block_size, inputs.decodes
+        num_decodes = len(decodes.contexts)
+        last_rows = [inputs.chunks[i].first + inputs.chunks[i].num_queries - 1 for i in inputs.sampled_chunks]
+        num_tokens = num_decodes + len(inputs.tokens.sources)
         upload = Upload.of_size(
             3 * aligned(8 * num_tokens)
             + aligned(4 * num_decodes)
             + aligned(8 * (num_decodes + len(last_rows)))
-            + RaggedAttention.upload_bytes(chunks),
+            + RaggedAttention.upload_bytes(inputs.chunks),
             self._model.device,
         )
-        sources = upload.add(np.concatenate((decodes.sources, tokens.sources)))
-        positions = upload.add(np.concatenate((decodes.positions, tokens.positions)))
-        slots = upload.add(np.concatenate((decodes.slots, tokens.slots)))
-        contexts_on_device = upload.add(contexts)
+        sources = upload.add(np.concatenate((decodes.tokens.sources, inputs.tokens.sources)))
+        positions = upload.add(np.concatenate((decodes.tokens.positions, inputs.tokens.positions)))
+        slots = upload.add(np.concatenate((decodes.tokens.slots, inputs.tokens.slots)))
+        contexts = upload.add(decodes.contexts)
         sampled = upload.add(np.asarray([*range(num_decodes), *last_rows], dtype=np.int64))
         tables = parts.rows.tables
         attend = RaggedAttention(
-            parts.attention, self._kv_cache, parts.windows, tables[:num_decodes], contexts_on_device, chunks, upload
+            parts.attention, self._kv_cache, parts.windows, tables[:num_decodes], contexts, inputs.chunks, upload
         )
         upload.send()
         ids = prepare_step(sources, positions, slots, parts.rows.newest, tables, num_decodes, block_size)
         x = parts.decoder.embed(ids)
-        for first in range(0, self._num_layers, layers_per_group):
-            count = min(layers_per_group, self._num_layers - first)
+        for first in range(0, self._num_layers, inputs.layers_per_group):
+            count = min(inputs.layers_per_group, self._num_layers - first)
             x = parts.decoder.run_layers(x, first, count, positions, slots, self._kv_cache.storage, attend)
             if on_layers_done is not None:
                 on_layers_done(first, count)
         if not len(sampled):
-            return _Computed(StepOutputs(ids, None, None), x)
-        logits = parts.decoder.logits(x[sampled] if len(sampled) < len(x) else x)
-        greedy_tokens = greedy(logits)
-        parts.rows.newest[:num_decodes].copy_(greedy_tokens[:num_decodes])
-        return _Computed(StepOutputs(ids, logits, greedy_tokens), x, list(range(len(last_rows))))
+            return StepOutputs(ids, None, None), x
+        logits = parts.decoder.partial_logits(x[sampled] if len(sampled) < len(x) else x)
+        tokens = parts.decoder.largest(logits)
+        parts.rows.newest[:num_decodes].copy_(tokens[:num_decodes])
+        return StepOutputs(ids, logits, tokens), x
 
-    def _sample_step(
-        self,
-        batch: ScheduledBatch,
-        decodes: list[ScheduledSequence],
-        prompts: list[ScheduledSequence],
-        rows: list[int],
-        first_prompt_row: int,
-        computed: _Computed,
-    ) -> PendingStep:
-        """Draws where the largest logit is not all that is wanted, and sends the tokens on their way to the host.
+    def _draw(self, items: list[tuple[ScheduledSequence, int]], computed: _Computed) -> Drawn:
+        assert computed.logits is not None
+        wanted = [
+            DrawRow(
+                item.sequence,
+                index,
+                row,
+                item.start + item.num_tokens - item.sequence.num_prompt_tokens,
+                row if item.start == len(item.sequence.token_ids) else -1,
+            )
+            for item, row in items
+            for index in sample_indices(item)
+        ]
+        return draw(computed.logits, wanted, computed.input_ids)
 
-        The prompts' rows, of tokens and of logits, come behind those of the decodes, padding included.
-        """
-        outputs = computed.outputs
-        prompts_that_sample = [item for item in prompts if item.num_samples]
-        logits_rows = [*rows, *(first_prompt_row + row for row in computed.prompt_rows)]
-        items = list(zip([*decodes, *prompts_that_sample], logits_rows, strict=True))
-        drawn = tokens = None
-        if items and not all(_takes_largest(item.sequence.sampling) for item, _ in items):
-            assert outputs.logits is not None
-            wanted = [
-                DrawRow(
-                    item.sequence,
-                    index,
-                    row,
-                    item.start + item.num_tokens - item.sequence.num_prompt_tokens,
-                    row if item.start == len(item.sequence.token_ids) else -1,
-                )
-                for item, row in items
-                for index in sample_indices(item)
-            ]
-            drawn = draw(outputs.logits, wanted, outputs.input_ids)
-            if decodes:
-                index = Upload.of_size(aligned(8 * len(rows)), self._model.device)
-                places = index.add(np.asarray(rows, dtype=np.int64))
-                index.send()
-                self._parts.rows.newest.index_copy_(0, places, drawn.tokens[: len(rows)])
-            drawn.start_copy()
-        elif items:
-            assert outputs.tokens is not None
-            tokens = torch.empty(outputs.tokens.shape, dtype=torch.int64, pin_memory=True)
-            tokens.copy_(outputs.tokens, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        return _CudaStep(self, batch, event, items, drawn, tokens, computed.hidden, first_prompt_row)
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepInputs:
+    """A step as its ranks compute it; without sequences and sampling parameters, which stay on rank 0.
+
+    Attributes:
+        chunks, tokens: the prompts; `sampled_chunks` of them end with a sample.
+        is_replay: captured graphs compute it; `prompt_graph` is the one of the prompts, by number.
+        needs_draw: the largest logit is not all that is wanted.
+        needs_hidden: prompt log-probabilities are wanted.
+    """
+
+    decodes: DecodeInputs
+    chunks: list[PromptChunk]
+    tokens: TokenRows
+    sampled_chunks: list[int]
+    is_replay: bool
+    prompt_graph: int
+    layers_per_group: int
+    needs_draw: bool
+    needs_hidden: bool
 
 
 @dataclass(frozen=True, slots=True)
 class _Computed:
-    """A step on the device. `prompt_rows` are rows of logits, counted from the first that is a prompt's."""
+    """A step on the device. Rows of logits and tokens: those of decodes, padding included, then of sampled chunks."""
 
-    outputs: StepOutputs
+    input_ids: torch.Tensor
+    logits: torch.Tensor | None
+    tokens: torch.Tensor | None
     hidden: torch.Tensor | None
-    prompt_rows: Seq[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,6 +366,7 @@ class _CudaStep:
     tokens: torch.Tensor | None  # of each row of logits
     hidden: torch.Tensor | None
     first_prompt_row: int
+    prompt_logprobs: tuple[tuple[SampledToken, ...], ...] | None  # if they are known already
 
     @torch.inference_mode()
     def collect(self) -> StepResult:
@@ -308,21 +381,10 @@ class _CudaStep:
             for item, row in self.items:
                 token = _checked(SampledToken(tokens[row]) if tokens[row] >= 0 else None, item)
                 sampled[id(item)] = (token,) * item.num_samples
-        return StepResult(tuple(sampled.get(id(item), ()) for item in self.batch.items), self._prompt_logprobs())
-
-    def _prompt_logprobs(self) -> tuple[tuple[SampledToken, ...], ...]:
-        if not any(_wants_prompt_logprobs(item) for item in self.batch.items):
-            return ((),) * len(self.batch.items)
-        assert self.hidden is not None
-        described: list[tuple[SampledToken, ...]] = []
-        row = self.first_prompt_row
-        for item in self.batch.items:
-            if _is_decode(item):
-                described.append(())
-                continue
-            described.append(self.runner._prompt_logprobs(item, self.hidden, row))
-            row += item.num_tokens
-        return tuple(described)
+        logprobs = self.prompt_logprobs
+        if logprobs is None:
+            logprobs = self.runner.prompt_logprobs(self.batch, self.hidden, self.first_prompt_row)
+        return StepResult(tuple(sampled.get(id(item), ()) for item in self.batch.items), logprobs)
 
 
 def _checked(token: SampledToken | None, item: ScheduledSequence) -> SampledToken:

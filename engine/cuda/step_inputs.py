@@ -52,7 +52,7 @@ def aligned(num_bytes: int) -> int:
     return num_bytes + _ALIGNMENT
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class TokenRows:
     """Rows of tokens. A source that is not negative is a token id; -1 - r is the newest token of decode row r."""
 
@@ -66,28 +66,40 @@ class TokenRows:
         return TokenRows(zeros[0], zeros[1], np.full(num_tokens, -1, dtype=np.int64))
 
 
-class DecodeRows:
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodeInputs:
+    """The decodes of a step: item i is in row `rows[i]` of tokens and contexts, the other rows are padding.
+
+    `changed` rows have new block tables, `tables`; those of the others are on the device already.
+    """
+
+    rows: np.ndarray  # [num_items] int64
+    tokens: TokenRows
+    contexts: np.ndarray  # [num_rows] int32; padding: 0
+    changed: np.ndarray  # [num_changed] int64
+    tables: np.ndarray  # [num_changed, width] int32
+
+    @staticmethod
+    def none() -> DecodeInputs:
+        nothing = np.zeros(0, dtype=np.int64)
+        contexts, tables = np.zeros(0, dtype=np.int32), np.zeros((0, 0), dtype=np.int32)
+        return DecodeInputs(nothing, TokenRows.padding(0), contexts, nothing, tables)
+
+
+class RowAssignment:
     """Which decoding sequence has which row of the device's buffers.
 
     A sequence keeps its row from step to step, so that its block table and its newest token stay where they are and the
-    host needs to send neither. Rows without a sequence are padding: context 0.
-
-    Attributes:
-        tables: [max_rows, max_blocks] int32. Kept up to date by `prepare_step` (engine/cuda/kernels.py) block by block;
-            rows that change hands are written whole by `assign`.
-        newest: [max_rows] int64, the token that each row sampled last.
+    host needs to send neither.
     """
 
-    def __init__(self, max_rows: int, max_blocks: int, block_size: int, device: torch.device) -> None:
-        self.tables = torch.zeros(max_rows, max_blocks, dtype=torch.int32, device=device)
-        self.newest = torch.zeros(max_rows, dtype=torch.int64, device=device)
+    def __init__(self, block_size: int) -> None:
         self._block_size = block_size
-        self._device = device
         self._row_of: dict[Sequence, int] = {}
-        self._table_of: dict[int, tuple[list[int], int]] = {}  # row: the table that was written, blocks of it
+        self._table_of: dict[int, tuple[list[int], int]] = {}  # row: the table that the device has, blocks of it
 
-    def assign(self, items: Seq[ScheduledSequence], num_rows: int) -> tuple[list[int], TokenRows, np.ndarray]:
-        """Gives each item one of the first `num_rows` rows. Returns rows of the items, tokens and contexts by row.
+    def assign(self, items: Seq[ScheduledSequence], num_rows: int) -> DecodeInputs:
+        """Gives each item one of the first `num_rows` rows.
 
         Raises:
             ValueError: an item's token is neither on the host nor on the device, or it has too few blocks: a bug of
@@ -119,25 +131,43 @@ class DecodeRows:
                 changed.append((row, table[:count]))
             self._table_of[row] = (table, count)
         self._row_of = {item.sequence: row for row, item in zip(rows, items, strict=True)}
-        self._write_tables(changed)
         tokens, contexts = TokenRows.padding(num_rows), np.zeros(num_rows, dtype=np.int32)
         index = np.asarray(rows)
         tokens.sources[index], tokens.positions[index], tokens.slots[index] = np.asarray(columns, dtype=np.int64).T
         contexts[index] = tokens.positions[index] + 1
-        return rows, tokens, contexts
-
-    def _write_tables(self, changed: list[tuple[int, list[int]]]) -> None:
-        if not changed:
-            return
-        width = max(len(table) for _, table in changed)
-        data = np.zeros((len(changed), width), dtype=np.int32)
+        tables = np.zeros((len(changed), max((len(table) for _, table in changed), default=0)), dtype=np.int32)
         for i, (_, table) in enumerate(changed):
-            data[i, : len(table)] = table
-        upload = Upload.of_size(aligned(8 * len(changed)) + aligned(data.nbytes), self._device)
-        index = upload.add(np.asarray([row for row, _ in changed], dtype=np.int64))
-        tables = upload.add(data)
-        upload.send()
-        self.tables[:, :width].index_copy_(0, index, tables)
+            tables[i, : len(table)] = table
+        return DecodeInputs(index, tokens, contexts, np.asarray([row for row, _ in changed], dtype=np.int64), tables)
+
+
+class DecodeRows:
+    """The device's buffers of the rows of decoding sequences.
+
+    Attributes:
+        tables: [max_rows, max_blocks] int32. Kept up to date by `prepare_step` (engine/cuda/kernels.py) block by block;
+            rows that change hands are written whole by `write_tables`.
+        newest: [max_rows] int64, the token that each row sampled last.
+    """
+
+    def __init__(self, max_rows: int, max_blocks: int, device: torch.device) -> None:
+        self.tables = torch.zeros(max_rows, max_blocks, dtype=torch.int32, device=device)
+        self.newest = torch.zeros(max_rows, dtype=torch.int64, device=device)
+
+    def write_tables(self, inputs: DecodeInputs) -> None:
+        if len(inputs.changed):
+            upload = Upload.of_size(aligned(inputs.changed.nbytes) + aligned(inputs.tables.nbytes), self.tables.device)
+            index, tables = upload.add(inputs.changed), upload.add(inputs.tables)
+            upload.send()
+            self.tables[:, : tables.shape[1]].index_copy_(0, index, tables)
+
+    def write_newest(self, inputs: DecodeInputs, tokens: torch.Tensor) -> None:
+        """tokens: [num_items] int64, of the items in order."""
+        if len(inputs.rows):
+            upload = Upload.of_size(aligned(inputs.rows.nbytes), self.newest.device)
+            index = upload.add(inputs.rows)
+            upload.send()
+            self.newest.index_copy_(0, index, tokens)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -19,23 +19,19 @@ from engine.forward_inputs import ForwardInputs
 from engine.kv_cache import PagedKVCache
 from engine.loader import load_model
 from engine.sequence import Sequence
-from phasewise.core.clock import MonotonicClock
 from phasewise.core.config import build_config
 from phasewise.core.kv_spec import KVCacheSpec
-from phasewise.core.messages import PrefillTask, WorkerInfo, WorkerLoad, WorkerOutput
 from phasewise.core.model_source import ModelSource
-from phasewise.core.placement import Placement, WorkerRole
-from phasewise.core.profile import DeviceProfile
 from phasewise.core.request import Request, SamplingParams
 from tests.engine.conftest import SMALL, build_oracle, oracle_tokens
-from workers.build import Ports, assemble
+from tests.support.lone_worker import serve
 
 pytest.importorskip("triton")
 
 from engine.cuda.attention import RaggedAttention
 from engine.cuda.kernels import DecodeAttention, gemv, skinny_product
 from engine.cuda.runner import CudaModelRunner
-from engine.cuda.step_inputs import PromptChunk, TokenRows, Upload
+from engine.cuda.step_inputs import PromptChunk, Upload
 
 pytestmark = [
     pytest.mark.gpu,
@@ -290,54 +286,18 @@ def test_bfloat16_is_as_close_to_float64_as_transformers_in_bfloat16(tmp_path: P
     with torch.inference_mode():
         exact = oracle.double().cuda()(ids).logits[0, -1]
         theirs = oracle.to(torch.bfloat16)(ids).logits[0, -1].double()
-    engine = GpuEngine(tmp_path, "bfloat16")
+    engine = GpuEngine(tmp_path, "bfloat16", graphs=False)
     sequence = Sequence("r", SamplingParams(), prompt, len(prompt))
     sequence.block_table = engine.blocks.allocate(engine.blocks.blocks_for(len(prompt)))
     with torch.inference_mode():
-        none = TokenRows.padding(0), np.zeros(0, dtype=np.int32)
-        hidden = engine.runner._compute(*none, [ScheduledSequence(sequence, len(prompt), 1)], None, 3).hidden
-        assert hidden is not None
+        inputs = engine.runner._plan([], [ScheduledSequence(sequence, len(prompt), 1)], 3)
+        _, hidden = engine.runner._compute(inputs, None)
         ours = engine.loaded.model.logits(hidden[-1:])[0].double()
     their_error, our_error = (theirs - exact).norm(), (ours - exact).norm()
     assert our_error < 1.5 * their_error, (our_error.item(), their_error.item())
 
 
-class Outputs:
-    """The ports of one mixed worker without a cluster: keeps what comes out."""
-
-    def __init__(self) -> None:
-        self.tokens: dict[tuple[str, int], list[int]] = {}
-
-    def send(self, *_: object) -> None:
-        raise AssertionError("a mixed worker has nobody to talk to")
-
-    send_part = send
-
-    def deliver(self, gateway_id: str, output: WorkerOutput) -> None:
-        assert not output.failures
-        for chunk in output.chunks:
-            tokens = self.tokens.setdefault((chunk.request_id, chunk.sample_index), [])
-            assert len(tokens) == chunk.position
-            tokens += [token.token_id for token in chunk.tokens]
-
-    def report(self, load: WorkerLoad) -> None: ...
-
-
-def serve(engine: GpuEngine, requests: list[Request], num_blocks: int) -> dict[tuple[str, int], list[int]]:
-    """All requests at once through a worker's loop, which is a step ahead of what it has seen."""
-    outputs, spec = Outputs(), engine.loaded.kv_cache_spec(16)
-    profile = DeviceProfile.linear(0, 0, 0, 0)
-    info = WorkerInfo("w", WorkerRole.MIXED, 0, "", "cuda", "float32", 1, spec, num_blocks, 512, profile)
-    config = build_config({"scheduler": {"token_budget": 64, "max_running": 16}}, source="test")
-    ports = Ports(outputs, outputs, outputs, outputs)
-    worker = assemble(info, engine.runner, engine.cache, config, ports, MonotonicClock())
-    for request in requests:
-        worker.post(PrefillTask(request, Placement(request.request_id, "w", "w"), "gateway", 1e6))
-    while worker.round():
-        pass
-    worker._parts.blocks.check()
-    assert worker.load().num_used_blocks == 0
-    return outputs.tokens
+CONFIG = build_config({"scheduler": {"token_budget": 64, "max_running": 16}}, source="test")
 
 
 def test_a_worker_a_step_ahead_gives_the_tokens_of_transformers(tmp_path: Path) -> None:
@@ -356,7 +316,7 @@ def test_a_worker_a_step_ahead_gives_the_tokens_of_transformers(tmp_path: Path) 
         requests.append(Request(f"r{i}", tuple(prompt), params))
     engine = GpuEngine(tmp_path, "float32")
     for num_blocks in (400, 60):  # the second preempts
-        outputs = serve(engine, requests, num_blocks)
+        outputs = serve(engine.runner, engine.cache, CONFIG, requests, num_blocks)
         assert [outputs[(f"r{i}", 0)] for i in range(len(requests))] == expected
 
 
@@ -379,6 +339,8 @@ def test_sampling_a_step_ahead_does_not_change_a_token(tmp_path: Path) -> None:
         )
         requests.append(Request(f"r{i}", prompt, params))
     engine = GpuEngine(tmp_path, "float32")
-    together = serve(engine, requests, 400)
-    alone = {key: tokens for request in requests for key, tokens in serve(engine, [request], 400).items()}
+    together = serve(engine.runner, engine.cache, CONFIG, requests)
+    alone: dict[tuple[str, int], list[int]] = {}
+    for request in requests:
+        alone |= serve(engine.runner, engine.cache, CONFIG, [request])
     assert together == alone

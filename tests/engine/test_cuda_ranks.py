@@ -167,3 +167,57 @@ def test_two_gpus_decode_what_one_does(name: str, tmp_path: Path) -> None:
         for ours, wanted in zip(hidden, alone, strict=True):
             assert abs(ours - wanted).max() < 1e-3 * abs(wanted).max()
     assert all((a == b).all() for a, b in zip(both[0][1], both[1][1], strict=True)), "equal on all ranks, bit by bit"
+
+
+def serve_worker(rank: int, store: str, results: Any, config_path: str, size: int) -> None:
+    """The tokens of requests of all kinds through a worker of `size` ranks."""
+    from phasewise.core.clock import MonotonicClock
+    from phasewise.core.config import build_config
+    from phasewise.core.placement import WorkerRole
+    from phasewise.core.request import Request, SamplingParams
+    from tests.support.lone_worker import serve
+    from workers.build import load_engine
+    from workers.settings import WorkerSettings
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    values = {
+        "model": {"path": f"random:{config_path}", "dtype": "float32", "max_model_len": 512},
+        "cache": {"kv_cache_gib": 0.02},
+        "scheduler": {"token_budget": 256, "max_running": 8},
+    }
+    config = build_config(values, source="test")
+    settings = WorkerSettings("w", WorkerRole.MIXED, "cuda", 1, config, tensor_parallel=size)
+    engine = load_engine(settings, lambda share: None, MonotonicClock())
+    requests = []
+    for i in range(24):
+        prompt = tuple((7919 * i + 31 * j) % 1000 for j in range(1 + 37 * i % 300))
+        sampling: dict[str, Any] = {"temperature": 0.0}
+        if i % 3 == 1:
+            sampling = {"temperature": 1.0, "top_p": 0.8, "seed": i, "frequency_penalty": 0.3, "n": 1 + i % 2}
+        if i == 5:
+            sampling["prompt_logprobs"] = 1
+        requests.append(Request(f"r{i}", prompt, SamplingParams(max_tokens=5 + i, **sampling)))
+    tokens = serve(engine.runner, engine.cache, config, requests)
+    if engine.ranks is not None:
+        engine.ranks.close()
+    results.put((rank, tokens))
+
+
+def test_a_worker_of_two_ranks_serves_what_one_serves(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=1000,
+        hidden_size=256,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        initializer_range=0.15,
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(tmp_path)
+    path = str(tmp_path / "config.json")
+    ((_, alone),) = run_ranks(serve_worker, 1, tmp_path / "one", path, 1)
+    ((_, both),) = run_ranks(serve_worker, 1, tmp_path / "two", path, 2)
+    assert both == alone

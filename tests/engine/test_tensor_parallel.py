@@ -161,6 +161,8 @@ def test_the_largest_logit_over_ranks(ranks: Ranks) -> None:
     assert ranks.run(rank_work.largest, values) == [values.argmax(axis=1).tolist()] * 2
     keys = sortable(torch.tensor([[0.5, -0.0, 0.5], [-2.0, -3.0, -2.0]]), 100)
     assert ids_of(keys).tolist() == [100, 100]
+    keys = sortable(torch.tensor([[0.5, torch.nan], [-torch.nan, 1.0], [torch.inf, 2.0]]), 7)
+    assert ids_of(keys).tolist() == [-1, -1, 7]
 
 
 def test_a_tensor_of_the_wrong_shape_is_named_by_every_rank(model: Any, tmp_path: Path) -> None:
