@@ -1,10 +1,9 @@
-# ruff: noqa: E402
 """The engine alone on one GPU: decode steps, prefill, offline throughput, start; beside the floor and vLLM's figures.
 
 Llama-3.1-8B shape, random bf16 weights, greedy. The floors are bytes that must move over 3.0 TB/s, or operations over
 782 TFLOP/s, as measured on an H100 80 GB; vLLM is 0.23.0 on the same kind of card.
 
-    python benchmarks/engine.py --output benchmarks/results/engine-h100.json
+    python -m benchmarks.engine --output benchmarks/results/engine-h100.json
 """
 
 from __future__ import annotations
@@ -12,55 +11,34 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import json
 import random
-import shlex
 import sys
 import tempfile
 import time
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-# This file's folder comes first on the path when it is run as a script, and this file has the engine's name.
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 import torch
 
 if not torch.cuda.is_available():
-    sys.exit("benchmarks/engine.py needs an NVIDIA GPU; benchmarks/engine_cpu.py is for CPUs")
+    sys.exit("benchmarks.engine needs an NVIDIA GPU; benchmarks.engine_cpu is for CPUs")
 
+from benchmarks.offline import Load, LoneWorker, device_name, model_path, offline_seconds, write_result
 from engine.batch import ScheduledBatch, ScheduledSequence
 from engine.cuda.runner import CudaModelRunner
 from engine.kv_cache import PagedKVCache
 from engine.loader import load_model
 from engine.sequence import Sequence
-from phasewise.core.clock import MonotonicClock
 from phasewise.core.config import build_config
-from phasewise.core.messages import PrefillTask, WorkerInfo, WorkerLoad, WorkerMessage, WorkerOutput
-from phasewise.core.model_source import ModelSource
-from phasewise.core.placement import Placement, WorkerRole
+from phasewise.core.messages import WorkerOutput
+from phasewise.core.model_source import resolve_model
+from phasewise.core.placement import WorkerRole
 from phasewise.core.profile import DeviceProfile
 from phasewise.core.request import Request, SamplingParams
-from workers.build import Ports, assemble
-from workers.worker import Worker
+from workers.build import LoadedEngine
+from workers.settings import WorkerSettings
 
-SHAPE = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 16384,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-}
 # case: (floor, vLLM 0.23.0, must, goal)
 DECODE = {
     1: (5.1, 6.34, 6.0, 5.8),
@@ -85,19 +63,23 @@ class Bench:
 
     def __init__(self, num_blocks: int, weights: str = "auto", kv_dtype: str = "auto") -> None:
         with tempfile.TemporaryDirectory() as folder:
-            config = Path(folder) / "config.json"
-            config.write_text(json.dumps(SHAPE))
-            source = ModelSource("random", config, "8b")
+            source = resolve_model(model_path("8b", Path(folder)))
             loaded = load_model(
                 source, dtype="bfloat16", device="cuda", seed=0, weights=weights, progress=lambda share: None
             )
-        self.loaded = loaded
+        self.vocab_size = loaded.config.vocab_size
         self.cache = PagedKVCache(loaded.kv_cache_spec(BLOCK, kv_dtype), num_blocks, "cuda")
         for layer in self.cache.storage:
             layer.copy_(torch.randn(layer.shape, device="cuda"))
         self.runner = CudaModelRunner(loaded, self.cache, 9216, max_batch=512)
         self.runner.warm_up(TOKEN_BUDGET)
         self.rows: list[dict[str, Any]] = []
+        config = build_config(
+            {"scheduler": {"token_budget": TOKEN_BUDGET, "max_running": 512}, "cache": {"prefix_caching": False}},
+            source="benchmark",
+        )
+        self.settings = WorkerSettings("mixed-0", WorkerRole.MIXED, "cuda", 1, config)
+        self.engine = LoadedEngine(self.runner, self.cache, 9216, DeviceProfile.linear(0, 0, 0, 0), "bfloat16")
 
     def add(self, case: str, unit: str, ours: float, figures: tuple[Any, ...], better: str) -> None:
         floor, peer, must, goal = figures
@@ -145,7 +127,7 @@ class Bench:
         """Must be the last: the other weights and their cache make room."""
         ours = next(row["ours"] for row in self.rows if row["case"] == "decode step, batch 64")
         num_blocks = self.cache.num_blocks
-        del self.loaded, self.cache, self.runner
+        del self.engine, self.cache, self.runner
         gc.collect()
         torch.cuda.empty_cache()
         bench = Bench(num_blocks, "fp8", "fp8_e4m3")
@@ -167,13 +149,13 @@ class Bench:
 
     def offline(self) -> None:
         for (count, prompt, output), figures in OFFLINE.items():
-            seconds = offline_seconds(self, count, prompt, output)
+            seconds = offline_seconds(self.settings, self.engine, Load(count, prompt, output), self.vocab_size)
             self.add(f"offline {count} x {prompt} -> {output}", "tokens/s", count * output / seconds, figures, "high")
 
     def _sequence(self, num_tokens: int, num_computed: int, first_block: int) -> Sequence:
         table = list(range(first_block, first_block + -(-num_tokens // BLOCK)))
         random.Random(first_block).shuffle(table)
-        ids = [random.randrange(128_000) for _ in range(num_tokens)]
+        ids = [random.randrange(self.vocab_size) for _ in range(num_tokens)]
         prompt = num_computed if num_tokens == num_computed + 1 else num_tokens
         return Sequence(
             "r",
@@ -193,73 +175,20 @@ class Bench:
         return ScheduledBatch(tuple(ScheduledSequence(s, length, 1) for s in sequences))
 
 
-class OfflineLoad:
-    """Ports of one mixed worker without a cluster: counts what comes out."""
-
-    def __init__(self) -> None:
-        self.num_tokens = 0
-
-    def send(self, worker_id: str, message: WorkerMessage) -> None:
-        raise AssertionError("a mixed worker has nobody to talk to")
-
-    def send_part(self, *_: object) -> None:
-        raise AssertionError("nothing is handed off")
-
-    def deliver(self, gateway_id: str, output: WorkerOutput) -> None:
-        assert not output.failures, output.failures
-        self.num_tokens += sum(len(chunk.tokens) for chunk in output.chunks)
-
-    def report(self, load: WorkerLoad) -> None: ...
-
-
-def mixed_worker(bench: Bench, load: OfflineLoad) -> Worker:
-    """A real worker around the engine: scheduler, blocks, step loop."""
-    spec = bench.cache.spec
-    info = WorkerInfo(
-        "mixed-0",
-        WorkerRole.MIXED,
-        0,
-        "",
-        "cuda",
-        "bfloat16",
-        1,
-        spec,
-        bench.cache.num_blocks,
-        9216,
-        DeviceProfile.linear(0, 0, 0, 0),
-    )
-    config = build_config(
-        {"scheduler": {"token_budget": TOKEN_BUDGET, "max_running": 512}, "cache": {"prefix_caching": False}},
-        source="benchmark",
-    )
-    return assemble(info, bench.runner, bench.cache, config, Ports(load, load, load, load), MonotonicClock())
-
-
-def post_prompts(worker: Worker, count: int, prompt: int, output: int) -> None:
-    rng = random.Random(0)
-    for i in range(count):
-        ids = tuple(rng.randrange(128_000) for _ in range(prompt))
-        request = Request(f"r{i}", ids, SamplingParams(temperature=0.0, max_tokens=output))
-        worker.post(PrefillTask(request, Placement(f"r{i}", "mixed-0", "mixed-0"), "gateway", 1e6))
-
-
-def offline_seconds(bench: Bench, count: int, prompt: int, output: int) -> float:
-    """All requests at once."""
-    load = OfflineLoad()
-    worker = mixed_worker(bench, load)
-    post_prompts(worker, count, prompt, output)
-    start = time.perf_counter()
-    while load.num_tokens < count * output:
-        worker.round()
-    return time.perf_counter() - start
-
-
 def loop_step_ms(bench: Bench, batch: int, context: int, num_steps: int) -> float:
-    """A decode step's time in the loop, once every prompt has its first token."""
-    load = OfflineLoad()
-    worker = mixed_worker(bench, load)
-    post_prompts(worker, batch, context, num_steps + 40)
-    while worker.load().num_waiting or load.num_tokens < 10 * batch:
+    """A decode step's time in a worker's loop, once every prompt has its first token."""
+    num_tokens = 0
+
+    def on_output(output: WorkerOutput) -> None:
+        nonlocal num_tokens
+        num_tokens += sum(len(chunk.tokens) for chunk in output.chunks)
+
+    lone = LoneWorker(bench.settings, bench.engine, on_output)
+    sampling = SamplingParams(temperature=0.0, max_tokens=num_steps + 40)
+    for i, prompt in enumerate(Load(batch, context, 1).prompts(bench.vocab_size)):
+        lone.generate(Request(f"r{i}", tuple(prompt), sampling))
+    worker = lone.worker
+    while worker.load().num_waiting or num_tokens < 10 * batch:
         worker.round()
     start = time.perf_counter()
     for _ in range(num_steps):
@@ -302,20 +231,7 @@ def main() -> None:
         for case in arguments.cases.split(","):
             getattr(bench, case)()
     if arguments.output:
-        versions = {}
-        for package in ("phasewise", "torch", "triton"):
-            try:
-                versions[package] = version(package)
-            except PackageNotFoundError:
-                versions[package] = "source tree"
-        result = {
-            "device": torch.cuda.get_device_name(),
-            "versions": versions,
-            "command": shlex.join(["python", *sys.argv]),
-            "date": time.strftime("%Y-%m-%d"),
-            "rows": bench.rows,
-        }
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(arguments.output, device_name("cuda"), ("phasewise", "torch", "triton"), bench.rows)
 
 
 if __name__ == "__main__":

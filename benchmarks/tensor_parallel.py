@@ -133,7 +133,8 @@ def products(group: Group, device: torch.device, report: Report) -> None:
             ) -> None:
                 skinny_product(x, weight, out, tile, adds=False)
 
-            if rows % tile[0] == 0 and columns % tile[1] == 0:
+            shared_bytes = tile[2] * tile[1] * (tile[0] + 64) * 2  # weight and x of every stage
+            if rows % tile[0] == 0 and columns % tile[1] == 0 and shared_bytes <= 232_448:
                 us = _graph_ms(lambda: all_copies(by_tile), 1, device) / num_copies * 1000
                 report(f"64 x {columns} -> {rows}: tile {tile}", "us", us, floor=floor)
 
