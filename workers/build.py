@@ -142,7 +142,7 @@ def prepare_engine(
         spec = loaded.kv_cache_spec(config.cache.block_size, config.cache.dtype)
         return prepared(loaded, spec, blocks_of_size(gib or CPU_KV_CACHE_GIB, spec, wanted))
     sizer = GpuSizer(CudaMemory(settings.device), config.cache.gpu_memory_utilization)
-    sizer.check_weights(model_config, dtype)
+    sizer.check_weights(model_config, dtype, group.shard)
     with sizer.explained("loading the weights", "end other processes on it, or use a smaller model"):
         loaded = load()
     spec = loaded.kv_cache_spec(config.cache.block_size, config.cache.dtype)
