@@ -288,6 +288,7 @@ def assemble(
     outbox = Outbox(info.worker_id, ports.gateways, clock)
     sender = KVSender(info.worker_id, cache.storage, spec, ports.link, ports.peers, clock, transfer.window_mib * 2**20)
     receiver = KVReceiver(cache.storage, spec, ports.peers, clock)
+    prompts = PrefillScheduler(blocks, lookahead_tokens=2 * budget)
     decode = DecodePhase(
         blocks,
         DecodeScheduler(blocks, scheduler.max_running),
@@ -298,10 +299,11 @@ def assemble(
         outbox,
         clock,
         DecodeLimits(int(config.cache.swap_gib * 2**30) // spec.bytes_per_block),
+        prompts.num_staying,
     )
     prefill = PrefillPhase(
         blocks,
-        PrefillScheduler(blocks, lookahead_tokens=2 * budget),
+        prompts,
         sender,
         outbox,
         clock,
