@@ -205,6 +205,7 @@ def profile_facts(
         device=device_name(settings.device, settings.num_threads),
         model=model_shape(config),
         dtype=dtype if model.weights == "auto" else f"{dtype}, {model.weights} weights",
+        tensor_parallel=settings.tensor_parallel,
         kv_blocks=num_blocks,
         block_size=settings.config.cache.block_size,
         kv_bytes_per_token=spec.bytes_per_token if spec is not None else 0,
