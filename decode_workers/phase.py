@@ -12,7 +12,7 @@ Sequences of a mixed worker come in through `adopt`, with their blocks. A preemp
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,7 +52,10 @@ class DecodeLimits:
 
 
 class DecodePhase:
-    """Plans decode steps and takes their results. Used by the step loop's thread alone."""
+    """Plans decode steps and takes their results. Used by the step loop's thread alone.
+
+    `num_staying()`: samples of prompts that run on this worker now and will join through `adopt`.
+    """
 
     def __init__(
         self,
@@ -65,6 +68,7 @@ class DecodePhase:
         outbox: Outbox,
         clock: Clock,
         limits: DecodeLimits,
+        num_staying: Callable[[], int],
     ) -> None:
         self._blocks = blocks
         self.scheduler = scheduler
@@ -75,6 +79,7 @@ class DecodePhase:
         self._outbox = outbox
         self._clock = clock
         self._limits = limits
+        self._num_staying = num_staying
         self._swapped: dict[DecodeJob, Any] = {}
         self._num_swapped_blocks = 0
         self._handed_in = RecentNames()
@@ -197,7 +202,7 @@ class DecodePhase:
 
     def has_room(self, num_sequences: int) -> bool:
         """Whether so many more sequences may join: prompts that stay on this worker."""
-        return self.scheduler.has_room(num_sequences)
+        return self.scheduler.has_room(self._num_coming() + num_sequences)
 
     @property
     def num_reservations(self) -> int:
@@ -218,13 +223,16 @@ class DecodePhase:
                 self._blocks.release(reservation.block_table)
 
     def _room(self) -> Room:
-        reserved = sum(r.offer.request.sampling.n for r in self._receiver.reservations)
         return Room(
             num_blocks=self._blocks.num_blocks,
             num_free_blocks=self._blocks.num_free_blocks,
-            num_live=self.scheduler.num_live + reserved,
+            num_live=self.scheduler.num_live + self._num_coming(),
             num_preempted=len(self.scheduler.preempted),
         )
+
+    def _num_coming(self) -> int:
+        """Samples that have their place in the batch already: of reservations, and of prompts that stay here."""
+        return sum(r.offer.request.sampling.n for r in self._receiver.reservations) + self._num_staying()
 
     def _reserve(self, offer: KVOffer, lease_end_s: float) -> None:
         """Sets blocks aside; what the prefix cache has of the prompt need not travel."""

@@ -16,7 +16,7 @@ from phasewise.core.messages import KVOffer
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What the decode worker has, at one moment. `num_live` counts running, preempted and reserved samples."""
+    """What the decode worker has, at one moment. `num_live` counts samples: running, preempted and on their way."""
 
     num_blocks: int
     num_free_blocks: int

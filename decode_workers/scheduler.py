@@ -97,6 +97,8 @@ class DecodeScheduler:
             if job.sequence.awaits_last_token:
                 continue
             while not self._grow(job, plan):
+                if any(other.sequence.awaits_last_token for other in self.running):
+                    break  # blocks come free with the step in flight: this sequence waits for it, and nobody leaves
                 youngest = self.running[-1]
                 self._preempt(youngest, plan)
                 if youngest is job:

@@ -28,6 +28,6 @@ def gather(storage: torch.Tensor, slots: torch.Tensor, first_layer: int, num_lay
 
 
 def scatter(storage: torch.Tensor, slots: torch.Tensor, first_layer: int, payload: torch.Tensor) -> None:
-    """Writes a payload made by `gather` into these slots."""
+    """Writes a payload made by `gather`, on any device, into these slots."""
     words = storage[first_layer : first_layer + payload.shape[0]].view(torch.int64)
-    words.index_copy_(2, slots, payload.view(torch.int64))
+    words.index_copy_(2, slots, payload.view(torch.int64).to(storage.device))

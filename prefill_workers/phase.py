@@ -49,7 +49,7 @@ class PrefillPhase:
     """Plans prompt chunks and takes their results. Used by the step loop's thread alone.
 
     `adopt(sequences, task, deadline_s)` gives sequences that stay on this worker to its decode phase;
-    `has_decode_room(n)` tells whether it would take n more.
+    `has_decode_room(n)` tells whether it would take n more, beside those of `scheduler.num_staying`.
     """
 
     def __init__(
@@ -293,8 +293,7 @@ class PrefillPhase:
             return True
         if job.needs_handoff:
             return bool(job.transfer_id) and self._sender.status(job.transfer_id) is SendStatus.ACCEPTED
-        coming = sum(j.task.request.sampling.n for j in self.scheduler.running if not j.needs_handoff)
-        return self._has_decode_room(coming + sampling.n)
+        return self._has_decode_room(sampling.n)
 
     def _push(self, job: PrefillJob, span: PartSpan) -> None:
         if not job.has_pushed:

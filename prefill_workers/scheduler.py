@@ -83,6 +83,10 @@ class PrefillScheduler:
             if job in queue:
                 queue.remove(job)
 
+    def num_staying(self) -> int:
+        """Samples that running prompts will bring into this worker's own decoding batch."""
+        return sum(job.task.request.sampling.n for job in self.running if not job.needs_handoff)
+
     def jobs_to_reserve(self) -> list[PrefillJob]:
         """Waiting prompts that are about to run and have not asked for their reservation.
 

@@ -142,7 +142,7 @@ def prepare_engine(
         spec = loaded.kv_cache_spec(config.cache.block_size, config.cache.dtype)
         return prepared(loaded, spec, blocks_of_size(gib or CPU_KV_CACHE_GIB, spec, wanted))
     sizer = GpuSizer(CudaMemory(settings.device), config.cache.gpu_memory_utilization)
-    sizer.check_weights(model_config, dtype)
+    sizer.check_weights(model_config, dtype, group.shard)
     with sizer.explained("loading the weights", "end other processes on it, or use a smaller model"):
         loaded = load()
     spec = loaded.kv_cache_spec(config.cache.block_size, config.cache.dtype)
@@ -205,6 +205,7 @@ def profile_facts(
         device=device_name(settings.device, settings.num_threads),
         model=model_shape(config),
         dtype=dtype if model.weights == "auto" else f"{dtype}, {model.weights} weights",
+        tensor_parallel=settings.tensor_parallel,
         kv_blocks=num_blocks,
         block_size=settings.config.cache.block_size,
         kv_bytes_per_token=spec.bytes_per_token if spec is not None else 0,
@@ -288,6 +289,7 @@ def assemble(
     outbox = Outbox(info.worker_id, ports.gateways, clock)
     sender = KVSender(info.worker_id, cache.storage, spec, ports.link, ports.peers, clock, transfer.window_mib * 2**20)
     receiver = KVReceiver(cache.storage, spec, ports.peers, clock)
+    prompts = PrefillScheduler(blocks, lookahead_tokens=2 * budget)
     decode = DecodePhase(
         blocks,
         DecodeScheduler(blocks, scheduler.max_running),
@@ -298,10 +300,11 @@ def assemble(
         outbox,
         clock,
         DecodeLimits(int(config.cache.swap_gib * 2**30) // spec.bytes_per_block),
+        prompts.num_staying,
     )
     prefill = PrefillPhase(
         blocks,
-        PrefillScheduler(blocks, lookahead_tokens=2 * budget),
+        prompts,
         sender,
         outbox,
         clock,

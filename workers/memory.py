@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine.model_config import ModelConfig
+from engine.sharding import Shard
 from phasewise.core.errors import ConfigError
 from phasewise.core.kv_spec import DTYPE_BYTES, KVCacheSpec
 
@@ -17,20 +18,23 @@ MIN_BLOCKS = 2
 
 @dataclass(frozen=True, slots=True)
 class ParameterCount:
-    """Parameters of a model: those of its layers' products, and all others (embedding, head, norms, biases)."""
+    """Parameters of a rank's part: those of its layers' products, and all others (embedding, head, norms, biases)."""
 
     products: int
     others: int
 
     @staticmethod
-    def of(config: ModelConfig) -> ParameterCount:
+    def of(whole: ModelConfig, shard: Shard = Shard()) -> ParameterCount:  # noqa: B008 (frozen)
+        """Raises ConfigError when the model cannot be split so."""
+        config = shard.part(whole)
         hidden, queries = config.hidden_size, config.num_heads * config.head_dim
         keys_values = 2 * config.num_kv_heads * config.head_dim
         products = hidden * (queries + keys_values) + queries * hidden + 3 * hidden * config.intermediate_size
         others = 2 * hidden
         others += (queries + keys_values) * config.qkv_bias + hidden * config.output_bias
         others += (2 * config.intermediate_size + hidden) * config.mlp_bias + 2 * config.head_dim * config.qk_norm
-        embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
+        head = 0 if config.tie_word_embeddings else shard.vocab(config.vocab_size)[1]
+        embeddings = (config.vocab_size + head) * hidden
         return ParameterCount(config.num_layers * products, config.num_layers * others + embeddings + hidden)
 
     def num_bytes(self, dtype: str) -> int:

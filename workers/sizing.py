@@ -14,6 +14,7 @@ import torch
 from engine.kv_cache import PagedKVCache
 from engine.loader import LoadedModel
 from engine.model_config import ModelConfig
+from engine.sharding import Shard
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.request import SamplingParams
 from workers.memory import (
@@ -81,9 +82,9 @@ class GpuSizer:
         self._gpu = GpuMemory(total, total - free, utilization)
         self._weights_bytes = 0
 
-    def check_weights(self, config: ModelConfig, dtype: str) -> None:
-        """Before loading: by the number of parameters."""
-        parameters = ParameterCount.of(config)
+    def check_weights(self, config: ModelConfig, dtype: str, shard: Shard) -> None:
+        """Before loading: by the number of parameters that `shard` has of the model that `config` describes."""
+        parameters = ParameterCount.of(config, shard)
         alternatives = {} if dtype == "bfloat16" else {"model.dtype bfloat16": parameters.num_bytes("bfloat16")}
         self._weights_bytes = parameters.num_bytes(dtype)
         check_weights_fit(self._gpu, self._weights_bytes, alternatives)

@@ -169,9 +169,8 @@ class Worker:
         decodes = parts.decode.plan()
         prompts = parts.prefill.plan(self._settings.token_budget - len(decodes))
         has_work = bool(decodes or prompts)
-        if has_work:
-            self._submit(decodes, prompts)
-        num_ahead = parts.runner.num_steps_ahead if has_work else 0
+        # Behind no new step, all are taken: the one after them may not find their newest tokens on the device.
+        num_ahead = parts.runner.num_steps_ahead if has_work and self._submit(decodes, prompts) else 0
         while len(self._in_flight) > num_ahead:
             has_work = True
             self._collect(self._in_flight.popleft())
@@ -200,7 +199,8 @@ class Worker:
 
     # ---- inside
 
-    def _submit(self, decodes: list[ScheduledSequence], prompts: list[ScheduledSequence]) -> None:
+    def _submit(self, decodes: list[ScheduledSequence], prompts: list[ScheduledSequence]) -> bool:
+        """False when the engine broke on the step."""
         parts, layers_per_part = self._parts, self._settings.layers_per_part
         items = (*decodes, *prompts)
 
@@ -211,10 +211,11 @@ class Worker:
             step = parts.runner.submit(ScheduledBatch(items), on_layers_done if prompts else None, layers_per_part)
         except Exception:
             self._fail(items)
-            return
+            return False
         for item in items:
             item.sequence.begin_step(item.num_tokens)
         self._in_flight.append(_StepInFlight(step, decodes, prompts))
+        return True
 
     def _collect(self, flight: _StepInFlight) -> None:
         try:

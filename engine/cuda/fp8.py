@@ -26,10 +26,8 @@ class Fp8Product:
 
     def __init__(self, weight: Fp8Weight) -> None:
         self._weight = weight
-        # How many shares of a tile are done: zeros before and after every product.
-        self._arrivals = torch.zeros(
-            triton.cdiv(len(weight.scales), 16), dtype=torch.int32, device=weight.scales.device
-        )
+        # By stream: a step's prompts may be multiplied beside its decodes (CudaModelRunner._replay).
+        self._arrivals: dict[int, torch.Tensor] = {}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, columns] bf16 → [num_tokens, rows] bf16"""
@@ -59,7 +57,18 @@ class Fp8Product:
         if len(x) == 1:
             return gemv_fp8(x, self._weight, out, adds=adds)
         tile = skinny_fp8_tile(*self._weight.values.shape)
-        return skinny_product_fp8(x, self._weight, out, tile, self._arrivals, adds=adds)
+        return skinny_product_fp8(x, self._weight, out, tile, self._arrivals_of_stream(), adds=adds)
+
+    def _arrivals_of_stream(self) -> torch.Tensor:
+        """How many shares of a tile are done: zeros before and after every product.  # [at least tiles] int32
+
+        Made at a stream's first product, which must not be captured: a graph could not rely on the zeros.
+        """
+        scales = self._weight.scales
+        stream = torch.cuda.current_stream(scales.device).cuda_stream
+        if stream not in self._arrivals:
+            self._arrivals[stream] = torch.zeros(triton.cdiv(len(scales), 16), dtype=torch.int32, device=scales.device)
+        return self._arrivals[stream]
 
 
 @triton.jit

@@ -135,7 +135,8 @@ class CudaModelRunner(ModelRunner):
             tokens.copy_(computed.tokens, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        return _CudaStep(self, batch, event, items, drawn, tokens, computed.hidden, num_rows, logprobs)
+        hidden = computed.hidden if inputs.needs_hidden else None  # else as much memory as a step takes, for nothing
+        return _CudaStep(self, batch, event, items, drawn, tokens, hidden, num_rows, logprobs)
 
     @torch.inference_mode()
     def follow(self, command: Command) -> None:

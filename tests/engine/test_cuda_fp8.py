@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -36,7 +35,6 @@ from engine.cuda.fp8 import (
 )
 from engine.cuda.kernels import DecodeAttention, rope_and_cache, row_scales
 from engine.cuda.runner import CudaModelRunner
-from engine.cuda.step_inputs import TokenRows
 from tests.engine.test_cuda import SIZES, GpuEngine, Ragged, ragged, random_ragged
 
 pytestmark = [
@@ -147,6 +145,31 @@ def test_a_product_of_any_number_of_rows(num_tokens: int, rows: int, columns: in
     wanted = residual.double() + exact
     product.add_to(residual, x)
     assert (residual.double() - wanted).norm() / wanted.norm() < 2 * limit
+
+
+def test_products_beside_each_other_on_two_streams() -> None:
+    """As those of a step's prompts beside its decodes."""
+    torch.manual_seed(0)
+    weight, _ = random_weight(4096, 4096)
+    product, graphs = Fp8Product(weight), []
+    for num_tokens in (16, 64):
+        x, stream = torch.randn(num_tokens, 4096, device=DEVICE).to(BF16), torch.cuda.Stream()
+        alone = product(x)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            product(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            outs = [product(x) for _ in range(100)]
+        graphs.append((stream, graph, outs, alone))
+    torch.cuda.synchronize()
+    for _ in range(5):
+        for stream, graph, _, _ in graphs:
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.synchronize()
+        for _, _, outs, alone in graphs:
+            assert all(torch.equal(out, alone) for out in outs)
 
 
 @pytest.mark.parametrize("num_tokens", [5, 80])
@@ -291,11 +314,9 @@ class Fp8Engine(GpuEngine):
             count = min(chunk, len(prompt) - sequence.num_computed_tokens)
             item, num_layers = ScheduledSequence(sequence, count, 0), self.loaded.config.num_layers
             if isinstance(runner, CudaModelRunner):
-                no_decodes = TokenRows.padding(0), np.zeros(0, dtype=np.int32)
-                hidden = runner._compute(*no_decodes, [item], None, num_layers).hidden
+                _, hidden = runner._compute(runner._plan([], [item], num_layers), None)
             else:
                 hidden = runner._forward(ScheduledBatch((item,)), None, num_layers)
-            assert hidden is not None
             parts.append(self.loaded.model.logits(hidden).double())
             sequence.num_computed_tokens += count
         self.blocks.release(sequence.block_table)

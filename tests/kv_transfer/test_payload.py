@@ -95,3 +95,9 @@ def test_fingerprint_ignores_block_size_and_nothing_else() -> None:
     ):
         assert spec.content_fingerprint != other.content_fingerprint
         assert len(spec.differences(other)) == 1
+
+
+def test_a_payload_of_another_device_is_taken() -> None:
+    storage = storage_of(32, torch.float32).to("meta")  # as strict about devices as a GPU
+    slots = slots_of([1, 0], 16, 3, 20, storage.device)
+    scatter(storage, slots, 1, torch.ones(3, 2, 20, 2, 8))

@@ -81,6 +81,8 @@ class ScriptedRunner:
     ) -> PendingStep:
         if self.fail_next:
             self.fail_next = False
+            self.batches.append(batch)
+            self._newest = {}  # it broke in the middle: what the step before left on the device is lost
             raise RuntimeError("scripted failure")
         result = self._run(batch, on_layers_done, layers_per_group)
         sampled = zip(batch.items, result.tokens, strict=True)

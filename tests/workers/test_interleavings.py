@@ -177,6 +177,20 @@ def test_max_running_bounds_a_mixed_worker() -> None:
     box.assert_empty()
 
 
+def test_max_running_bounds_prompts_that_stay_and_handoffs_together() -> None:
+    box = WorkerBox({"prefill-0": "prefill", "mixed-0": "mixed"}, num_blocks=128, scheduler={"max_running": 2})
+    for i in range(6):
+        box.submit(f"in{i}", prompt_of(30, i), "prefill-0", "mixed-0", max_tokens=20)
+        box.submit(f"own{i}", prompt_of(30, 10 + i), "mixed-0", "mixed-0", max_tokens=20)
+    most = 0
+    while len(box.finish) < 12:
+        box.round()
+        most = max(most, len(box.workers["mixed-0"]._parts.decode.scheduler.running))
+    assert most == 2
+    box.run()
+    box.assert_empty()
+
+
 def test_a_lease_does_not_outlive_the_request() -> None:
     box = WorkerBox(PAIR, num_blocks=8)
     box.submit("a", prompt_of(100, 1), "prefill-0", "decode-0", max_tokens=20, time_left_s=1000)

@@ -14,6 +14,8 @@ from engine.kv_cache import PagedKVCache
 from engine.loader import LoadedModel, load_model
 from engine.model_config import ModelConfig, read_model_config
 from engine.model_runner import ModelRunner
+from engine.sharding import Shard
+from engine.tensor_parallel import Group
 from phasewise.core.config import build_config
 from phasewise.core.errors import ConfigError
 from phasewise.core.kv_spec import KVCacheSpec
@@ -72,6 +74,7 @@ def load(folder: Path, **values: Any) -> LoadedModel:
     return load_model(source, dtype="float32", device="cpu", seed=0, progress=lambda share: None)
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize(
     "values",
     [
@@ -82,12 +85,13 @@ def load(folder: Path, **values: Any) -> LoadedModel:
         {"architectures": ["Qwen3ForCausalLM"]},
     ],
 )
-def test_parameters_are_counted_as_the_model_has_them(values: dict[str, Any], tmp_path: Path) -> None:
+def test_parameters_are_counted_as_the_model_has_them(values: dict[str, Any], num_ranks: int, tmp_path: Path) -> None:
     from engine.models.registry import build_model
 
     config = config_of(tmp_path, **TINY, **values)
-    views = build_model(config, torch.float32, torch.device("cpu")).weight_views()
-    count = ParameterCount.of(config)
+    shard = Shard(0, num_ranks)
+    views = build_model(config, torch.float32, torch.device("cpu"), Group(shard)).weight_views()
+    count = ParameterCount.of(config, shard)
     assert count.products + count.others == sum(view.numel() for view in views.values())
     products = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     in_products = [v for n, v in views.items() if n.endswith(".weight") and n.split(".")[-2] in products]
@@ -206,7 +210,7 @@ def test_the_profile_run_runs_and_its_own_cache_does_not_count(tmp_path: Path) -
     memory = FakeMemory()
     sizer = GpuSizer(memory, 0.5)
     loaded = load(tmp_path)
-    sizer.check_weights(loaded.config, "float32")
+    sizer.check_weights(loaded.config, "float32", Shard())
     memory.used += 200_000
     spec = loaded.kv_cache_spec(16)
     limits = StepLimits(256, 64, 4)
@@ -217,7 +221,7 @@ def test_the_profile_run_runs_and_its_own_cache_does_not_count(tmp_path: Path) -
 
 def test_weights_are_checked_before_they_are_loaded(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.path: the weights need 30\.\d GiB .* model\.dtype bfloat16|smaller"):
-        GpuSizer(FakeMemory(), 0.9).check_weights(config_of(tmp_path), "float32")
+        GpuSizer(FakeMemory(), 0.9).check_weights(config_of(tmp_path), "float32", Shard())
 
 
 @pytest.mark.parametrize(

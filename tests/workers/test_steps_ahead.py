@@ -76,3 +76,35 @@ def test_sequences_preempted_with_a_token_in_flight_lose_nothing() -> None:
     for i in range(3):
         assert box.output(f"r{i}") == expected_tokens(prompt_of(30, i), 60)
     box.assert_empty()
+
+
+def test_nobody_is_pushed_out_while_a_last_token_is_in_flight() -> None:
+    box = mixed_box(num_blocks=5, cache={"swap_gib": 0.0}, scheduler={"reserve_headroom": 0.0})
+    submit(box, "a", prompt_of(20, 1), max_tokens=60)
+    submit(box, "b", prompt_of(30, 2), max_tokens=13)  # its last token is on its way when a needs the block that b has
+    box.run()
+    assert box.failures == {}
+    assert box.output("a") == expected_tokens(prompt_of(20, 1), 60)
+    assert box.output("b") == expected_tokens(prompt_of(30, 2), 13)
+    box.assert_empty()
+
+
+def test_a_step_that_cannot_begin_takes_only_its_own_requests_with_it() -> None:
+    num_preempted = 0
+    for num_rounds in range(10, 60):
+        box = mixed_box(num_blocks=8, scheduler={"reserve_headroom": 0.0})
+        for i in range(3):
+            submit(box, f"r{i}", prompt_of(30, i), max_tokens=60)
+        for _ in range(num_rounds):
+            box.round()
+        runner = box.runners["mixed-0"]
+        num_batches, runner.fail_next = len(runner.batches), True
+        box.run()
+        broken = {item.sequence.request_id for item in runner.batches[num_batches].items}
+        num_preempted += len(broken) < 3
+        assert set(box.failures) <= broken
+        for i in range(3):
+            if f"r{i}" not in box.failures:
+                assert box.output(f"r{i}") == expected_tokens(prompt_of(30, i), 60)
+        box.assert_empty()
+    assert num_preempted
