@@ -120,6 +120,13 @@ class BlockManager:
                 self._block_by_hash[key] = block
                 self._hash_by_block[block] = key
 
+    def unpublish(self, blocks: Iterable[int]) -> None:
+        """Makes what these blocks hold unfindable: it may be wrong. Whoever refers to them keeps them."""
+        for block in blocks:
+            key = self._hash_by_block.pop(block, None)
+            if key is not None:
+                del self._block_by_hash[key]
+
     def check(self) -> None:
         """Raises AssertionError unless every block is accounted for exactly once."""
         used = {block for block, count in enumerate(self._ref_counts) if count > 0}

@@ -231,8 +231,13 @@ class Worker:
             parts.prefill.take(item, result.tokens[i], result.prompt_logprobs[i])
 
     def _fail(self, items: tuple[ScheduledSequence, ...]) -> None:
-        """The engine broke on this batch: its requests end with an error, the worker lives on."""
+        """The engine broke on this batch: its requests end with an error, the worker lives on.
+
+        The KV of their earlier steps may be the cause, such as NaN: nobody else shall find it in the prefix cache.
+        """
         logger.exception("a step failed", extra={"worker_id": self.info.worker_id})
+        for item in items:
+            self._parts.blocks.unpublish(item.sequence.block_table)
         for request_id in {item.sequence.request_id for item in items}:
             error = InternalError("the engine failed on this request's batch; the worker's log has the cause")
             self._parts.prefill.fail(request_id, error)

@@ -108,3 +108,16 @@ def test_a_step_that_cannot_begin_takes_only_its_own_requests_with_it() -> None:
                 assert box.output(f"r{i}") == expected_tokens(prompt_of(30, i), 60)
         box.assert_empty()
     assert num_preempted
+
+
+def test_what_a_failed_request_computed_is_not_shared() -> None:
+    box = mixed_box(scheduler={"token_budget": 64})
+    submit(box, "r", prompt_of(200), max_tokens=5)
+    box.run_until(lambda: box.workers["mixed-0"].load().counters["prompt_tokens"] >= 64)
+    box.runners["mixed-0"].fail_late = True
+    box.run_until(lambda: "r" in box.failures)
+    submit(box, "same", prompt_of(200), max_tokens=5)
+    box.run()
+    assert box.workers["mixed-0"].load().counters["prefix_hit_tokens"] == 0
+    assert box.output("same") == expected_tokens(prompt_of(200), 5)
+    box.assert_empty()
