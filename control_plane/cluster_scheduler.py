@@ -25,6 +25,7 @@ from phasewise.core.clock import Clock
 from phasewise.core.errors import Overloaded, Unavailable
 from phasewise.core.messages import WorkerInfo, WorkerLoad
 from phasewise.core.placement import Placement, WorkerId, WorkerRole
+from phasewise.core.profile import DeviceProfile
 
 _EXPECTED_TOKENS_START = 128.0
 _SMOOTHING = 0.05
@@ -67,6 +68,7 @@ class ClusterScheduler:
         self._max_waiting = max_waiting
         self._entries: dict[str, _Entry] = {}
         self._work: dict[WorkerId, _Work] = {}
+        self._profiles: dict[tuple[str, str, str, int], DeviceProfile] = {}  # by kind of worker
         self._expected_tokens = _EXPECTED_TOKENS_START
 
     @property
@@ -78,6 +80,10 @@ class ClusterScheduler:
     def worker_joined(self, info: WorkerInfo) -> None:
         self.registry.join(info)
         self._work.setdefault(info.worker_id, _Work())
+        # Workers of one kind are equally fast. What each measured while others started beside it is noise, and would
+        # leave one of two equals without work.
+        kind = info.profile.facts.kind
+        self._profiles[kind] = info.profile.joined(self._profiles.get(kind, info.profile))
 
     def worker_load(self, load: WorkerLoad) -> None:
         self.registry.update(load)
@@ -149,7 +155,7 @@ class ClusterScheduler:
             info, work = member.info, self._work[member.info.worker_id]
             return Candidate(
                 info.worker_id,
-                info.profile,
+                self._profiles[info.profile.facts.kind],
                 work.num_prompts,
                 work.num_prompt_tokens,
                 work.num_decoding,

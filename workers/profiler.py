@@ -59,7 +59,7 @@ def start_up_grid(device: str, token_budget: int, max_running: int) -> Grid:
     """Few and small enough for every start. A worker on a busy machine measures itself slower than it is, which is
     what a router should believe at that moment."""
     if device == "cpu":
-        return Grid((12, 96), (0,), (1, 8), (12,), 1)
+        return Grid((12, 96), (0,), (1, 8), (12,), 5)  # other workers start on the same cores: one run says nothing
     prompts = _up_to(token_budget, (16, 256, token_budget))
     return Grid(prompts, (0, 4096), _up_to(max_running, (1, 16, 64, max_running)), (256, 2048), 3)
 

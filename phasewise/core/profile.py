@@ -19,6 +19,7 @@ VERSION = 1
 """Of the file's form; another version is refused."""
 
 _LINEAR_SIZE = 2**20
+_LEAST_SLOPE = 0.1
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -52,7 +53,9 @@ class StepTimes:
 
     Predictions never fall when size or context grow, whatever noise the points have: what was measured slower than
     a larger step counts as that step (noise only ever slows a step down). They are linear between the points. Beyond
-    the smallest and the largest size they go on with one slope for all contexts, because two slopes could cross.
+    the smallest and the largest size they go on with one slope for all contexts, because two slopes could cross. Beyond
+    the largest it is at least a tenth of that step's time per token or sequence: were it flat by an accident of
+    measuring, a worker would seem to have room for everybody.
     """
 
     points: tuple[Point, ...]
@@ -73,7 +76,8 @@ class StepTimes:
             rise = rows[first + 1].at(context) - rows[first].at(context)
             return max(rise, 0.0) / (sizes[first + 1] - sizes[first])
 
-        slopes = (slope(0, rows[0].contexts[0]), slope(len(rows) - 2, rows[-1].contexts[0]))
+        least = _LEAST_SLOPE * rows[-1].seconds[0] / sizes[-1] if len(rows) > 1 else 0.0
+        slopes = (slope(0, rows[0].contexts[0]), max(slope(len(rows) - 2, rows[-1].contexts[0]), least))
         for name, value in (("_sizes", sizes), ("_rows", rows), ("_slopes", slopes)):
             object.__setattr__(self, name, value)
 
@@ -118,6 +122,11 @@ class ProfileFacts:
     command: str = ""
     date: str = ""
 
+    @property
+    def kind(self) -> tuple[str, str, str, int]:
+        """Workers for which it is equal take equal times."""
+        return self.device, self.model, self.dtype, self.tensor_parallel
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceProfile:
@@ -140,6 +149,18 @@ class DeviceProfile:
             return StepTimes((Point(0, 0, base_s), Point(_LINEAR_SIZE, 0, base_s + _LINEAR_SIZE * slope_s)))
 
         return DeviceProfile(line(prefill_base_s, prefill_token_s), line(decode_base_s, decode_sequence_s))
+
+    def joined(self, other: DeviceProfile) -> DeviceProfile:
+        """What two workers of one kind measured: the faster of each step, because noise only ever slows one down."""
+
+        def least(ours: StepTimes, theirs: StepTimes) -> StepTimes:
+            seconds: dict[tuple[int, int], float] = {}
+            for p in (*ours.points, *theirs.points):
+                cell = (p.size, p.context_tokens)
+                seconds[cell] = min(p.seconds, seconds.get(cell, p.seconds))
+            return StepTimes(tuple(Point(*cell, value) for cell, value in seconds.items()))
+
+        return DeviceProfile(least(self.prefill, other.prefill), least(self.decode, other.decode), self.facts)
 
     def prefill_s(self, num_tokens: float, context_tokens: float = 0.0) -> float:
         """Predicted seconds to compute `num_tokens` prompt tokens that follow `context_tokens` of the same prompt.

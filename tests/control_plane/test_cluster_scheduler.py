@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,7 @@ from phasewise.core.errors import Overloaded, Unavailable
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.messages import WorkerInfo, WorkerLoad
 from phasewise.core.placement import WorkerRole, WorkerState
-from phasewise.core.profile import DeviceProfile, Point, StepTimes
+from phasewise.core.profile import DeviceProfile, Point, ProfileFacts, StepTimes
 
 SPEC = KVCacheSpec(2, 1, 4, 16, "float32")
 FAST = DeviceProfile.linear(0.0, 0.001, 0.01, 0.001)
@@ -20,9 +21,12 @@ SLOW = DeviceProfile.linear(0.0, 0.003, 0.03, 0.003)
 
 
 def make(workers: dict[str, DeviceProfile], *, max_waiting: int = 100, num_blocks: int = 1000) -> ClusterScheduler:
+    """Profiles without a named device are of as many kinds as they are different."""
     scheduler = ClusterScheduler(ManualClock(), max_waiting=max_waiting, overdue_s=30.0)
     for worker_id, profile in workers.items():
         role = WorkerRole(worker_id.split("-")[0])
+        if not profile.facts.device:
+            profile = replace(profile, facts=ProfileFacts(f"{profile.prefill.points} {profile.decode.points}"))
         info = WorkerInfo(worker_id, role, 1, "h", "cpu", "float32", 1, SPEC, num_blocks, 4096, profile)
         scheduler.worker_joined(info)
     return scheduler
@@ -35,6 +39,16 @@ def test_equal_workers_share_equal_work() -> None:
         assert sum(p.prefill_worker == name for p in placements) == 20
     for name in ("decode-0", "decode-1"):
         assert sum(p.decode_worker == name for p in placements) == 20
+
+
+def test_equal_workers_share_equal_work_whatever_noise_their_measurements_have() -> None:
+    facts = ProfileFacts("H100", "8B", "bfloat16")
+    right = replace(FAST, facts=facts)
+    first, second = (DeviceProfile.linear(0.0, 0.001, base, slope) for base, slope in ((0.011, 0.004), (0.09, 0.0011)))
+    noisy = {"decode-0": replace(first, facts=facts), "decode-1": replace(second, facts=facts)}
+    scheduler = make({"prefill-0": right, **noisy})
+    placements = [scheduler.place(f"r{i}", 100, 1, 64) for i in range(40)]
+    assert sum(p.decode_worker == "decode-0" for p in placements) == 20
 
 
 def test_a_slow_gpu_gets_its_share_and_no_more() -> None:

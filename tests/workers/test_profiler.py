@@ -99,7 +99,7 @@ def test_a_tiny_cache_is_measured_with_what_fits() -> None:
 
 
 def test_grids_follow_the_limits() -> None:
-    assert start_up_grid("cpu", 128, 256) == Grid((12, 96), (0,), (1, 8), (12,), 1)
+    assert start_up_grid("cpu", 128, 256) == Grid((12, 96), (0,), (1, 8), (12,), 5)
     assert start_up_grid("cuda", 2048, 32).batches == (1, 16, 32)
     grid = full_grid(3000, 48)
     assert grid.prompts == (16, 32, 64, 128, 256, 512, 1024, 2048, 3000)
