@@ -13,16 +13,11 @@ and random tokens: its perplexity says nothing, so only its logits are compared.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import platform
 import random
-import shlex
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # This file's folder comes first on the path when it is run as a script, and holds an engine.py.
 sys.path[:] = [str(ROOT), *(entry for entry in sys.path if Path(entry or ".").resolve() != ROOT / "benchmarks")]
 
-import numpy as np
 import torch
 
+from benchmarks.offline import SHAPES, device_name, model_path, write_result
 from control_plane.gateway.text import load_tokenizer
 from engine.batch import ScheduledBatch, ScheduledSequence
 from engine.kv_cache import PagedKVCache
@@ -43,21 +38,6 @@ from phasewise.core.kv_spec import FP8
 from phasewise.core.model_source import ModelSource, resolve_model
 from phasewise.core.request import SamplingParams
 
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 16384,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-}
 BLOCK = 16
 # name → (model.weights, cache.dtype)
 KINDS = {"fp8 weights": ("fp8", "auto"), "fp8 KV": ("auto", FP8), "fp8 weights and KV": ("fp8", FP8)}
@@ -123,11 +103,7 @@ def hidden_of(runner: ModelRunner, item: ScheduledSequence, num_layers: int) -> 
     """[item.num_tokens, hidden_size] after the last layer."""
     if runner._model.device.type == "cpu":
         return runner._forward(ScheduledBatch((item,)), None, num_layers)
-    from engine.cuda.step_inputs import TokenRows
-
-    hidden = runner._compute(TokenRows.padding(0), np.zeros(0, dtype=np.int32), [item], None, num_layers).hidden
-    assert hidden is not None
-    return hidden
+    return runner._compute(runner._plan([], [item], num_layers), None)[1]
 
 
 @torch.inference_mode()
@@ -188,10 +164,6 @@ def text_windows(source: ModelSource, length: int, count: int) -> list[list[int]
     return windows[:count]
 
 
-def device_name(device: str) -> str:
-    return f"{platform.processor() or platform.machine()} CPU" if device == "cpu" else torch.cuda.get_device_name()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m", help="as model.path; must have a tokenizer")
@@ -207,27 +179,12 @@ def main() -> None:
     rows = compare(source, windows, arguments.device, arguments.chunks, source.name, has_text=True)
     if arguments.device == "cuda" and not arguments.no_8b:
         rng = random.Random(0)
-        noise = [[rng.randrange(LLAMA_8B["vocab_size"]) for _ in range(1024)] for _ in range(2)]
+        noise = [[rng.randrange(SHAPES["8b"]["vocab_size"]) for _ in range(1024)] for _ in range(2)]
         with tempfile.TemporaryDirectory() as folder:
-            config = Path(folder) / "config.json"
-            config.write_text(json.dumps(LLAMA_8B))
-            random_source = ModelSource("random", config, "8b")
+            random_source = resolve_model(model_path("8b", Path(folder)))
             rows += compare(random_source, noise, "cuda", arguments.chunks, "random 8B", has_text=False)
     if arguments.output:
-        versions = {}
-        for package in ("phasewise", "torch", "triton"):
-            try:
-                versions[package] = version(package)
-            except PackageNotFoundError:
-                versions[package] = "source tree"
-        result = {
-            "device": device_name(arguments.device),
-            "versions": versions,
-            "command": shlex.join(["python", "benchmarks/fp8_accuracy.py", *sys.argv[1:]]),
-            "date": time.strftime("%Y-%m-%d"),
-            "rows": rows,
-        }
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(arguments.output, device_name(arguments.device), ("phasewise", "torch", "triton"), rows)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,11 @@ import itertools
 import json
 import multiprocessing
 import queue
-import shlex
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from benchmarks.offline import write_result
 from engine.cuda.all_reduce import FastReduce
 from engine.cuda.decoder import CudaDecoder
 from engine.cuda.kernels import DecodeAttention, skinny_product
@@ -363,20 +362,8 @@ def main() -> None:
         run_part(part, 1 if part == "products" else arguments.size, arguments.limit_s, single, rows)
     print("\n" + "\n".join(map(_line, rows)))
     if arguments.output:
-        versions = {}
-        for package in ("phasewise", "torch", "triton"):
-            try:
-                versions[package] = version(package)
-            except PackageNotFoundError:
-                versions[package] = "source tree"
-        result = {
-            "device": f"{arguments.size} x {torch.cuda.get_device_name()}",
-            "versions": versions,
-            "command": shlex.join(["python", *sys.argv]),
-            "date": time.strftime("%Y-%m-%d"),
-            "rows": rows,
-        }
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        device = f"{arguments.size} x {torch.cuda.get_device_name()}"
+        write_result(arguments.output, device, ("phasewise", "torch", "triton"), rows)
 
 
 if __name__ == "__main__":

@@ -114,16 +114,12 @@ class CudaDecoder:
             scales = self._add_product(x, act, layer.down, None, turn=1)
         return x
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """[num_rows, hidden] → [num_rows, vocab_size], in the model's dtype.
+    def partial_logits(self, x: torch.Tensor) -> torch.Tensor:
+        """[num_rows, hidden] → logits of the ids that this rank's rows of the head stand for, in the model's dtype.
 
         Embedding and head are never fp8: one row of the embedding is read per token, and an error of the head's is in
         the logits as it is, for a fifteenth of the bytes of an 8B model.
         """
-        return self.gather(self.partial_logits(x))
-
-    def partial_logits(self, x: torch.Tensor) -> torch.Tensor:
-        """[num_rows, hidden] → logits of the ids that this rank's rows of the head stand for."""
         return _product(self._model.norm(x), _weight(self._model.head))
 
     def gather(self, partial_logits: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ Padding rows write no KV and attend to nothing; what they compute is never read.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -57,7 +58,7 @@ class Capture:
         self.stream = torch.cuda.Stream()
 
 
-class _Graph:
+class _Graph(ABC):
     """Captures `_step`, which reads what `_upload` sends."""
 
     def __init__(self, parts: StepParts, num_bytes: int) -> None:
@@ -79,8 +80,9 @@ class _Graph:
         self._graph.replay()
         return self._outputs
 
+    @abstractmethod
     def _step(self) -> StepOutputs:
-        raise NotImplementedError
+        """Computes a step of the padded size from the static buffers."""
 
 
 class DecodeGraph(_Graph):
