@@ -113,16 +113,16 @@ async def test_a_killed_decode_worker_ends_its_streams_clearly_and_the_rest_serv
                     async for delta in client.stream(
                         token_ids=[seed, 1, 2], max_tokens=900, temperature=0.0, ignore_eos=True
                     ):
-                        count += len(delta.token_ids)
-                        if count > 5:
+                        if count <= 5 < count + len(delta.token_ids):
                             started.release()
+                        count += len(delta.token_ids)
                 except phasewise.WorkerLost as error:
                     return error
                 return count
 
             started = asyncio.Semaphore(0)
             streams = [asyncio.create_task(one(seed)) for seed in range(8)]
-            for _ in range(40):  # every stream is well inside its decode
+            for _ in streams:  # each is well inside its decode
                 await started.acquire()
             os.kill(cluster.worker("decode-1")["pid"], signal.SIGKILL)
             results = await asyncio.gather(*streams)
