@@ -280,7 +280,13 @@ def worker_settings(config: ServingConfig, device: str, collector: str | None) -
     ]
     return [
         WorkerSettings(
-            f"{role.value}-{i}", role, device, pool.threads or share, config, collector, pool.tensor_parallel
+            f"{role.value}-{i}",
+            role,
+            device,
+            pool.threads or share,
+            config.with_cache_of(pool),
+            collector,
+            pool.tensor_parallel,
         )
         for role, pool in pools
         for i in range(pool.workers)

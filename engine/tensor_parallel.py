@@ -92,6 +92,18 @@ class Group:
             dist.all_reduce(x, op=dist.ReduceOp.MAX)
         return x
 
+    def gather(self, part: torch.Tensor) -> list[torch.Tensor] | None:
+        """Every rank's `part`, by rank, on rank 0; None on the others. All parts have one shape."""
+        part = part.contiguous()
+        parts = [torch.empty_like(part) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(part.view(torch.uint8), [p.view(torch.uint8) for p in parts] if parts else None, dst=0)
+        return parts
+
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        """Rank 0's `x`, in place on the others, which give a tensor of its shape; returned too."""
+        dist.broadcast(x.view(torch.uint8), src=0)
+        return x
+
     def gather_vocab(self, part: torch.Tensor, vocab_size: int) -> torch.Tensor:
         """Logits of this rank's rows of the head, [num_rows, its ids] → of all, [num_rows, vocab_size]."""
         if self.size == 1:

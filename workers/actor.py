@@ -12,7 +12,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from kv_transfer.object_store_link import ObjectStoreLink, received_payload
+from kv_transfer.link import ArrivedPart
+from kv_transfer.object_store_link import ObjectStoreLink
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.errors import ServingError
 from phasewise.core.logs import setup_logging
@@ -38,6 +39,7 @@ class WorkerActor:
         self._gateways = GatewayMailboxes()
         self._control_plane: ActorHandle = None
         self._engine: LoadedEngine | None = None
+        self._object_store: ObjectStoreLink | None = None
         self._worker: Worker | None = None
         self._loop_task: asyncio.Task[None] | None = None
 
@@ -68,9 +70,17 @@ class WorkerActor:
         """Begins to take work."""
         assert self._engine is not None
         info = worker_info(self._settings, self._engine)
-        ports = Ports(self._peers, self._gateways, self, ObjectStoreLink(self._peers))
+        device = self._engine.cache.device
+        self._object_store = ObjectStoreLink(self._settings.worker_id, self._peers, device, self._post_from_link)
+        ports = Ports(self._peers, self._gateways, self, self._object_store)
         self._worker = assemble(
-            info, self._engine.runner, self._engine.cache, self._settings.config, ports, MonotonicClock()
+            info,
+            self._engine.runner,
+            self._engine.port,
+            self._settings.config,
+            ports,
+            MonotonicClock(),
+            codec_bytes_per_s=self._engine.codec_bytes_per_s,
         )
         self._loop_task = asyncio.create_task(asyncio.to_thread(self._worker.run))
 
@@ -87,16 +97,18 @@ class WorkerActor:
         if self._worker is not None:
             self._worker.post(message)
 
-    async def post_part(self, part: KVPart, array: np.ndarray) -> None:
+    async def post_part(self, sender: WorkerId, part: KVPart, array: np.ndarray) -> None:
         """A part of a handoff, with its bytes in shared memory."""
-        if self._worker is not None and self._engine is not None:
-            self._worker.post(part, received_payload(array, self._engine.cache.storage.dtype))
+        if self._object_store is not None:
+            self._object_store.receive(sender, part, array)
 
     async def stop(self) -> None:
         """Ends the loop after the round that it is in."""
         if self._worker is not None and self._loop_task is not None:
             self._worker.stop()
             await asyncio.wait([self._loop_task])
+        if self._object_store is not None:
+            await asyncio.to_thread(self._object_store.close)
         if self._engine is not None and self._engine.ranks is not None:
             await asyncio.to_thread(self._engine.ranks.close)
 
@@ -108,6 +120,10 @@ class WorkerActor:
         except Exception:
             logger.exception("the step loop broke", extra={"worker_id": self._settings.worker_id})
             raise
+
+    def _post_from_link(self, message: WorkerMessage, arrived: ArrivedPart | None = None) -> None:
+        if self._worker is not None:
+            self._worker.post(message, arrived)
 
     def _set_progress(self, share: float) -> None:
         self._progress = share

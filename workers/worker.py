@@ -24,11 +24,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-
 from decode_workers.phase import DecodePhase
 from engine.batch import PendingStep, ScheduledBatch, ScheduledSequence
 from engine.block_manager import BlockManager
+from kv_transfer.link import ArrivedPart
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
 from phasewise.core.clock import Clock
@@ -45,6 +44,7 @@ from phasewise.core.messages import (
     KVPart,
     KVPartAck,
     KVRefused,
+    LinkLost,
     PeerLost,
     PrefillTask,
     WorkerInfo,
@@ -77,12 +77,17 @@ class Runner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LoopSettings:
-    """What the loop needs of the configuration."""
+    """What the loop needs of the configuration.
+
+    With `pushes_within_steps` KV leaves while later layers compute; else, of each chunk, right behind its step: several
+    ranks take part in packing, and they are not between two layers together.
+    """
 
     token_budget: int
     layers_per_part: int
     heartbeat_s: float
     report_interval_s: float = 0.05
+    pushes_within_steps: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +130,7 @@ class Worker:
         self._loads = loads
         self._clock = clock
         self._settings = settings
-        self._mailbox: queue.SimpleQueue[tuple[WorkerMessage, torch.Tensor | None] | None] = queue.SimpleQueue()
+        self._mailbox: queue.SimpleQueue[tuple[WorkerMessage, ArrivedPart | None] | None] = queue.SimpleQueue()
         self._role = info.role
         self._state = WorkerState.READY
         self._stopping = False
@@ -140,9 +145,9 @@ class Worker:
 
     # ---- from any thread
 
-    def post(self, message: WorkerMessage, payload: torch.Tensor | None = None) -> None:
-        """Puts a message, and the payload of a part, into the mailbox."""
-        self._mailbox.put((message, payload))
+    def post(self, message: WorkerMessage, arrived: ArrivedPart | None = None) -> None:
+        """Puts a message, and what came with the header of a part, into the mailbox."""
+        self._mailbox.put((message, arrived))
 
     def stop(self) -> None:
         """Makes `run` return after the round that it is in."""
@@ -204,11 +209,18 @@ class Worker:
         parts, layers_per_part = self._parts, self._settings.layers_per_part
         items = (*decodes, *prompts)
 
+        done: list[tuple[int, int]] = []
+
         def on_layers_done(first_layer: int, num_layers: int) -> None:
-            parts.prefill.on_layers_done(prompts, first_layer, num_layers)
+            if self._settings.pushes_within_steps:
+                parts.prefill.on_layers_done(prompts, first_layer, num_layers)
+            else:
+                done.append((first_layer, num_layers))
 
         try:
             step = parts.runner.submit(ScheduledBatch(items), on_layers_done if prompts else None, layers_per_part)
+            for first_layer, num_layers in done:
+                parts.prefill.on_layers_done(prompts, first_layer, num_layers)
         except Exception:
             self._fail(items)
             return False
@@ -268,7 +280,7 @@ class Worker:
         if entry is not None:
             self._dispatch(*entry)
 
-    def _dispatch(self, message: WorkerMessage, payload: torch.Tensor | None) -> None:
+    def _dispatch(self, message: WorkerMessage, arrived: ArrivedPart | None) -> None:
         parts = self._parts
         match message:
             case PrefillTask():
@@ -288,8 +300,8 @@ class Worker:
             case KVFailed():
                 parts.prefill.on_failed(message)
             case KVPart():
-                assert payload is not None
-                parts.receiver.on_part(message, payload)
+                assert arrived is not None
+                parts.receiver.on_part(message, arrived)
             case KVPartAck(transfer_id, part_index):
                 parts.sender.on_part_ack(transfer_id, part_index)
             case KVCommit():
@@ -303,6 +315,9 @@ class Worker:
                 self._gone.add(worker_id)
                 parts.prefill.on_peer_lost(worker_id)
                 parts.decode.on_peer_lost(worker_id)
+            case LinkLost(worker_id, reason):
+                parts.sender.on_link_lost(worker_id, reason)
+                parts.receiver.on_link_lost(worker_id, reason)
             case GatewayLost(gateway_id):
                 self._gone.add(gateway_id)
                 parts.prefill.on_gateway_lost(gateway_id)

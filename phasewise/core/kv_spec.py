@@ -34,13 +34,16 @@ class KVCacheSpec:
 
     @property
     def content_fingerprint(self) -> str:
-        """Equal on two workers exactly when the KV of one is valid on the other, whatever their block sizes."""
-        text = f"{self.num_layers}/{self.num_kv_heads}/{self.head_dim}/{self.dtype}/{self.model_fingerprint}"
+        """Equal on two workers exactly when the KV of one means the same on the other.
+
+        Block size and dtype may differ: parts are repacked, and converted, on their way.
+        """
+        text = f"{self.num_layers}/{self.num_kv_heads}/{self.head_dim}/{self.model_fingerprint}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def differences(self, other: KVCacheSpec) -> list[str]:
         """What makes the two contents incompatible, in words; empty when a handoff is possible."""
-        names = ("num_layers", "num_kv_heads", "head_dim", "dtype", "model_fingerprint")
+        names = ("num_layers", "num_kv_heads", "head_dim", "model_fingerprint")
         return [
             f"{name}: {getattr(self, name)} here, {getattr(other, name)} there"
             for name in names

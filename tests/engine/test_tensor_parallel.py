@@ -141,7 +141,7 @@ def test_what_cannot_be_split_is_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=words) as caught:
             Shard(0, size).part(config_of(**changes))
-        assert caught.value.field == "pools.mixed.tensor_parallel"
+        assert caught.value.field == "tensor_parallel"
 
 
 def test_the_vocabulary_is_split_in_whole_tiles() -> None:

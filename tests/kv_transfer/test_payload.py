@@ -9,7 +9,7 @@ import torch
 
 from kv_transfer.checksum import checksum
 from kv_transfer.codec import CHECKSUM_BYTES, Codec, WireLayout, wire_dtype
-from kv_transfer.plan import PartSpan, clip_tokens
+from kv_transfer.plan import PartSpan, clip_tokens, cut
 from kv_transfer.staging import DTYPES, decode, encode, gather, is_intact, pack, scales_of, scatter, slots_of, unpack
 from phasewise.core.kv_spec import DTYPE_BYTES, FP8, KVCacheSpec
 
@@ -246,16 +246,36 @@ def test_clip_leaves_out_what_the_receiver_has() -> None:
     assert clip_tokens(span, 30) is None
 
 
-def test_fingerprint_ignores_block_size_and_nothing_else() -> None:
+def test_fingerprint_ignores_block_size_and_dtype_and_nothing_else() -> None:
     spec = KVCacheSpec(4, 2, 64, 16, "float32", "weights")
-    assert spec.content_fingerprint == KVCacheSpec(4, 2, 64, 32, "float32", "weights").content_fingerprint
+    assert spec.content_fingerprint == KVCacheSpec(4, 2, 64, 32, "bfloat16", "weights").content_fingerprint
     for other in (
         KVCacheSpec(5, 2, 64, 16, "float32", "weights"),
         KVCacheSpec(4, 1, 64, 16, "float32", "weights"),
         KVCacheSpec(4, 2, 32, 16, "float32", "weights"),
-        KVCacheSpec(4, 2, 64, 16, "bfloat16", "weights"),
-        KVCacheSpec(4, 2, 64, 16, "fp8_e4m3", "weights"),
         KVCacheSpec(4, 2, 64, 16, "float32", "others"),
     ):
         assert spec.content_fingerprint != other.content_fingerprint
         assert len(spec.differences(other)) == 1
+
+
+def test_a_span_is_cut_into_parts_that_fit_and_make_it_up() -> None:
+    rng = random.Random(5)
+    for _ in range(300):
+        span = PartSpan(rng.randrange(4), rng.randrange(1, 9), rng.randrange(100), rng.randrange(1, 70))
+        max_cells = rng.randrange(0, 300)
+        parts = cut(span, max_cells)
+        assert all(0 < part.num_cells <= max(max_cells, 1) for part in parts)
+        cells = [
+            (layer, token)
+            for part in parts
+            for layer in range(part.first_layer, part.first_layer + part.num_layers)
+            for token in range(part.first_token, part.first_token + part.num_tokens)
+        ]
+        assert len(cells) == len(set(cells)) == span.num_cells
+        assert min(cells) == (span.first_layer, span.first_token)
+        assert max(cells) == (
+            span.first_layer + span.num_layers - 1,
+            span.first_token + span.num_tokens - 1,
+        )
+        assert len(parts) <= 2 * -(-span.num_cells // max(max_cells, 1)) + span.num_layers

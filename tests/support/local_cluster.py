@@ -13,6 +13,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from cli.launch import worker_settings
 from control_plane.cluster_scheduler import ClusterScheduler
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
@@ -43,12 +45,11 @@ class LocalCluster:
         self.engines: dict[WorkerId, LoadedEngine] = {}
         self._threads: list[threading.Thread] = []
         mailboxes: dict[WorkerId, Any] = {}
-        link = LoopbackLink(mailboxes)
         for settings in worker_settings(config, "cpu", None):
             engine = load_engine(settings, lambda share: None, self._clock)
             info = worker_info(settings, engine)
-            ports = Ports(self, self, self, link)
-            worker = assemble(info, engine.runner, engine.cache, config, ports, self._clock)
+            ports = Ports(self, self, self, LoopbackLink(settings.worker_id, mailboxes))
+            worker = assemble(info, engine.runner, engine.port, settings.config, ports, self._clock)
             self.workers[settings.worker_id] = worker
             self.engines[settings.worker_id] = engine
             mailboxes[settings.worker_id] = worker.post
@@ -93,6 +94,11 @@ class LocalCluster:
             worker.stop()
         for thread in self._threads:
             await asyncio.to_thread(thread.join)
+        for engine in self.engines.values():
+            if engine.ranks is not None:
+                engine.ranks.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
     async def until_empty(self) -> None:
         """Returns when no block and no request is left anywhere; the caller bounds the wait."""
