@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from phasewise.core.messages import KVPart
 from phasewise.core.placement import WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class ArrivedPart:
+    """What came for a header.
+
+    `wire`: uint8 [header.num_bytes], on the receiver's device or its host; None: its checksum was wrong. `release()` is
+    called once by the step loop, when the last use of `wire` is enqueued on the current stream.
+    """
+
+    wire: torch.Tensor | None
+    release: Callable[[], None]
 
 
 class Link(Protocol):

@@ -140,6 +140,14 @@ class KVFailed:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class LinkLost:
+    """The direct link with a worker broke: parts that were under way on it will not come, and none is acknowledged."""
+
+    peer: WorkerId
+    reason: str
+
+
 # ---- from a worker to a gateway
 
 
@@ -297,6 +305,7 @@ WorkerMessage = (
     | KVAbort
     | KVDone
     | KVFailed
+    | LinkLost
     | PeerLost
     | GatewayLost
 )
