@@ -250,7 +250,7 @@ class SendEpoch(_Epoch):
         self._is_aborted.wait()
         if self._pusher.ident is not None:
             self._pusher.join()
-        self._trial = None
+        self._trial = self._wire = None
         for entry in self._parts.values():
             self._room.pool.give_back(entry.slab)
 
@@ -348,7 +348,7 @@ class ReceiveEpoch(_Epoch):
         self._arriving.put(None)
         if self._finisher.ident is not None:
             self._finisher.join()
-        self._trial = None
+        self._trial = self._wire = None
         for entry in self._parts.values():
             if entry.slab is not None:
                 self._room.pool.give_back(entry.slab)

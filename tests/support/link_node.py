@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import queue
 import threading
+from functools import partial
 from multiprocessing import forkserver
 from typing import Any
 
@@ -77,6 +78,15 @@ class LinkNode:
         assert torch.equal(arrived.wire.cpu(), content(index, num_bytes))
         arrived.release()
 
+    def take_both(self, index: int, num_bytes: int) -> None:
+        """The next two events are this part and the acknowledgement of the one that went the other way."""
+        events = [self.mailbox.get(timeout=WAIT_S) for _ in range(2)]
+        assert sorted(type(message).__name__ for message, _ in events) == ["KVPart", "KVPartAck"], events
+        for event in events:
+            if event[1] is not None:
+                self.mailbox.put(event)
+        self.take(index, num_bytes)
+
     @property
     def num_free(self) -> tuple[int, int]:
         """Slabs to send from and to receive into."""
@@ -98,11 +108,11 @@ class LinkNode:
 class NodeProcess:
     """A LinkNode in a process of its own, which does what `do` says and tells what its hook saw."""
 
-    def __init__(self, worker_id: str, stop_at: str = "") -> None:
-        """`stop_at`: the stage at which its wire stops for good."""
+    def __init__(self, worker_id: str, stop_at: str = "", **settings: Any) -> None:
+        """`stop_at`: the stage at which its wire stops for good. `settings` of DirectLinks."""
         context = multiprocessing.get_context("forkserver")
         self._pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, worker_id, stop_at), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, worker_id, stop_at, settings), daemon=True)
         self.process.start()
         theirs.close()
         self.address: str = self.hear()
@@ -139,15 +149,16 @@ class NodeProcess:
         forkserver.ensure_running()
 
 
-def _serve(pipe: Any, worker_id: str, stop_at: str) -> None:
+def _serve(pipe: Any, worker_id: str, stop_at: str, settings: dict[str, Any]) -> None:
     torch.set_num_threads(1)
 
-    def hook(stage: str, part: int, wire: HostWire) -> None:
-        if stage == stop_at:
-            pipe.send(stage)
-            wire.aborted.wait(60.0)
+    if "gpu" in settings:
+        from tests.support.deaf_wire import gpu_device
 
-    node = LinkNode(worker_id, HostDevice(hook=hook))
+        device = gpu_device(settings.pop("gpu"), is_deaf=stop_at == "go")
+    else:
+        device = HostDevice(hook=partial(_stop, pipe, stop_at))
+    node = LinkNode(worker_id, device, **settings)
     pipe.send(node.links.address)
     while True:
         try:
@@ -155,7 +166,14 @@ def _serve(pipe: Any, worker_id: str, stop_at: str) -> None:
         except EOFError:
             return
         try:
-            result = getattr(node if hasattr(node, name) else node.links, name)(*arguments)
+            result = getattr(node if hasattr(node, name) else node.links, name)
+            result = result(*arguments) if callable(result) else result
         except Exception as error:  # crosses to the test
             result = error
         pipe.send(None if isinstance(result, KVPartAck | LinkLost | tuple) else result)
+
+
+def _stop(pipe: Any, stop_at: str, stage: str, part: int, wire: HostWire) -> None:
+    if stage == stop_at:
+        pipe.send(stage)
+        wire.aborted.wait(60.0)
