@@ -315,9 +315,9 @@ class Worker:
                 self._gone.add(worker_id)
                 parts.prefill.on_peer_lost(worker_id)
                 parts.decode.on_peer_lost(worker_id)
-            case LinkLost(worker_id, reason):
-                parts.sender.on_link_lost(worker_id, reason)
-                parts.receiver.on_link_lost(worker_id, reason)
+            case LinkLost(peer, reason):
+                parts.sender.on_link_lost(peer, reason)
+                parts.receiver.on_link_lost(peer, reason)
             case GatewayLost(gateway_id):
                 self._gone.add(gateway_id)
                 parts.prefill.on_gateway_lost(gateway_id)

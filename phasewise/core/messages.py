@@ -284,9 +284,9 @@ class PeerLost:
 
 @dataclass(frozen=True, slots=True)
 class LinkLost:
-    """The link between this worker and another broke; what was on its way over it will not arrive."""
+    """The link between this worker and `peer` broke; what was on its way over it will not arrive."""
 
-    worker_id: WorkerId
+    peer: WorkerId
     reason: str
 
 
