@@ -68,6 +68,7 @@ class KVSender:
         self._bytes_in_flight = 0
         self._num_offers = 0
         self.num_bytes_sent = 0
+        self.num_links_lost = 0
 
     def offer(self, peer: WorkerId, request: Request, gateway_id: str, time_left_s: float) -> str:
         """Asks `peer` to set blocks aside. The transfer's id is never used twice: a late part finds nothing."""
@@ -185,6 +186,7 @@ class KVSender:
 
     def on_link_lost(self, peer: WorkerId, reason: str) -> None:
         """Gives up the transfers with parts on that link. Another attempt takes another road."""
+        self.num_links_lost += 1
         for transfer_id, transfer in list(self._transfers.items()):
             if transfer.peer == peer and transfer.in_flight:
                 self.abort(transfer_id, f"the link to {peer} broke: {reason}")

@@ -365,5 +365,6 @@ class Worker:
             "handoff_bytes_in": float(receiver.num_bytes),
             "checksum_failures": float(receiver.checksum_failures),
             "late_parts": float(receiver.late_parts),
+            "links_lost": float(self._parts.sender.num_links_lost),
             "leases_expired": float(receiver.leases_expired),
         }

@@ -237,7 +237,7 @@ def _restore_output(worker_id: WorkerId, chunks: list[tuple[Any, ...]], *rest: A
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """What does not change while a worker lives."""
+    """What does not change while a worker lives. `link_address`: where its direct links listen; "" for none."""
 
     worker_id: WorkerId
     role: WorkerRole
@@ -250,6 +250,7 @@ class WorkerInfo:
     num_kv_blocks: int
     max_model_len: int
     profile: DeviceProfile
+    link_address: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -22,12 +23,17 @@ from control_plane.gateway.request_loop import RequestLoop
 from control_plane.gateway.service import ModelCard
 from control_plane.gateway.text import TextTokenizer, load_tokenizer
 from control_plane.metrics import GatewayMetrics
+from kv_transfer.direct_link import DirectLinks
+from kv_transfer.link import Link
 from kv_transfer.loopback_link import LoopbackLink
+from kv_transfer.routed_link import RoutedLink
+from kv_transfer.staging import is_intact
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.config import ServingConfig, build_config
 from phasewise.core.messages import WorkerInfo, WorkerLoad, WorkerMessage, WorkerOutput
 from phasewise.core.model_source import model_facts, resolve_model
 from phasewise.core.placement import Placement, WorkerId
+from tests.support.host_wire import HostDevice
 from workers.build import LoadedEngine, Ports, assemble, load_engine, worker_info
 from workers.worker import Worker
 
@@ -35,7 +41,7 @@ from workers.worker import Worker
 class LocalCluster:
     """Made by `local_cluster`. `service` is the RequestLoop; `workers` can be looked into."""
 
-    def __init__(self, config: ServingConfig, served_name: str) -> None:
+    def __init__(self, config: ServingConfig, served_name: str, has_direct_links: bool = False) -> None:
         self.config = config
         self._loop = asyncio.get_running_loop()
         self._clock = MonotonicClock()
@@ -43,12 +49,17 @@ class LocalCluster:
         self.scheduler = ClusterScheduler(self._clock, max_waiting=config.scheduler.max_waiting, overdue_s=1e9)
         self.workers: dict[WorkerId, Worker] = {}
         self.engines: dict[WorkerId, LoadedEngine] = {}
+        self.direct: dict[WorkerId, DirectLinks] = {}
         self._threads: list[threading.Thread] = []
         mailboxes: dict[WorkerId, Any] = {}
         for settings in worker_settings(config, "cpu", None):
             engine = load_engine(settings, lambda share: None, self._clock)
             info = worker_info(settings, engine)
-            ports = Ports(self, self, self, LoopbackLink(settings.worker_id, mailboxes))
+            link: Link = LoopbackLink(settings.worker_id, mailboxes)
+            if has_direct_links:
+                self.direct[settings.worker_id] = self._direct_links(info, mailboxes)
+                link = RoutedLink(self.direct[settings.worker_id], link)
+            ports = Ports(self, self, self, link)
             worker = assemble(info, engine.runner, engine.port, settings.config, ports, self._clock)
             self.workers[settings.worker_id] = worker
             self.engines[settings.worker_id] = engine
@@ -81,7 +92,26 @@ class LocalCluster:
             addresses={},
         )
 
+    @staticmethod
+    def _direct_links(info: WorkerInfo, mailboxes: dict[WorkerId, Any]) -> DirectLinks:
+        def post(message: Any, arrived: Any = None) -> None:
+            mailboxes[info.worker_id](message, arrived)
+
+        return DirectLinks(
+            info.worker_id,
+            HostDevice(),
+            post,
+            is_intact,
+            fingerprint=info.kv_spec.content,
+            host="127.0.0.1",
+            slab_bytes=2**16,
+            trial_bytes=4096,
+        )
+
     def start(self) -> None:
+        for sender, receiver in itertools.product(self.direct, self.direct):
+            if self.workers[sender].info.role.can_prefill and self.workers[receiver].info.role.can_decode:
+                self.direct[sender].open(receiver, self.direct[receiver].address, 20.0)
         for worker in self.workers.values():
             thread = threading.Thread(target=worker.run, name=worker.info.worker_id)
             thread.start()
@@ -94,6 +124,8 @@ class LocalCluster:
             worker.stop()
         for thread in self._threads:
             await asyncio.to_thread(thread.join)
+        for links in self.direct.values():
+            await asyncio.to_thread(links.close)
         for engine in self.engines.values():
             if engine.ranks is not None:
                 engine.ranks.close()
@@ -158,11 +190,11 @@ class LocalCluster:
 
 @contextlib.asynccontextmanager
 async def local_cluster(
-    model: str | Path, *, served_name: str = "test-model", **sections: Any
+    model: str | Path, *, served_name: str = "test-model", has_direct_links: bool = False, **sections: Any
 ) -> AsyncIterator[LocalCluster]:
     """A running cluster over `model`, with `sections` of the configuration."""
     values = {"model": {"path": str(model)}, "cache": {"kv_cache_gib": 0.02}, **sections}
-    cluster = LocalCluster(build_config(values, source="test"), served_name)
+    cluster = LocalCluster(build_config(values, source="test"), served_name, has_direct_links)
     cluster.start()
     try:
         yield cluster
