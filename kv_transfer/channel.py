@@ -152,6 +152,15 @@ class Channel:
             if not isinstance(message, Ping):
                 return message
 
+    def is_over(self) -> bool:
+        """Whether the peer has closed the connection; for a thread that is not the one in `receive`."""
+        try:
+            return not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def shutdown(self) -> None:
         """Ends both directions; may be called from any thread, and twice."""
         with contextlib.suppress(OSError):  # the peer was faster

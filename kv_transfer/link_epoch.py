@@ -109,8 +109,8 @@ class _Epoch:
             late = [seq for seq, deadline_s in self._deadlines.items() if deadline_s <= now_s]
         if late:
             return "it was not up in time" if late[0] == _OPENING else f"part {late[0]} of the epoch is stalled"
-        if not self.is_up or self._wire is None:
-            return ""
+        if not self.is_up or self._wire is None:  # nobody reads the connection while the wire connects
+            return "the peer closed the connection" if self._channel.is_over() else ""
         silent_s = now_s - self._channel.last_heard_s
         if silent_s > self._room.stall_s:
             return f"nothing was heard from the peer for {silent_s:.1f} s"

@@ -17,6 +17,7 @@ from kv_transfer.wire import Check, WireError
 from phasewise.core.errors import ConfigError
 
 _ENQUEUE_TIMEOUT_S = 1.0
+_CONNECT_GRACE_S = 2.0
 
 
 class NcclDevice:
@@ -132,18 +133,23 @@ class NcclWire:
 
     def abort(self) -> None:
         self._is_aborted = True
+        # An abort in the last steps of making a communicator frees what they still use; a dead peer ends those anyway.
+        is_idle = self._is_idle.wait(_CONNECT_GRACE_S)
+        while not is_idle:
+            self._end_communicator()
+            is_idle = self._is_idle.wait(0.1)
         # A call that hangs in NCCL does not let go of the lock before it is aborted.
         has_lock = self._lock.acquire(timeout=_ENQUEUE_TIMEOUT_S)
         try:
-            with torch.cuda.device(self._index), Device(self._index):
-                self._communicator.abort()
-                while not self._is_idle.wait(0.1):  # `connect` was only about to have a communicator
-                    self._communicator.abort()
-                self._communicator.abort()
-                self._stream.synchronize()
+            self._end_communicator()
+            self._stream.synchronize()
         finally:
             if has_lock:
                 self._lock.release()
+
+    def _end_communicator(self) -> None:
+        with torch.cuda.device(self._index), Device(self._index):
+            self._communicator.abort()
 
     def _call(self, function: Callable[..., None], data: torch.Tensor) -> None:
         if self._is_aborted:

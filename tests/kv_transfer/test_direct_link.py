@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from kv_transfer import direct_link
+from kv_transfer.channel import Channel, Token
 from phasewise.core.errors import TransferFailed
 from phasewise.core.messages import KVPart, KVPartAck, LinkLost
 from tests.support.host_wire import HostDevice, HostWire
@@ -216,6 +217,26 @@ def test_nobody_there_and_nobody_who_answers(node: Make) -> None:
             sender.links.open("decode-0", f"127.0.0.1:{port}", 0.3)
     with pytest.raises(TransferFailed, match="cannot connect"):
         sender.links.open("decode-0", f"127.0.0.1:{port}", 0.3)
+
+
+def test_a_receiver_that_dies_while_the_wire_connects_is_noticed_at_once(node: Make) -> None:
+    sender, failures = node("prefill-0"), []
+
+    def open_link() -> None:
+        with pytest.raises(TransferFailed, match="closed the connection") as failure:
+            sender.links.open("decode-0", f"127.0.0.1:{listener.getsockname()[1]}", 30.0)
+        failures.append(failure)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        opener = threading.Thread(target=open_link)
+        opener.start()
+        receiver = Channel(listener.accept()[0])
+        hello = receiver.receive()
+        receiver.send(hello)
+        assert isinstance(receiver.receive(), Token)
+        receiver.close()
+        opener.join(CLEAN_WITHIN_S)
+        assert failures
 
 
 def test_noise_on_the_port_harms_nobody(node: Make) -> None:

@@ -128,11 +128,12 @@ class HostWire:
                 end.close()
 
     def _enqueue(self, operation: Any, *arguments: Any) -> _Done:
-        if self.aborted.is_set():
-            raise WireError("aborted")
-        done = _Done()
-        self._queue.put((operation, self._num_messages, arguments, done))
-        self._num_messages += 1
+        with self._lock:  # nothing may come behind what ends the stream
+            if self.aborted.is_set():
+                raise WireError("aborted")
+            done = _Done()
+            self._queue.put((operation, self._num_messages, arguments, done))
+            self._num_messages += 1
         return done
 
     def _run(self) -> None:
