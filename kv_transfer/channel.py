@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hmac
 import json
 import socket
 import struct
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kv_transfer.plan import WIRE_VERSION
 from phasewise.core.clock import Clock, MonotonicClock
@@ -40,6 +41,7 @@ class Hello:
     process: str = ""
     epoch: int = 0
     time_left_s: float = 0.0
+    secret: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,8 @@ def differences(ours: Hello, theirs: Hello) -> str:
     """What keeps two ends from talking, or ""."""
     if theirs.version != ours.version:
         return f"wire version {theirs.version} there, {ours.version} here"
+    if not hmac.compare_digest(theirs.secret.encode(), ours.secret.encode()):
+        return "the other end is not of this cluster: it does not know its secret"
     return "; ".join(
         f"{name} {there!r} there, {here!r} here"
         for name, there, here in (

@@ -64,25 +64,31 @@ class DirectLinks:
         *,
         fingerprint: str,
         host: str,
-        num_slabs: int = 2,
+        secret: str = "",
+        num_slabs_out: int = 2,
+        num_slabs_in: int = 2,
         slab_bytes: int = 128 << 20,
         stall_s: float = 5.0,
         trial_bytes: int = 16 << 20,
         clock: Clock | None = None,
     ) -> None:
-        """`host`: the name or number by which others reach this one. `fingerprint`: what two ends must agree on.
+        """`host`: the name or number by which others reach this one, and where it listens.
 
-        Takes 2 * num_slabs * slab_bytes of the device, and 2 * trial_bytes while a link opens.
+        `fingerprint`, which may be set later, is what two ends must agree on; `secret` is what both must know. Takes
+        (num_slabs_out + num_slabs_in) * slab_bytes of the device, and 2 * trial_bytes while a link opens.
         """
         if slab_bytes % 16 or trial_bytes % 256:
             raise ValueError("slab_bytes must be a multiple of 16 and trial_bytes of 256")
         self._worker_id = worker_id
         self._device = device
         self._post = post
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
+        self._secret = secret
         self._clock = clock or MonotonicClock()
         self._stall_s = stall_s
-        out_pool, in_pool = (SlabPool(device.allocate(num_slabs * slab_bytes), num_slabs) for _ in range(2))
+        out_pool, in_pool = (
+            SlabPool(device.allocate(count * slab_bytes), count, slab_bytes) for count in (num_slabs_out, num_slabs_in)
+        )
         self._out = Room(device, out_pool, post, check, self._clock, stall_s, trial_bytes)
         self._in = Room(device, in_pool, post, check, self._clock, stall_s, trial_bytes)
         self._packing: dict[int, Slab] = {}  # by address: given out by `buffer`, not sent yet
@@ -93,7 +99,7 @@ class DirectLinks:
         self._epochs: set[SendEpoch | ReceiveEpoch] = set()  # to be watched
         self._threads: set[threading.Thread] = set()
         self._is_closed = threading.Event()
-        self._listener = socket.create_server(("", 0), backlog=128)
+        self._listener = socket.create_server((host, 0), backlog=128)
         self.address = f"{host}:{self._listener.getsockname()[1]}"
         self._start("accept", self._accept)
         self._start("watch", self._watch)
@@ -261,7 +267,8 @@ class DirectLinks:
     # ---- both
 
     def _hello(self, sender: WorkerId, receiver: WorkerId, process: str, epoch: int, time_left_s: float) -> Hello:
-        return Hello(WIRE_VERSION, self._device.kind, self._fingerprint, sender, receiver, process, epoch, time_left_s)
+        kind, fingerprint, secret = self._device.kind, self.fingerprint, self._secret
+        return Hello(WIRE_VERSION, kind, fingerprint, sender, receiver, process, epoch, time_left_s, secret)
 
     def _break(self, epoch: SendEpoch | ReceiveEpoch, error: Exception) -> None:
         if not isinstance(error, OSError | WireError):

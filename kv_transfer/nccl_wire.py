@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch  # first: so that CuPy finds the NCCL that torch has loaded
 from cupy.cuda import Device, nccl
 
-from kv_transfer.wire import Check, WireError
+from kv_transfer.wire import Check, Mark, WireError
 from phasewise.core.errors import ConfigError
 
 _ENQUEUE_TIMEOUT_S = 1.0
@@ -112,9 +112,10 @@ class NcclWire:
             self._call(self._communicator.send, data)
             return CudaMark(self._stream)
 
-    def receive(self, data: torch.Tensor, after: CudaMark | None, check: Check) -> NcclReceipt:
+    def receive(self, data: torch.Tensor, after: Mark | None, check: Check) -> NcclReceipt:
         with self._lock, torch.cuda.device(self._index), torch.cuda.stream(self._stream):
             if after is not None:
+                assert isinstance(after, CudaMark)
                 self._stream.wait_event(after.event)
             self._call(self._communicator.recv, data)
             return NcclReceipt(check(data), self._stream)

@@ -27,12 +27,12 @@ class SlabPool:
     when it has no use for the slab any more.
     """
 
-    def __init__(self, storage: torch.Tensor, num_slabs: int) -> None:
+    def __init__(self, storage: torch.Tensor, num_slabs: int, slab_bytes: int) -> None:
         """`storage`: uint8 [num_slabs * slab_bytes]."""
         self._lock = threading.Lock()
-        self._free = [Slab(buffer) for buffer in storage.view(num_slabs, -1)]
+        self._free = [Slab(buffer) for buffer in storage.view(num_slabs, slab_bytes)]
         self._waiting: deque[tuple[object, Callable[[Slab], bool]]] = deque()
-        self.slab_bytes = storage.numel() // num_slabs
+        self.slab_bytes = slab_bytes
 
     @property
     def num_free(self) -> int:

@@ -98,7 +98,7 @@ def test_both_directions_of_a_pair_at_once(node: Make) -> None:
 
 
 def test_a_full_receiver_holds_the_sender_back_and_drops_nothing(node: Make) -> None:
-    sender, receiver = node("prefill-0", num_slabs=4), node("decode-0")
+    sender, receiver = node("prefill-0", num_slabs_out=4), node("decode-0")
     connect(sender, receiver)
     for index in range(4):
         assert sender.try_send("decode-0", index, 4096)
@@ -115,7 +115,7 @@ def test_a_full_receiver_holds_the_sender_back_and_drops_nothing(node: Make) -> 
 
 
 def test_slabs_go_to_the_sender_that_asked_first(node: Make) -> None:
-    receiver = node("decode-0", num_slabs=1)
+    receiver = node("decode-0", num_slabs_in=1)
     first, second = node("prefill-0"), node("prefill-1")
     for sender in (first, second):
         connect(sender, receiver)
