@@ -15,14 +15,11 @@ from collections.abc import Sequence
 import torch
 
 from kv_transfer.checksum import word_sums
-from kv_transfer.codec import CHECKSUM_BYTES, Codec, WireLayout
+from kv_transfer.codec import CHECKSUM_BYTES, FP8_MAX, SMALLEST_MAGNITUDE, Codec, WireLayout
 from phasewise.core.kv_spec import FP8
 
 FP8_DTYPE = torch.float8_e4m3fn
-FP8_MAX = 448.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, FP8: FP8_DTYPE}
-# An int8 row with a smaller magnitude becomes zeros: its scale would not be a normal number.
-SMALLEST_MAGNITUDE = 127 * 2.0**-126
 
 
 def slots_of(
