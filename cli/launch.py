@@ -174,7 +174,8 @@ class Launcher:
         from workers.actor import WorkerActor
 
         config = self._config
-        settings = worker_settings(config, self._devices(), collector, secrets.token_hex(16))
+        host = LOOPBACK if config.ray.address == "local" else ""
+        settings = worker_settings(config, self._devices(), collector, secrets.token_hex(16), host)
         make = ray.remote(num_cpus=0)
         self._control_plane = make(ControlPlaneActor).options(name="control-plane").remote(config, collector)
         self._gateway = (
@@ -279,7 +280,7 @@ class Launcher:
 
 
 def worker_settings(
-    config: ServingConfig, device: str, collector: str | None, secret: str = ""
+    config: ServingConfig, device: str, collector: str | None, secret: str = "", host: str = ""
 ) -> list[WorkerSettings]:
     """One entry per worker. Threads that are not given are the machine's cores shared out, at least one each."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -299,6 +300,7 @@ def worker_settings(
             collector,
             pool.tensor_parallel,
             secret,
+            host,
         )
         for role, pool in pools
         for i in range(pool.workers)

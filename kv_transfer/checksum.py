@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import torch
 
-_MASK = (1 << 64) - 1
 ROW_WORDS = 16
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 / golden ratio, as int64: multiples of it are spread evenly
 
@@ -32,14 +31,3 @@ def word_sums(words: torch.Tensor) -> torch.Tensor:
     rows = torch.cat((words[:whole].view(-1, ROW_WORDS).mv(weights), (rest * weights[: len(rest)]).sum().view(1)))
     folded = rows ^ ((rows >> 32) & 0xFFFFFFFF)
     return torch.stack((rows.sum(), (folded * place_weights(len(rows))).sum()))
-
-
-def checksum(payload: torch.Tensor) -> int:
-    """Sum of `payload` [num_layers, 2, num_tokens, num_kv_heads, head_dim], contiguous; a 128-bit integer.
-
-    head_dim times the element size must be a multiple of eight bytes.
-    """
-    rows = payload.view(torch.int64).sum(dim=-1).flatten()
-    places = torch.arange(1, rows.numel() + 1, dtype=torch.int64, device=rows.device)
-    total, weighted = torch.stack((rows.sum(), (rows * places).sum())).tolist()
-    return (total & _MASK) << 64 | (weighted & _MASK)

@@ -190,6 +190,7 @@ class KVSender:
         for transfer_id, transfer in list(self._transfers.items()):
             if transfer.peer == peer and transfer.in_flight:
                 self.abort(transfer_id, f"the link to {peer} broke: {reason}")
+        self.pump()  # its buffers are free
 
     # ---- inside
 

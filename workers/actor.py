@@ -12,7 +12,6 @@ import logging
 from collections.abc import Mapping
 
 import numpy as np
-import ray
 
 from kv_transfer.link import ArrivedPart
 from phasewise.core.clock import MonotonicClock
@@ -54,8 +53,7 @@ class WorkerActor:
         return self._info()
 
     def _load(self) -> None:
-        host = ray.util.get_node_ip_address()
-        self._links = WorkerLinks(self._settings, self._peers, self._post_from_link, host)
+        self._links = WorkerLinks(self._settings, self._peers, self._post_from_link)
         self._engine = load_engine(self._settings, self._set_progress, MonotonicClock())
         self._links.agree_on(self._engine.port.spec)
 

@@ -7,6 +7,7 @@ when all workers are loaded and know each other's addresses, before any of them 
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -38,11 +39,11 @@ class WorkerLinks:
         ConfigError: `transfer.link` asks for one that this worker cannot have.
     """
 
-    def __init__(self, settings: WorkerSettings, workers: WorkerMailboxes, post: Post, host: str) -> None:
+    def __init__(self, settings: WorkerSettings, workers: WorkerMailboxes, post: Post) -> None:
         self._is_required = settings.config.transfer.link not in ("auto", "object_store")
         device = torch.device("cuda" if settings.device != "cpu" else "cpu")
         self._object_store = ObjectStoreLink(settings.worker_id, workers, device, post)
-        self._direct = _direct_links(settings, post, host)
+        self._direct = _direct_links(settings, post)
         self.link: Link = self._object_store
         if self._direct is not None:
             self.link = RoutedLink(self._direct, self._object_store)
@@ -81,7 +82,7 @@ class WorkerLinks:
         self.link.close()
 
 
-def _direct_links(settings: WorkerSettings, post: Post, host: str) -> DirectLinks | None:
+def _direct_links(settings: WorkerSettings, post: Post) -> DirectLinks | None:
     transfer = settings.config.transfer
     if transfer.link == "object_store" or settings.role is WorkerRole.MIXED:
         return None
@@ -94,7 +95,7 @@ def _direct_links(settings: WorkerSettings, post: Post, host: str) -> DirectLink
         post,
         is_intact,
         fingerprint="",
-        host=host,
+        host=settings.host or socket.gethostbyname(socket.gethostname()),
         secret=settings.secret,
         num_slabs_out=transfer.num_slabs if settings.role.can_prefill else 0,
         num_slabs_in=transfer.num_slabs if settings.role.can_decode else 0,

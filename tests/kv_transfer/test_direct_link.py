@@ -188,6 +188,7 @@ def test_corrupted_bytes_are_told_and_cost_no_slab(node: Make) -> None:
     [
         ({"fingerprint": "3 layers"}, "KV layout '2 layers' there, '3 layers' here"),
         ({"device": HostDevice(kind="nccl 2.28")}, "wire 'host' there, 'nccl 2.28' here"),
+        ({"secret": "of another cluster"}, "is not of this cluster"),
         ({"worker_id": "decode-1"}, "receiver 'decode-0' there, 'decode-1' here"),
     ],
 )
