@@ -14,7 +14,8 @@ import torch
 
 from engine.cuda.attention import PagedChunks
 from engine.cuda.decoder import CudaDecoder
-from engine.cuda.kernels import DecodeAttention, prepare_step, prompt_tile
+from engine.cuda.kernels import DecodeAttention, prepare_step
+from engine.cuda.prompt_attention import prompt_tile
 from engine.cuda.step_inputs import DecodeRows, PromptChunk, TokenRows, Upload, aligned
 from engine.kv_cache import PagedKVCache
 
