@@ -1,4 +1,4 @@
-"""Attention of prompt chunks over the paged cache: a Triton kernel."""
+"""Attention of prompt chunks: Triton kernels over the paged cache, and to join results over different keys."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.cuda.kernels import comparable
+from engine.cuda.decode_attention import comparable
 
 
 @triton.jit
@@ -140,3 +140,31 @@ def prompt_attention(
         num_stages=stages,
     )
     return out
+
+
+@triton.jit
+def _merge_kernel(out_ptr, lse_ptr, other_ptr, other_lse_ptr, num_heads, other_row, other_head, head_dim: tl.constexpr):
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    lane = tl.arange(0, head_dim)
+    lse = tl.load(lse_ptr + head * tl.num_programs(0) + row)
+    other_lse = tl.load(other_lse_ptr + head * tl.num_programs(0) + row)
+    top = tl.maximum(lse, other_lse)
+    weight = tl.exp(lse - top)
+    other_weight = tl.exp(other_lse - top)
+    place = out_ptr + (row.to(tl.int64) * num_heads + head) * head_dim + lane
+    other = tl.load(other_ptr + row.to(tl.int64) * other_row + head * other_head + lane).to(tl.float32)
+    joined = (tl.load(place).to(tl.float32) * weight + other * other_weight) / (weight + other_weight)
+    tl.store(place, joined.to(out_ptr.dtype.element_ty))
+
+
+def merge_into(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> None:
+    """Joins two attention results over different keys, into `out` (engine/attention/merge.py is the plain twin).
+
+    out: [num_rows, num_heads, head_dim], contiguous; other: the same shape with any strides but the last;
+    lse, other_lse: [num_heads, num_rows] float32, natural.
+    """
+    num_rows, num_heads, head_dim = out.shape
+    _merge_kernel[(num_rows, num_heads)](
+        out, lse, other, other_lse, num_heads, other.stride(0), other.stride(1), head_dim, num_warps=1
+    )

@@ -19,9 +19,10 @@ import torch
 from engine.batch import ComputedStep, PendingStep, ScheduledBatch, ScheduledSequence, StepResult, all_or_none
 from engine.cuda import sampling
 from engine.cuda.attention import RaggedAttention, planned_shapes
+from engine.cuda.decode_attention import DecodeAttention
 from engine.cuda.decoder import CudaDecoder
+from engine.cuda.elementwise import prepare_step
 from engine.cuda.graphs import PROMPT_CHUNKS, StepOutputs, StepParts, capture_all
-from engine.cuda.kernels import DecodeAttention, prepare_step
 from engine.cuda.sampling import Drawn, DrawRow, draw
 from engine.cuda.step_inputs import (
     DecodeInputs,

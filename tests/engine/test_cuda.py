@@ -29,7 +29,8 @@ from tests.support.lone_worker import serve
 pytest.importorskip("triton")
 
 from engine.cuda.attention import RaggedAttention
-from engine.cuda.kernels import DecodeAttention, gemv, skinny_product
+from engine.cuda.decode_attention import DecodeAttention
+from engine.cuda.products import gemv, skinny_product
 from engine.cuda.runner import CudaModelRunner
 from engine.cuda.step_inputs import PromptChunk, Upload
 
