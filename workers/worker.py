@@ -60,6 +60,8 @@ from workers.roles import may_prefill, may_reserve
 
 logger = logging.getLogger(__name__)
 
+_UNUSABLE = "the model computed NaN or infinite logits for this request; its KV or the weights may be damaged"
+
 
 class Runner(Protocol):
     """The engine as the loop sees it (engine/model_runner.py)."""
@@ -226,7 +228,7 @@ class Worker:
             return
         self._num_steps += 1
         entries = list(zip(items, result.tokens, result.prompt_logprobs, strict=True))
-        self._fail_unusable([item for item, tokens, _ in entries if tokens is None])
+        self._fail([item for item, tokens, _ in entries if tokens is None], _UNUSABLE)
         num_decodes = len(flight.decodes)
         parts.decode.take((item, tokens[0]) for item, tokens, _ in entries[:num_decodes] if tokens is not None)
         for item, tokens, prompt_logprobs in entries[num_decodes:]:
@@ -237,14 +239,6 @@ class Worker:
         """The engine broke on this batch: its requests end, the worker lives on."""
         logger.exception("a step failed", extra={"worker_id": self.info.worker_id})
         self._fail(items, "the engine failed on this request's batch; the worker's log has the cause")
-
-    def _fail_unusable(self, items: Collection[ScheduledSequence]) -> None:
-        """Nothing can be sampled for these items of a step: their requests end, those of the others go on."""
-        cause = "the model computed NaN or infinite logits for this request; its KV or the weights may be damaged"
-        for item in items:
-            extra = {"worker_id": self.info.worker_id, "request_id": item.sequence.request_id}
-            logger.error("a request failed: %s", cause, extra=extra)
-        self._fail(items, cause)
 
     def _fail(self, items: Collection[ScheduledSequence], reason: str) -> None:
         """Ends the items' requests with InternalError, if they are here still.
