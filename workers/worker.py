@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 import queue
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,6 +59,8 @@ from prefill_workers.phase import PrefillPhase
 from workers.roles import may_prefill, may_reserve
 
 logger = logging.getLogger(__name__)
+
+_UNUSABLE = "the model computed NaN or infinite logits for this request; its KV or the weights may be damaged"
 
 
 class Runner(Protocol):
@@ -222,7 +224,7 @@ class Worker:
             for first_layer, num_layers in done:
                 parts.prefill.on_layers_done(prompts, first_layer, num_layers)
         except Exception:
-            self._fail(items)
+            self._fail_step(items)
             return False
         for item in items:
             item.sequence.begin_step(item.num_tokens)
@@ -230,28 +232,35 @@ class Worker:
         return True
 
     def _collect(self, flight: _StepInFlight) -> None:
+        parts, items = self._parts, (*flight.decodes, *flight.prompts)
         try:
             result = flight.step.collect()
         except Exception:
-            self._fail((*flight.decodes, *flight.prompts))
+            self._fail_step(items)
             return
         self._num_steps += 1
-        parts, num_decodes = self._parts, len(flight.decodes)
-        tokens = (entry[0] for entry in result.tokens[:num_decodes])
-        parts.decode.take(zip(flight.decodes, tokens, strict=True))
-        for i, item in enumerate(flight.prompts, num_decodes):
-            parts.prefill.take(item, result.tokens[i], result.prompt_logprobs[i])
+        entries = list(zip(items, result.tokens, result.prompt_logprobs, strict=True))
+        self._fail([item for item, tokens, _ in entries if tokens is None], _UNUSABLE)
+        num_decodes = len(flight.decodes)
+        parts.decode.take((item, tokens[0]) for item, tokens, _ in entries[:num_decodes] if tokens is not None)
+        for item, tokens, prompt_logprobs in entries[num_decodes:]:
+            if tokens is not None:
+                parts.prefill.take(item, tokens, prompt_logprobs)
 
-    def _fail(self, items: tuple[ScheduledSequence, ...]) -> None:
-        """The engine broke on this batch: its requests end with an error, the worker lives on.
+    def _fail_step(self, items: Collection[ScheduledSequence]) -> None:
+        """The engine broke on this batch: its requests end, the worker lives on."""
+        logger.exception("a step failed", extra={"worker_id": self.info.worker_id})
+        self._fail(items, "the engine failed on this request's batch; the worker's log has the cause")
+
+    def _fail(self, items: Collection[ScheduledSequence], reason: str) -> None:
+        """Ends the items' requests with InternalError, if they are here still.
 
         The KV of their earlier steps may be the cause, such as NaN: nobody else shall find it in the prefix cache.
         """
-        logger.exception("a step failed", extra={"worker_id": self.info.worker_id})
         for item in items:
             self._parts.blocks.unpublish(item.sequence.block_table)
         for request_id in {item.sequence.request_id for item in items}:
-            error = InternalError("the engine failed on this request's batch; the worker's log has the cause")
+            error = InternalError(reason)
             self._parts.prefill.fail(request_id, error)
             self._parts.decode.fail(request_id, error)
 

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.batch import ComputedStep, PendingStep, ScheduledBatch, ScheduledSequence, StepResult
+from engine.batch import ComputedStep, PendingStep, ScheduledBatch, ScheduledSequence, StepResult, all_or_none
 from engine.cuda import sampling
 from engine.cuda.attention import RaggedAttention, planned_shapes
+from engine.cuda.decode_attention import DecodeAttention
 from engine.cuda.decoder import CudaDecoder
+from engine.cuda.elementwise import prepare_step
 from engine.cuda.graphs import PROMPT_CHUNKS, StepOutputs, StepParts, capture_all
-from engine.cuda.kernels import DecodeAttention, prepare_step
 from engine.cuda.sampling import Drawn, DrawRow, draw
 from engine.cuda.step_inputs import (
     DecodeInputs,
@@ -38,7 +39,6 @@ from engine.loader import LoadedModel
 from engine.model_runner import ModelRunner, sample_indices
 from engine.sequence import Sequence
 from engine.tensor_parallel import Command, OtherRanks
-from phasewise.core.errors import InternalError
 from phasewise.core.request import SampledToken, SamplingParams
 
 _NO_TOKENS = TokenRows.padding(0)
@@ -372,27 +372,20 @@ class _CudaStep:
     @torch.inference_mode()
     def collect(self) -> StepResult:
         self.event.synchronize()
-        sampled: dict[int, tuple[SampledToken, ...]] = {}
+        sampled: dict[int, tuple[SampledToken, ...] | None] = {}
         if self.drawn is not None:
             drawn = iter(self.drawn.result())
             for item, _ in self.items:
-                sampled[id(item)] = tuple(_checked(next(drawn), item) for _ in range(item.num_samples))
+                sampled[id(item)] = all_or_none([next(drawn) for _ in range(item.num_samples)])
         elif self.tokens is not None:
             tokens = self.tokens.tolist()
             for item, row in self.items:
-                token = _checked(SampledToken(tokens[row]) if tokens[row] >= 0 else None, item)
-                sampled[id(item)] = (token,) * item.num_samples
+                token = tokens[row]
+                sampled[id(item)] = None if token < 0 else (SampledToken(token),) * item.num_samples
         logprobs = self.prompt_logprobs
         if logprobs is None:
             logprobs = self.runner.prompt_logprobs(self.batch, self.hidden, self.first_prompt_row)
         return StepResult(tuple(sampled.get(id(item), ()) for item in self.batch.items), logprobs)
-
-
-def _checked(token: SampledToken | None, item: ScheduledSequence) -> SampledToken:
-    if token is None:
-        request_id = item.sequence.request_id
-        raise InternalError(f"the model computed NaN logits for request {request_id}; its weights may be damaged")
-    return token
 
 
 def _is_decode(item: ScheduledSequence) -> bool:
