@@ -22,12 +22,16 @@ def place_weights(num_places: int) -> torch.Tensor:
     return (spread ^ (spread >> 29)) | 1
 
 
+_COLUMN_WEIGHTS = place_weights(ROW_WORDS)
+
+
 def word_sums(words: torch.Tensor) -> torch.Tensor:
     """The two sums of int64 [num_words] on the CPU.  # int64 [2]"""
-    weights = place_weights(ROW_WORDS)
     whole = len(words) // ROW_WORDS * ROW_WORDS
-    rest = words[whole:]
     # A matrix-vector product because torch does it on one thread, without a copy, at the memory's speed.
-    rows = torch.cat((words[:whole].view(-1, ROW_WORDS).mv(weights), (rest * weights[: len(rest)]).sum().view(1)))
+    rows = words[:whole].view(-1, ROW_WORDS).mv(_COLUMN_WEIGHTS)
+    if whole < len(words):
+        rest = words[whole:]
+        rows = torch.cat((rows, rest.dot(_COLUMN_WEIGHTS[: len(rest)]).view(1)))
     folded = rows ^ ((rows >> 32) & 0xFFFFFFFF)
-    return torch.stack((rows.sum(), (folded * place_weights(len(rows))).sum()))
+    return torch.stack((rows.sum(), folded.dot(place_weights(len(rows)))))
