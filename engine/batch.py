@@ -62,11 +62,15 @@ def all_or_none(tokens: Iterable[SampledToken | None]) -> tuple[SampledToken, ..
     return tuple(chosen)
 
 
+class DeviceLost(Exception):
+    """The device failed in a way that no later step survives: only a new process can use it again."""
+
+
 class PendingStep(Protocol):
     """A step that was given to the device."""
 
     def collect(self) -> StepResult:
-        """Waits until the step is computed. Called once, in the order of the steps."""
+        """Waits until the step is computed. Called once, in the order of the steps. May raise DeviceLost."""
 
 
 @dataclass(frozen=True, slots=True)

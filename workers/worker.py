@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from decode_workers.phase import DecodePhase
-from engine.batch import PendingStep, ScheduledBatch, ScheduledSequence
+from engine.batch import DeviceLost, PendingStep, ScheduledBatch, ScheduledSequence
 from engine.block_manager import BlockManager
 from kv_transfer.link import ArrivedPart
 from kv_transfer.receiver import KVReceiver
@@ -223,6 +223,8 @@ class Worker:
             step = parts.runner.submit(ScheduledBatch(items), on_layers_done if prompts else None, layers_per_part)
             for first_layer, num_layers in done:
                 parts.prefill.on_layers_done(prompts, first_layer, num_layers)
+        except DeviceLost:
+            raise
         except Exception:
             self._fail_step(items)
             return False
@@ -235,6 +237,8 @@ class Worker:
         parts, items = self._parts, (*flight.decodes, *flight.prompts)
         try:
             result = flight.step.collect()
+        except DeviceLost:
+            raise
         except Exception:
             self._fail_step(items)
             return

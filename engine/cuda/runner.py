@@ -10,13 +10,23 @@ computation needs; what is sampled from the largest logits alone, every rank fin
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
 
-from engine.batch import ComputedStep, PendingStep, ScheduledBatch, ScheduledSequence, StepResult, all_or_none
+from engine.batch import (
+    ComputedStep,
+    DeviceLost,
+    PendingStep,
+    ScheduledBatch,
+    ScheduledSequence,
+    StepResult,
+    all_or_none,
+)
 from engine.cuda import sampling
 from engine.cuda.attention import RaggedAttention, planned_shapes
 from engine.cuda.decode_attention import DecodeAttention
@@ -42,6 +52,21 @@ from engine.tensor_parallel import Command, OtherRanks
 from phasewise.core.request import SampledToken, SamplingParams
 
 _NO_TOKENS = TokenRows.padding(0)
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _loses_device(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """CUDA reports an illegal access or a broken device to every later call of the process, too."""
+
+    @functools.wraps(method)
+    def guarded(*arguments: _P.args, **named: _P.kwargs) -> _R:
+        try:
+            return method(*arguments, **named)
+        except torch.AcceleratorError as error:
+            raise DeviceLost(str(error)) from error
+
+    return guarded
 
 
 class CudaModelRunner(ModelRunner):
@@ -96,6 +121,7 @@ class CudaModelRunner(ModelRunner):
         """As ModelRunner.run."""
         return self.submit(batch, on_layers_done, layers_per_group).collect()
 
+    @_loses_device
     @torch.inference_mode()
     def submit(
         self,
@@ -369,6 +395,7 @@ class _CudaStep:
     first_prompt_row: int
     prompt_logprobs: tuple[tuple[SampledToken, ...], ...] | None  # if they are known already
 
+    @_loses_device
     @torch.inference_mode()
     def collect(self) -> StepResult:
         self.event.synchronize()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from engine.batch import PendingStep, ScheduledBatch, ScheduledSequence, StepResult, all_or_none
+from engine.batch import DeviceLost, PendingStep, ScheduledBatch, ScheduledSequence, StepResult, all_or_none
 from engine.kv_cache import PagedKVCache
 from engine.sequence import Sequence
 from kv_transfer.staging import slots_of
@@ -72,6 +72,7 @@ class ScriptedRunner:
         self.num_steps_ahead = num_steps_ahead
         self.fail_next = False
         self.fail_late = False
+        self.is_device_lost = False
         self.batches: list[ScheduledBatch] = []
         self._newest: dict[Sequence, int] = {}
 
@@ -81,6 +82,8 @@ class ScriptedRunner:
         on_layers_done: Callable[[int, int], None] | None = None,
         layers_per_group: int = 0,
     ) -> PendingStep:
+        if self.is_device_lost:
+            raise DeviceLost("scripted loss of the device")
         if self.fail_next:
             self.fail_next = False
             self.batches.append(batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from engine.batch import DeviceLost
 from engine.sequence import Sequence
 from tests.support.scripted_engine import SPEC, expected_tokens
 from tests.support.worker_box import WorkerBox
@@ -137,3 +138,13 @@ def test_while_others_are_preempted() -> None:
         num_preempted += box.workers["mixed-0"].load().counters["preemptions"] > 0
         box.assert_empty()
     assert num_preempted
+
+
+def test_a_lost_device_ends_the_loop_so_that_the_worker_is_lost() -> None:
+    box = WorkerBox({"mixed-0": "mixed"})
+    box.submit("r", prompt_of(40), "mixed-0", "mixed-0", max_tokens=20)
+    box.run_until(lambda: box.tokens[("r", 0)])
+    box.runners["mixed-0"].is_device_lost = True
+    with pytest.raises(DeviceLost):
+        box.run()
+    assert not box.failures, "the gateway moves its requests when it hears of the loss"
