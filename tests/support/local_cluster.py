@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +135,19 @@ class LocalCluster:
     # ---- Placer
 
     async def place(
-        self, request_id: str, num_prompt_tokens: int, num_samples: int, max_tokens: int, timeout_s: float
+        self,
+        request_id: str,
+        num_prompt_tokens: int,
+        num_samples: int,
+        max_tokens: int,
+        timeout_s: float,
+        *,
+        attempt: int,
+        avoid: Collection[WorkerId],
     ) -> Placement:
-        return self.scheduler.place(request_id, num_prompt_tokens, num_samples, max_tokens)
+        return self.scheduler.place(
+            request_id, num_prompt_tokens, num_samples, max_tokens, attempt=attempt, avoid=avoid
+        )
 
     def first_token(self, request_id: str) -> None:
         self.scheduler.first_token(request_id)

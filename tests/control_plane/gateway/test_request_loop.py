@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from control_plane.gateway.open_requests import merge_deltas
+from control_plane.gateway.open_stream import OpenStream
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
-from control_plane.gateway.request_loop import OpenStream, RequestLoop
+from control_plane.gateway.request_loop import RequestLoop
 from control_plane.gateway.service import GenerateInput, ModelCard, SampleDelta, SamplingInput
 from control_plane.gateway.text import TextTokenizer
 from control_plane.gateway.vocabulary import ByteVocabulary
@@ -39,7 +40,7 @@ class Cluster:
         )
         self.loop.start_admitting()
 
-    async def place(self, request_id: str, *_: Any) -> Placement:
+    async def place(self, request_id: str, *_: Any, **__: Any) -> Placement:
         self.before_place()
         self.open.add(request_id)
         return Placement(request_id, "prefill-0", "decode-0")
