@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from control_plane.metrics import GatewayMetrics
 from kv_transfer.loopback_link import LoopbackLink
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.config import ServingConfig, build_config
-from phasewise.core.messages import WorkerInfo, WorkerLoad, WorkerMessage, WorkerOutput
+from phasewise.core.messages import PeerLost, WorkerInfo, WorkerLoad, WorkerMessage, WorkerOutput
 from phasewise.core.model_source import model_facts, resolve_model
 from phasewise.core.placement import Placement, WorkerId
 from workers.build import LoadedEngine, Ports, assemble, load_engine, worker_info
@@ -31,7 +31,10 @@ from workers.worker import Worker
 
 
 class LocalCluster:
-    """Made by `local_cluster`. `service` is the RequestLoop; `workers` can be looked into."""
+    """Made by `local_cluster`. `service` is the RequestLoop; `workers` can be looked into.
+
+    `after_deliver` is called when the gateway has taken an output: a place to lose a worker at a certain token.
+    """
 
     def __init__(self, config: ServingConfig, served_name: str) -> None:
         self.config = config
@@ -42,8 +45,10 @@ class LocalCluster:
         self.workers: dict[WorkerId, Worker] = {}
         self.engines: dict[WorkerId, LoadedEngine] = {}
         self._threads: list[threading.Thread] = []
-        mailboxes: dict[WorkerId, Any] = {}
-        link = LoopbackLink(mailboxes)
+        self.lost: set[WorkerId] = set()
+        self.after_deliver: Callable[[], None] = lambda: None
+        self._mailboxes: dict[WorkerId, Any] = {}
+        link = LoopbackLink(self._mailboxes)
         for settings in worker_settings(config, "cpu", None):
             engine = load_engine(settings, lambda share: None, self._clock)
             info = worker_info(settings, engine)
@@ -51,7 +56,7 @@ class LocalCluster:
             worker = assemble(info, engine.runner, engine.cache, config, ports, self._clock)
             self.workers[settings.worker_id] = worker
             self.engines[settings.worker_id] = engine
-            mailboxes[settings.worker_id] = worker.post
+            self._mailboxes[settings.worker_id] = worker.post
             self.scheduler.worker_joined(info)
         source = resolve_model(config.model.path)
         facts = model_facts(source)
@@ -94,6 +99,16 @@ class LocalCluster:
         for thread in self._threads:
             await asyncio.to_thread(thread.join)
 
+    def lose(self, worker_id: WorkerId) -> None:
+        """As if its process was killed: it hears nothing, what it says is not heard, and everybody else is told."""
+        self.lost.add(worker_id)
+        self.workers[worker_id].stop()
+        del self._mailboxes[worker_id]
+        self.scheduler.worker_lost(worker_id)
+        for other in self.workers.keys() - self.lost:
+            self.send(other, PeerLost(worker_id))
+        self.service.worker_lost(worker_id)
+
     async def until_empty(self) -> None:
         """Returns when no block and no request is left anywhere; the caller bounds the wait."""
         while not self.is_empty():
@@ -119,10 +134,15 @@ class LocalCluster:
     # ---- ports of workers and gateway; workers call from their threads
 
     def send(self, worker_id: WorkerId, message: WorkerMessage) -> None:
-        self.workers[worker_id].post(message)
+        if worker_id not in self.lost:
+            self.workers[worker_id].post(message)
 
     def deliver(self, gateway_id: str, output: WorkerOutput) -> None:
-        self._loop.call_soon_threadsafe(self.service.deliver, output)
+        self._loop.call_soon_threadsafe(self._deliver, output)
+
+    def _deliver(self, output: WorkerOutput) -> None:
+        self.service.deliver(output)
+        self.after_deliver()
 
     def report(self, load: WorkerLoad) -> None:
         with contextlib.suppress(RuntimeError):  # the loop of a test that is over
