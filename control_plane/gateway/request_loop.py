@@ -319,12 +319,14 @@ class RequestLoop:
 
     def _on_failure(self, stream: OpenStream, failure: RequestFailed, worker_id: WorkerId) -> None:
         error = ERROR_BY_CODE.get(failure.code, InternalError)(failure.message)
-        attempt = stream.record.attempts[failure.request_id]
-        if not isinstance(error, _RECOVERABLE) or attempt.placement is None:
+        if not isinstance(error, _RECOVERABLE):
             self._fail(stream, error)
             return
+        attempt = stream.record.attempts[failure.request_id]
+        placement = attempt.placement
+        assert placement is not None, "a worker has it"
         if isinstance(error, TransferFailed):  # either may be at fault
-            stream.record.avoided.update((attempt.placement.prefill_worker, attempt.placement.decode_worker))
+            stream.record.avoided.update((placement.prefill_worker, placement.decode_worker))
         elif isinstance(error, Unavailable):
             stream.record.avoided.add(worker_id)
         self._recover(stream, attempt, error)
