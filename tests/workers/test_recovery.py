@@ -7,7 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from phasewise.core.errors import DeadlineExceeded, InternalError, TransferFailed, Unavailable, WorkerLost
+from phasewise.core.errors import (
+    DeadlineExceeded,
+    InternalError,
+    RequestCancelled,
+    TransferFailed,
+    Unavailable,
+    WorkerLost,
+)
 from phasewise.core.lifecycle import RequestStatus, Stage
 from phasewise.core.messages import (
     AbortRequest,
@@ -367,7 +374,8 @@ async def test_cancelled_and_expired_while_recovering() -> None:
     box.lose("decode-0")  # the new placement is a task that has not run yet
     assert box.streams["left"].record.status is RequestStatus.RECOVERING
     await box.streams["left"].aclose()
-    await box.turn()
+    with pytest.raises(RequestCancelled):
+        await box.answer("left")
     assert box.streams["left"].record.status is RequestStatus.CANCELLED
     await box.ask("late", prompt_of(30), max_tokens=20)
     await box.until(lambda: len(box.ids[("late", 0)]) >= 3)
