@@ -22,7 +22,6 @@ from tests.support.tiny_model import save_tiny_model
 PAIRS = {"prefill": {"workers": 2, "threads": 1}, "decode": {"workers": 3, "threads": 1}}
 MIXED = {"prefill": {"workers": 0}, "decode": {"workers": 0}, "mixed": {"workers": 3, "threads": 1}}
 WAYS: dict[str, dict[str, Any]] = {
-    "handoff": {"pools": PAIRS},
     "handoff by layers and chunks": {
         "pools": PAIRS,
         "scheduler": {"token_budget": 16},

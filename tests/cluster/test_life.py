@@ -102,28 +102,34 @@ def test_two_clusters_on_one_machine_and_a_taken_port(cluster: Served, tiny_mode
         assert flag in line
 
 
-async def streams_under(cluster: Served, kill: list[str], num_tokens: int = 400) -> list[list[int]]:
-    """The tokens of eight streams; `kill` names workers that die when each stream is well inside its decode."""
+async def streams_under(
+    cluster: Served, *, in_prefill: str = "", in_decode: str = "", num_tokens: int = 400
+) -> list[list[int]]:
+    """The tokens of eight streams, greedy and drawn. One worker is killed with prompts in its queue, another when each
+    stream is well inside its decode."""
     async with phasewise.AsyncClient(cluster.grpc, timeout_s=120, max_retries=0) as client:
         started = asyncio.Semaphore(0)
 
         async def one(seed: int) -> list[int]:
             ids: list[int] = []
+            prompt = [seed, *(position * seed % 250 for position in range(700))]
             async for delta in client.stream(
-                token_ids=[seed, 1, 2], max_tokens=num_tokens, temperature=seed % 2 * 0.8, seed=seed, ignore_eos=True
+                token_ids=prompt, max_tokens=num_tokens, temperature=seed % 2 * 0.8, seed=seed, ignore_eos=True
             ):
                 if len(ids) <= 5 < len(ids) + len(delta.token_ids):
                     started.release()
                 ids += delta.token_ids
             return ids
 
+        pids = {worker["id"]: worker["pid"] for worker in cluster.status()["workers"]}
         streams = [asyncio.create_task(one(seed)) for seed in range(8)]
-        if kill:
-            pids = [cluster.worker(worker_id)["pid"] for worker_id in kill]
+        if in_prefill:
+            await asyncio.to_thread(until, lambda: cluster.worker(in_prefill)["waiting_prompt_tokens"] > 0, 30.0)
+            os.kill(pids[in_prefill], signal.SIGKILL)
+        if in_decode:
             for _ in streams:
                 await started.acquire()
-            for pid in pids:
-                os.kill(pid, signal.SIGKILL)
+            os.kill(pids[in_decode], signal.SIGKILL)
         return await asyncio.gather(*streams)
 
 
@@ -135,11 +141,11 @@ def recoveries(cluster: Served) -> int:
 
 async def test_killed_workers_change_no_token_of_any_stream(tiny_model: tuple[Path, Any]) -> None:
     with served(str(tiny_model[0]), "--prefill", "2", "--decode", "2") as cluster:
-        undisturbed = await streams_under(cluster, [])
+        undisturbed = await streams_under(cluster)
         assert all(len(ids) == 400 for ids in undisturbed)
         assert recoveries(cluster) == 0
-        assert await streams_under(cluster, ["decode-1", "prefill-0"]) == undisturbed
-        assert recoveries(cluster) > 0, "some streams were on the killed worker"
+        assert await streams_under(cluster, in_prefill="prefill-0", in_decode="decode-1") == undisturbed
+        assert recoveries(cluster) > 1, "some requests were on each of the killed workers"
         for worker_id in ("decode-1", "prefill-0"):
             assert cluster.worker(worker_id)["state"] == "lost"
         until(lambda: not held(cluster.status()), 2.0)
@@ -148,7 +154,7 @@ async def test_killed_workers_change_no_token_of_any_stream(tiny_model: tuple[Pa
 async def test_a_killed_worker_that_nobody_can_replace_ends_its_streams_clearly(tiny_model: tuple[Path, Any]) -> None:
     with served(str(tiny_model[0]), "--prefill", "1", "--decode", "1") as cluster:
         with pytest.raises(phasewise.WorkerLost, match="decode-0") as caught:
-            await streams_under(cluster, ["decode-0"], 900)
+            await streams_under(cluster, in_decode="decode-0")
         assert caught.value.retry_safe
         until(lambda: not held(cluster.status()), 2.0)
 
