@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,11 +72,19 @@ class ControlPlaneActor:
         self._scheduler.worker_load(load)
 
     async def place(
-        self, request_id: str, num_prompt_tokens: int, num_samples: int, max_tokens: int
+        self,
+        request_id: str,
+        num_prompt_tokens: int,
+        num_samples: int,
+        max_tokens: int,
+        attempt: int,
+        avoid: Collection[WorkerId],
     ) -> Placement | ServingError:
         """A refusal comes back as a value: Ray would wrap an exception."""
         try:
-            return self._scheduler.place(request_id, num_prompt_tokens, num_samples, max_tokens)
+            return self._scheduler.place(
+                request_id, num_prompt_tokens, num_samples, max_tokens, attempt=attempt, avoid=avoid
+            )
         except ServingError as error:
             return error
 
@@ -138,7 +146,7 @@ class ControlPlaneActor:
             self._tell_lost(worker_id, reason)
 
     def _tell_lost(self, worker_id: WorkerId, reason: str) -> None:
-        """Everybody hears once: peers free what it held, gateways end or move its requests."""
+        """Everybody hears once: peers free what it held, gateways move its requests."""
         logger.error("worker was lost: %s", reason, extra={"worker_id": worker_id})
         self._workers.forget(worker_id)
         for other in self._workers.ids():
@@ -159,9 +167,19 @@ class RemotePlacer:
         self._news: list[tuple[str, int | None]] = []
 
     async def place(
-        self, request_id: str, num_prompt_tokens: int, num_samples: int, max_tokens: int, timeout_s: float
+        self,
+        request_id: str,
+        num_prompt_tokens: int,
+        num_samples: int,
+        max_tokens: int,
+        timeout_s: float,
+        *,
+        attempt: int,
+        avoid: Collection[WorkerId],
     ) -> Placement:
-        call = self._control_plane.place.remote(request_id, num_prompt_tokens, num_samples, max_tokens)
+        call = self._control_plane.place.remote(
+            request_id, num_prompt_tokens, num_samples, max_tokens, attempt, tuple(avoid)
+        )
         try:
             answer = await asyncio.wait_for(asyncio.wrap_future(call.future()), timeout_s)
         except asyncio.CancelledError:

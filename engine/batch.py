@@ -15,7 +15,7 @@ class ScheduledSequence:
     """Compute the next `num_tokens` tokens of `sequence`, from position `start` on: after those in flight.
 
     `num_samples` is how many tokens to sample from the logits of the last one: 0 for a chunk in the middle of a prompt,
-    1 for a decode (as the sequence's own sample index), n for the last chunk of a prompt (sample indices 0 to n - 1).
+    1 for a decode, n for the last chunk of a prompt (sample indices from the sequence's own on).
     """
 
     sequence: Sequence

@@ -203,5 +203,6 @@ class ModelRunner:
 
 
 def sample_indices(item: ScheduledSequence) -> list[int]:
-    """A single sample continues the sequence it belongs to; several are the first tokens of samples 0 to n - 1."""
-    return [item.sequence.sample_index] if item.num_samples == 1 else list(range(item.num_samples))
+    """Consecutive, from the sequence's own on: a decode has one, the last chunk of a prompt one per sample."""
+    first = item.sequence.sample_index
+    return list(range(first, first + item.num_samples))

@@ -127,7 +127,7 @@ def apply_bias_and_penalties(logits: torch.Tensor, sequence: Sequence) -> None:
         values = logits[seen]
         penalty = sampling.repetition_penalty
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    output = sequence.token_ids[sequence.num_prompt_tokens :]
+    output = sequence.token_ids[sequence.first_output :]
     if output and (sampling.frequency_penalty or sampling.presence_penalty):
         seen, counts = torch.tensor(output, device=device).unique(return_counts=True)
         logits[seen] -= sampling.frequency_penalty * counts + sampling.presence_penalty

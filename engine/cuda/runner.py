@@ -340,7 +340,7 @@ class CudaModelRunner(ModelRunner):
                 item.sequence,
                 index,
                 row,
-                item.start + item.num_tokens - item.sequence.num_prompt_tokens,
+                item.start + item.num_tokens - item.sequence.first_output,
                 row if item.start == len(item.sequence.token_ids) else -1,
             )
             for item, row in items

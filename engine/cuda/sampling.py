@@ -241,7 +241,7 @@ class _Adjustment:
             if sampling.repetition_penalty != 1.0:
                 self._seen.add(start, sequence.token_ids, row.pending)
             if _counts_outputs(sampling):
-                self._outputs.add(start, sequence.token_ids[sequence.num_prompt_tokens :], row.pending)
+                self._outputs.add(start, sequence.token_ids[sequence.first_output :], row.pending)
         params = [rows[j].sequence.sampling for j in chosen]
         self.num_rows = len(chosen)
         self._logits_rows = upload.add(np.array([rows[j].logits_row for j in chosen], dtype=np.int64))

@@ -148,6 +148,6 @@ STARTED = MetricName("phasewise_requests_started", "Requests accepted by this ga
 FAILED = MetricName("phasewise_requests_failed", "Requests refused or failed, by error code")
 CANCELLED = MetricName("phasewise_requests_cancelled", "Requests whose client left or cancelled")
 PREEMPTIONS = MetricName("phasewise_preemptions", "Preemptions seen in this gateway's requests")
-RECOVERIES = MetricName("phasewise_recoveries", "Requests placed again after a fault, by step of the ladder")
+RECOVERIES = MetricName("phasewise_recoveries", "Attempts given up and placed again, by reason")
 PLACEMENTS = MetricName("phasewise_placements", "Placements, by whether the KV travels (handoff) or not (local)")
 OPEN_REQUESTS = MetricName("phasewise_requests_open", "Requests open at this gateway")

@@ -64,7 +64,8 @@ def random_params(rng: random.Random, vocab_size: int) -> SamplingParams:
 def random_sequence(rng: random.Random, params: SamplingParams, vocab_size: int) -> Sequence:
     few = [rng.randrange(vocab_size) for _ in range(12)]
     prompt, outputs = rng.choices(few, k=rng.randrange(1, 30)), rng.choices(few, k=rng.choice([0, 1, 25]))
-    return Sequence("request", params, prompt + outputs, len(prompt))
+    num_resumed = len(outputs) // 2
+    return Sequence("request", params, prompt + outputs, len(prompt) + num_resumed, num_resumed_tokens=num_resumed)
 
 
 def random_logits(rng: random.Random, num_rows: int, vocab_size: int, dtype: torch.dtype) -> torch.Tensor:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from kv_transfer.routed_link import RoutedLink
 from kv_transfer.staging import is_intact
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.config import ServingConfig, build_config
-from phasewise.core.messages import WorkerInfo, WorkerLoad, WorkerMessage, WorkerOutput
+from phasewise.core.messages import PeerLost, WorkerInfo, WorkerLoad, WorkerMessage, WorkerOutput
 from phasewise.core.model_source import model_facts, resolve_model
 from phasewise.core.placement import Placement, WorkerId
 from tests.support.host_wire import HostDevice
@@ -39,7 +39,10 @@ from workers.worker import Worker
 
 
 class LocalCluster:
-    """Made by `local_cluster`. `service` is the RequestLoop; `workers` can be looked into."""
+    """Made by `local_cluster`. `service` is the RequestLoop; `workers` can be looked into.
+
+    `after_deliver` is called when the gateway has taken an output: a place to lose a worker at a certain token.
+    """
 
     def __init__(self, config: ServingConfig, served_name: str, has_direct_links: bool = False) -> None:
         self.config = config
@@ -51,19 +54,21 @@ class LocalCluster:
         self.engines: dict[WorkerId, LoadedEngine] = {}
         self.direct: dict[WorkerId, DirectLinks] = {}
         self._threads: list[threading.Thread] = []
-        mailboxes: dict[WorkerId, Any] = {}
+        self.lost: set[WorkerId] = set()
+        self.after_deliver: Callable[[], None] = lambda: None
+        self._mailboxes: dict[WorkerId, Any] = {}
         for settings in worker_settings(config, "cpu", None):
             engine = load_engine(settings, lambda share: None, self._clock)
             info = worker_info(settings, engine)
-            link: Link = LoopbackLink(settings.worker_id, mailboxes)
+            link: Link = LoopbackLink(settings.worker_id, self._mailboxes)
             if has_direct_links:
-                self.direct[settings.worker_id] = self._direct_links(info, mailboxes)
+                self.direct[settings.worker_id] = self._direct_links(info, self._mailboxes)
                 link = RoutedLink(self.direct[settings.worker_id], link)
             ports = Ports(self, self, self, link)
             worker = assemble(info, engine.runner, engine.port, settings.config, ports, self._clock)
             self.workers[settings.worker_id] = worker
             self.engines[settings.worker_id] = engine
-            mailboxes[settings.worker_id] = worker.post
+            self._mailboxes[settings.worker_id] = worker.post
             self.scheduler.worker_joined(info)
         source = resolve_model(config.model.path)
         facts = model_facts(source)
@@ -95,7 +100,9 @@ class LocalCluster:
     @staticmethod
     def _direct_links(info: WorkerInfo, mailboxes: dict[WorkerId, Any]) -> DirectLinks:
         def post(message: Any, arrived: Any = None) -> None:
-            mailboxes[info.worker_id](message, arrived)
+            mailbox = mailboxes.get(info.worker_id)
+            if mailbox is not None:
+                mailbox(message, arrived)
 
         return DirectLinks(
             info.worker_id,
@@ -132,6 +139,16 @@ class LocalCluster:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+    def lose(self, worker_id: WorkerId) -> None:
+        """As if its process was killed: it hears nothing, what it says is not heard, and everybody else is told."""
+        self.lost.add(worker_id)
+        self.workers[worker_id].stop()
+        del self._mailboxes[worker_id]
+        self.scheduler.worker_lost(worker_id)
+        for other in self.workers.keys() - self.lost:
+            self.send(other, PeerLost(worker_id))
+        self.service.worker_lost(worker_id)
+
     async def until_empty(self) -> None:
         """Returns when no block and no request is left anywhere; the caller bounds the wait."""
         while not self.is_empty():
@@ -157,10 +174,15 @@ class LocalCluster:
     # ---- ports of workers and gateway; workers call from their threads
 
     def send(self, worker_id: WorkerId, message: WorkerMessage) -> None:
-        self.workers[worker_id].post(message)
+        if worker_id not in self.lost:
+            self.workers[worker_id].post(message)
 
     def deliver(self, gateway_id: str, output: WorkerOutput) -> None:
-        self._loop.call_soon_threadsafe(self.service.deliver, output)
+        self._loop.call_soon_threadsafe(self._deliver, output)
+
+    def _deliver(self, output: WorkerOutput) -> None:
+        self.service.deliver(output)
+        self.after_deliver()
 
     def report(self, load: WorkerLoad) -> None:
         with contextlib.suppress(RuntimeError):  # the loop of a test that is over
@@ -173,9 +195,19 @@ class LocalCluster:
     # ---- Placer
 
     async def place(
-        self, request_id: str, num_prompt_tokens: int, num_samples: int, max_tokens: int, timeout_s: float
+        self,
+        request_id: str,
+        num_prompt_tokens: int,
+        num_samples: int,
+        max_tokens: int,
+        timeout_s: float,
+        *,
+        attempt: int,
+        avoid: Collection[WorkerId],
     ) -> Placement:
-        return self.scheduler.place(request_id, num_prompt_tokens, num_samples, max_tokens)
+        return self.scheduler.place(
+            request_id, num_prompt_tokens, num_samples, max_tokens, attempt=attempt, avoid=avoid
+        )
 
     def first_token(self, request_id: str) -> None:
         self.scheduler.first_token(request_id)

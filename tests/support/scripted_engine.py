@@ -15,6 +15,7 @@ import torch
 
 from engine.batch import DeviceLost, PendingStep, ScheduledBatch, ScheduledSequence, StepResult, all_or_none
 from engine.kv_cache import PagedKVCache
+from engine.model_runner import sample_indices
 from engine.sequence import Sequence
 from kv_transfer.staging import slots_of
 from phasewise.core.kv_spec import KVCacheSpec
@@ -110,8 +111,7 @@ class ScriptedRunner:
         for item in batch.items:
             s = item.sequence
             in_prompt = item.start < s.num_prompt_tokens
-            indices = range(item.num_samples) if in_prompt else [s.sample_index] * item.num_samples
-            tokens.append(all_or_none([self._sample(item, index) for index in indices]))
+            tokens.append(all_or_none([self._sample(item, index) for index in sample_indices(item)]))
             after = range(item.start + 1, item.start + 1 + item.num_tokens)
             wanted = s.sampling.prompt_logprobs is not None and in_prompt
             logprobs.append(
