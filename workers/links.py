@@ -19,6 +19,7 @@ from kv_transfer.link import Link, Post
 from kv_transfer.object_store_link import ObjectStoreLink
 from kv_transfer.routed_link import RoutedLink
 from kv_transfer.staging import is_intact
+from kv_transfer.tcp_wire import TcpDevice
 from kv_transfer.wire import WireDevice
 from phasewise.core.errors import ConfigError, ServingError
 from phasewise.core.kv_spec import KVCacheSpec
@@ -86,7 +87,8 @@ def _direct_links(settings: WorkerSettings, post: Post) -> DirectLinks | None:
     transfer = settings.config.transfer
     if transfer.link == "object_store" or settings.role is WorkerRole.MIXED:
         return None
-    device = _wire_device(settings)
+    host = settings.host or socket.gethostbyname(socket.gethostname())
+    device = _wire_device(settings, host)
     if device is None:
         return None
     return DirectLinks(
@@ -95,7 +97,7 @@ def _direct_links(settings: WorkerSettings, post: Post) -> DirectLinks | None:
         post,
         is_intact,
         fingerprint="",
-        host=settings.host or socket.gethostbyname(socket.gethostname()),
+        host=host,
         secret=settings.secret,
         num_slabs_out=transfer.num_slabs if settings.role.can_prefill else 0,
         num_slabs_in=transfer.num_slabs if settings.role.can_decode else 0,
@@ -104,13 +106,18 @@ def _direct_links(settings: WorkerSettings, post: Post) -> DirectLinks | None:
     )
 
 
-def _wire_device(settings: WorkerSettings) -> WireDevice | None:
+def _wire_device(settings: WorkerSettings, host: str) -> WireDevice | None:
     """What moves the bytes of a direct link; None where there is nothing and nobody insists on it."""
     transfer = settings.config.transfer
     if settings.device == "cpu":
         if transfer.link == "nccl":
-            raise ConfigError("transfer.link nccl needs GPUs; use auto or object_store", field="transfer.link")
-        return None
+            raise ConfigError("transfer.link nccl needs GPUs; use auto, tcp or object_store", field="transfer.link")
+        return TcpDevice(host) if transfer.link == "tcp" else None
+    if transfer.link == "tcp":
+        raise ConfigError(
+            "transfer.link tcp is for KV in host memory; use auto, nccl or object_store, or set model.device to cpu",
+            field="transfer.link",
+        )
     try:
         from kv_transfer.nccl_wire import NcclDevice  # needs CuPy, which CPU machines do not have
 
