@@ -174,8 +174,7 @@ class Launcher:
         from workers.actor import WorkerActor
 
         config = self._config
-        host = LOOPBACK if config.ray.address == "local" else ""
-        settings = worker_settings(config, self._devices(), collector, secrets.token_hex(16), host)
+        settings = worker_settings(config, self._devices(), collector, secrets.token_hex(16), self._head())
         make = ray.remote(num_cpus=0)
         self._control_plane = make(ControlPlaneActor).options(name="control-plane").remote(config, collector)
         self._gateway = (
@@ -202,6 +201,14 @@ class Launcher:
                 "lower the number of workers or tensor_parallel, or set --device cpu"
             )
         return "cuda"
+
+    def _head(self) -> str:
+        """The address of the cluster's first node."""
+        import ray
+
+        return next(
+            str(node["NodeManagerAddress"]) for node in ray.nodes() if "node:__internal_head__" in node["Resources"]
+        )
 
     def _load(self) -> list[WorkerInfo]:
         """Waits until every process has loaded, and reports the slowest worker's progress meanwhile."""
@@ -280,7 +287,7 @@ class Launcher:
 
 
 def worker_settings(
-    config: ServingConfig, device: str, collector: str | None, secret: str = "", host: str = ""
+    config: ServingConfig, device: str, collector: str | None, secret: str = "", head: str = ""
 ) -> list[WorkerSettings]:
     """One entry per worker. Threads that are not given are the machine's cores shared out, at least one each."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -300,7 +307,7 @@ def worker_settings(
             collector,
             pool.tensor_parallel,
             secret,
-            host,
+            head,
         )
         for role, pool in pools
         for i in range(pool.workers)

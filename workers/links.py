@@ -43,8 +43,8 @@ class WorkerLinks:
     def __init__(self, settings: WorkerSettings, workers: WorkerMailboxes, post: Post) -> None:
         self._is_required = settings.config.transfer.link not in ("auto", "object_store")
         device = torch.device("cuda" if settings.device != "cpu" else "cpu")
-        self._object_store = ObjectStoreLink(settings.worker_id, workers, device, post)
         self._direct = _direct_links(settings, post)
+        self._object_store = ObjectStoreLink(settings.worker_id, workers, device, post)
         self.link: Link = self._object_store
         if self._direct is not None:
             self.link = RoutedLink(self._direct, self._object_store)
@@ -87,7 +87,7 @@ def _direct_links(settings: WorkerSettings, post: Post) -> DirectLinks | None:
     transfer = settings.config.transfer
     if transfer.link == "object_store" or settings.role is WorkerRole.MIXED:
         return None
-    host = settings.host or socket.gethostbyname(socket.gethostname())
+    host = own_address(settings.head or "127.0.0.1")
     device = _wire_device(settings, host)
     if device is None:
         return None
@@ -104,6 +104,13 @@ def _direct_links(settings: WorkerSettings, post: Post) -> DirectLinks | None:
         slab_bytes=transfer.slab_mib * 2**20,
         stall_s=transfer.stall_s,
     )
+
+
+def own_address(head: str) -> str:
+    """The address under which those who can reach `head` can reach this host. (Its name may mean 127.0.1.1 here.)"""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((head, 1))  # sends nothing
+        return str(probe.getsockname()[0])
 
 
 def _wire_device(settings: WorkerSettings, host: str) -> WireDevice | None:

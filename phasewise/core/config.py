@@ -124,7 +124,7 @@ class TransferConfig(_Section):
 
     link: Literal["auto", "nccl", "tcp", "object_store"] = Field(
         "auto",
-        description="auto: nccl between GPU workers, else object_store; nccl (GPUs), tcp (CPUs): refuse to start without",
+        description="auto: nccl between GPUs, else object_store; nccl (GPUs), tcp (CPUs): refuse to start without it",
     )
     codec: Literal["none", "fp8", "int8"] = Field(
         "none", description="How KV may be compressed on a link that is slower than compressing it; both lose precision"
@@ -132,7 +132,7 @@ class TransferConfig(_Section):
     nccl_channels: int = Field(
         16, ge=1, le=32, description="NCCL channels of a link: more are faster and take more GPU memory"
     )
-    slab_mib: int = Field(128, ge=1, description="Memory of a part on its way over a direct link, on the worker's device, in MiB")
+    slab_mib: int = Field(128, ge=1, description="Device memory of a part on its way over a direct link, in MiB")
     num_slabs: int = Field(2, ge=2, description="Such parts at once, in each direction of a worker")
     stall_s: float = Field(5.0, gt=0, description="A part on its way over a direct link for longer means a broken link")
     layerwise_threshold_tokens: int = Field(

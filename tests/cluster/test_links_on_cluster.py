@@ -1,4 +1,7 @@
-"""Direct links between real processes: right tokens over them, and when a worker at their end dies or stops."""
+"""Direct links between real processes: right tokens over them, also when a worker at their end stops, dies or ends.
+
+The tests share a cluster, in this order; the last but one ends it.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from typing import Any
 import pytest
 
 import phasewise
+from tests.cluster.test_life import session_processes, shared_memory
 from tests.support.served import PHASEWISE, Served, held, served, until
 from tests.support.tiny_model import greedy
 
@@ -32,7 +36,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def linked(tiny_model: tuple[Path, Any], config: str) -> Iterator[Served]:
+def memory_before() -> set[str]:
+    return shared_memory()
+
+
+@pytest.fixture(scope="module")
+def linked(tiny_model: tuple[Path, Any], config: str, memory_before: set[str]) -> Iterator[Served]:
     with served(str(tiny_model[0]), "--config", config, "--prefill", "1", "--decode", "2") as cluster:
         yield cluster
 
@@ -90,10 +99,11 @@ async def test_a_decode_worker_that_stops_for_a_while_gets_its_link_back(
 ) -> None:
     prompts = [prompt_of(seed + 20, 600) for seed in range(6)]
     pid, lost = linked.worker("decode-1")["pid"], counter(linked, "links_lost")
-    streams = Streams(linked, prompts, 30)
+    before = counter(linked, "handoffs_in", "decode-1")
+    running = asyncio.create_task(Streams(linked, prompts, 30).run())
+    await asyncio.to_thread(until, lambda: counter(linked, "handoffs_in", "decode-1") > before, 30.0)
     os.kill(pid, signal.SIGSTOP)
     try:
-        running = asyncio.create_task(streams.run())
         await asyncio.to_thread(until, lambda: counter(linked, "links_lost") > lost, STALL_S + 15.0)
     finally:
         os.kill(pid, signal.SIGCONT)
@@ -114,12 +124,10 @@ async def test_a_decode_worker_that_stops_for_a_while_gets_its_link_back(
 async def test_a_decode_worker_killed_during_handoffs_costs_no_token(
     linked: Served, tiny_model: tuple[Path, Any]
 ) -> None:
-    """Last on this cluster: it stays without the worker."""
     prompts = [prompt_of(seed + 60, 900) for seed in range(8)]
     pid, lost = linked.worker("decode-1")["pid"], counter(linked, "links_lost")
     before = counter(linked, "handoffs_in", "decode-1")
-    streams = Streams(linked, prompts, 30)
-    running = asyncio.create_task(streams.run())
+    running = asyncio.create_task(Streams(linked, prompts, 30).run())
     await asyncio.to_thread(until, lambda: counter(linked, "handoffs_in", "decode-1") > before, 30.0)
     os.kill(pid, signal.SIGKILL)
     assert await running == expected(tiny_model[1], prompts, 30)
@@ -127,6 +135,13 @@ async def test_a_decode_worker_killed_during_handoffs_costs_no_token(
     until(lambda: not held(linked.status()), 10.0)
     assert counter(linked, "links_lost") > lost
     assert counter(linked, "checksum_failures", "decode-0") == 0
+
+
+def test_an_orderly_end_leaves_no_process_and_no_shared_memory(linked: Served, memory_before: set[str]) -> None:
+    linked.signal(signal.SIGTERM)
+    assert linked.wait_end() == 0, "\n".join(linked.lines)
+    assert session_processes(linked.pid) == []
+    assert shared_memory() <= memory_before
 
 
 @pytest.mark.parametrize(
