@@ -240,6 +240,20 @@ def test_a_receiver_that_dies_while_the_wire_connects_is_noticed_at_once(node: M
         assert failures
 
 
+def test_a_link_that_breaks_while_its_wire_is_made_leaves_nothing(node: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    sender, receiver = node("prefill-0"), node("decode-0")
+    token = sender.device.token
+
+    def token_and_break() -> bytes:
+        for epoch in list(sender.links._epochs):
+            epoch.break_("a test broke it")
+        return token()
+
+    monkeypatch.setattr(sender.device, "token", token_and_break)
+    with pytest.raises(TransferFailed, match="a test broke it"):
+        connect(sender, receiver)
+
+
 def test_noise_on_the_port_harms_nobody(node: Make) -> None:
     sender, receiver = node("prefill-0"), node("decode-0")
     port = int(receiver.links.address.rpartition(":")[2])
