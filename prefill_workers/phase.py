@@ -8,7 +8,7 @@ One prompt's life here (queues in prefill_workers/scheduler.py):
 
 Long prompts are pushed layer group by layer group while later layers compute (Splitwise, section 4.3: from 512
 tokens); short ones as one part after their last chunk. A failed handoff is offered once more to the same worker, from
-the KV that is still here; a second failure ends the request with `TransferFailed`.
+the KV that is still here; a second failure ends the request here with `TransferFailed`, and its gateway may try others.
 """
 
 from __future__ import annotations
