@@ -30,6 +30,7 @@ from engine.cuda.runner import CudaModelRunner
 from engine.kv_cache import PagedKVCache
 from engine.loader import load_model
 from engine.sequence import Sequence
+from kv_transfer.cache_port import CachePort
 from phasewise.core.config import build_config
 from phasewise.core.messages import WorkerOutput
 from phasewise.core.model_source import resolve_model
@@ -79,7 +80,9 @@ class Bench:
             source="benchmark",
         )
         self.settings = WorkerSettings("mixed-0", WorkerRole.MIXED, "cuda", 1, config)
-        self.engine = LoadedEngine(self.runner, self.cache, 9216, DeviceProfile.linear(0, 0, 0, 0), "bfloat16")
+        port = CachePort(self.cache, self.cache.spec)
+        profile = DeviceProfile.linear(0, 0, 0, 0)
+        self.engine = LoadedEngine(self.runner, self.cache, port, 9216, profile, "bfloat16")
 
     def add(self, case: str, unit: str, ours: float, figures: tuple[Any, ...], better: str) -> None:
         floor, peer, must, goal = figures

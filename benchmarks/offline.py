@@ -109,7 +109,7 @@ class LoneWorker:
         self._on_load = on_load
         info = worker_info(settings, engine)
         ports = Ports(self, self, self, self)
-        self.worker: Worker = assemble(info, engine.runner, engine.cache, settings.config, ports, MonotonicClock())
+        self.worker: Worker = assemble(info, engine.runner, engine.port, settings.config, ports, MonotonicClock())
 
     def generate(self, request: Request, time_left_s: float = 1e6) -> None:
         worker_id = self.worker.info.worker_id

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from engine.model_config import ModelConfig
 from phasewise.core.errors import ConfigError
 
-_FIELD = "pools.mixed.tensor_parallel"
+_FIELD = "tensor_parallel"
 # The products of the head are fastest in whole tiles of so many rows: the last rank's part is the smaller one.
 _VOCAB_TILE = 128
 
@@ -55,6 +55,10 @@ class Shard:
             intermediate_size=whole.intermediate_size // size,
         )
 
+    def kv_heads(self, num_kv_heads: int) -> tuple[int, int]:
+        """(first, number) of the model's key/value heads that this rank has; ranks share one when there are too few."""
+        return self.rank * num_kv_heads // self.size, max(num_kv_heads // self.size, 1)
+
     def vocab(self, vocab_size: int) -> tuple[int, int]:
         """(first token id, number of ids) of this rank's rows of the head; `vocab_step` for all ranks but the last."""
         step = self.vocab_step(vocab_size)
@@ -79,7 +83,7 @@ class Shard:
             case "q_proj":
                 return self._nth(0, self.rank, part.num_heads * part.head_dim, whole.num_heads * whole.head_dim)
             case "k_proj" | "v_proj":
-                first_head = self.rank * whole.num_kv_heads // self.size
+                first_head, _ = self.kv_heads(whole.num_kv_heads)
                 size = part.num_kv_heads * part.head_dim
                 return self._nth(0, first_head // part.num_kv_heads, size, whole.num_kv_heads * whole.head_dim)
             case "gate_proj" | "up_proj":

@@ -92,6 +92,18 @@ class Group:
             dist.all_reduce(x, op=dist.ReduceOp.MAX)
         return x
 
+    def gather(self, part: torch.Tensor) -> list[torch.Tensor] | None:
+        """Every rank's `part`, by rank, on rank 0; None on the others. All parts have one shape."""
+        part = part.contiguous()
+        parts = [torch.empty_like(part) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(part.view(torch.uint8), [p.view(torch.uint8) for p in parts] if parts else None, dst=0)
+        return parts
+
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        """Rank 0's `x`, in place on the others, which give a tensor of its shape; returned too."""
+        dist.broadcast(x.view(torch.uint8), src=0)
+        return x
+
     def gather_vocab(self, part: torch.Tensor, vocab_size: int) -> torch.Tensor:
         """Logits of this rank's rows of the head, [num_rows, its ids] → of all, [num_rows, vocab_size]."""
         if self.size == 1:
@@ -112,15 +124,16 @@ class Group:
 def sortable(part: torch.Tensor, first_id: int) -> torch.Tensor:
     """Each row's largest logit and its id as one number: the larger logit is the larger number, then the lower id.
 
-    part: [num_rows, n] of ids from `first_id`; a row with a NaN gives the largest number. Returns [num_rows] int64.
+    part: [num_rows, n] of ids from `first_id`; a row with a NaN, or infinity as its largest, gives the largest number
+    of all. Returns [num_rows] int64.
     """
     best = part.float().max(dim=-1)  # a NaN anywhere in a row is its maximum
     bits = best.values.contiguous().view(torch.int32)
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)  # negative floats grow downwards
     keys = ordered * 2**32 + (_LOW_32 - first_id - best.indices)
-    return keys.masked_fill_(best.values.isnan(), _NAN)
+    return keys.masked_fill_((best.values - best.values).isnan() & (best.values != -torch.inf), _NAN)
 
 
 def ids_of(keys: torch.Tensor) -> torch.Tensor:
-    """The ids in what `sortable` gives; -1 for a row with a NaN."""
+    """The ids in what `sortable` gives; -1 for a row that nothing can be chosen from."""
     return (_LOW_32 - (keys & _LOW_32)).masked_fill_(keys == _NAN, -1)

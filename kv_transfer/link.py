@@ -1,21 +1,70 @@
-"""The road on which a part travels from one worker to another."""
+"""The road on which parts travel from one worker to another.
+
+A part is one buffer of bytes (kv_transfer/codec.py). The sender asks the link for a buffer, fills it by work on its
+current stream, and gives it back; the receiving worker's mailbox gets the header and the buffer. Links tell their
+worker what happened through its mailbox, too:
+
+    KVPart, with an ArrivedPart    a part has come in
+    KVPartAck                      a part that was sent has arrived, or was given up there
+    LinkLost                       the link to a worker broke, and what was on its way over it will not arrive
+
+Control messages (offer, commit, …) do not go this way.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from phasewise.core.messages import KVPart
+from phasewise.core.messages import KVPart, KVPartAck, LinkLost
 from phasewise.core.placement import WorkerId
 
 
-class Link(Protocol):
-    """Sends parts. The receiving worker finds header and payload in its mailbox.
+@dataclass(frozen=True, slots=True)
+class ArrivedPart:
+    """What came for a header.
 
-    A part may be lost when the peer dies, and may overtake another; it is never silently altered without the
-    checksum noticing. Control messages (offer, commit, …) do not go this way.
+    Attributes:
+        wire: uint8 [header.num_bytes], on the receiver's device or its host; None when its checksum was wrong.
+        release: called once, when the last use of `wire` is on the current stream.
     """
 
-    def send_part(self, peer: WorkerId, part: KVPart, payload: torch.Tensor) -> None:
-        """Starts sending and returns. `payload` must not be written to afterwards."""
+    wire: torch.Tensor | None
+    release: Callable[[], None]
+
+
+class Post(Protocol):
+    """A worker's mailbox, from any thread (workers/worker.py)."""
+
+    def __call__(self, message: KVPart | KVPartAck | LinkLost, arrived: ArrivedPart | None = None) -> None: ...
+
+
+class Link(Protocol):
+    """Sends parts to other workers. Nothing here waits for a device or for a peer.
+
+    A part may be lost when the link breaks, and may overtake another; it is never silently altered.
+    """
+
+    def max_part_bytes(self, peer: WorkerId) -> int:
+        """The largest buffer that `buffer` gives out; the sender cuts parts to it."""
+
+    def bytes_per_s(self, peer: WorkerId) -> float:
+        """The measured rate; 0.0 when it is not known."""
+
+    def buffer(self, peer: WorkerId, num_bytes: int) -> torch.Tensor | None:
+        """uint8 [num_bytes] to pack the next part for `peer` into; None when all are in use.
+
+        Ask again after the next KVPartAck. What is given out goes to `send_part` at once.
+        """
+
+    def send_part(self, peer: WorkerId, part: KVPart, wire: torch.Tensor) -> None:
+        """Takes over a buffer that work on the current stream fills, and returns at once."""
+
+    def forget(self, peer: WorkerId) -> None:
+        """The peer is gone for good."""
+
+    def close(self) -> None:
+        """Ends what runs for the link; nothing is sent or posted afterwards."""

@@ -6,25 +6,57 @@ from collections.abc import Callable
 
 import torch
 
-from phasewise.core.messages import KVPart
+from kv_transfer.link import ArrivedPart, Post
+from kv_transfer.staging import is_intact
+from phasewise.core.messages import KVPart, KVPartAck
 from phasewise.core.placement import WorkerId
 
-Mailbox = Callable[[KVPart, torch.Tensor], None]
 Fault = Callable[[KVPart, torch.Tensor], torch.Tensor | None]
 
 
 class LoopbackLink:
-    """Puts parts straight into the peer's mailbox.
+    """Puts parts of one worker straight into its peers' mailboxes.
 
-    `fault` sees every part and returns what arrives: the payload, another tensor (corruption), or None (loss).
+    `fault` sees every part and returns what arrives: the buffer, another one (corruption), or None (loss).
     """
 
-    def __init__(self, mailboxes: dict[WorkerId, Mailbox], fault: Fault | None = None) -> None:
+    def __init__(
+        self,
+        worker_id: WorkerId,
+        mailboxes: dict[WorkerId, Post],
+        fault: Fault | None = None,
+        *,
+        max_part_bytes: int = 2**62,
+        rate: float = 0.0,
+    ) -> None:
+        self._worker_id = worker_id
         self._mailboxes = mailboxes
-        self._fault: Fault = fault or (lambda part, payload: payload)
+        self._fault: Fault = fault or (lambda part, wire: wire)
+        self._max_part_bytes = max_part_bytes
+        self._rate = rate
 
-    def send_part(self, peer: WorkerId, part: KVPart, payload: torch.Tensor) -> None:
-        arrived = self._fault(part, payload)
+    def max_part_bytes(self, peer: WorkerId) -> int:
+        return self._max_part_bytes
+
+    def bytes_per_s(self, peer: WorkerId) -> float:
+        return self._rate
+
+    def buffer(self, peer: WorkerId, num_bytes: int) -> torch.Tensor | None:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def send_part(self, peer: WorkerId, part: KVPart, wire: torch.Tensor) -> None:
+        came = self._fault(part, wire)
         mailbox = self._mailboxes.get(peer)
-        if arrived is not None and mailbox is not None:
-            mailbox(part, arrived)
+        if came is None or mailbox is None:
+            return
+
+        def release() -> None:
+            self._mailboxes[self._worker_id](KVPartAck(part.transfer_id, part.part_index))
+
+        mailbox(part, ArrivedPart(came if is_intact(came) else None, release))
+
+    def forget(self, peer: WorkerId) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

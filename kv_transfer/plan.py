@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-WIRE_VERSION = 1
-"""Of the handoff's messages and payload. Both ends must have the same; raise it when either changes."""
-
-CODEC_RAW = "raw"
-"""The payload is the cache's own dtype, unchanged; lossless."""
+WIRE_VERSION = 2
+"""Of the handoff's messages and of what parts look like. Both ends must have the same; raise it when either changes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,3 +30,19 @@ def clip_tokens(span: PartSpan, first_token: int) -> PartSpan | None:
     if start >= end:
         return None
     return PartSpan(span.first_layer, span.num_layers, start, end - start)
+
+
+def cut(span: PartSpan, max_cells: int) -> list[PartSpan]:
+    """`span` in parts of at most `max_cells` cells, but at least one: by tokens, by layers too where needed."""
+    layers = min(span.num_layers, max(max_cells, 1))
+    tokens = max(max_cells // layers, 1)
+    return [
+        PartSpan(
+            span.first_layer + i,
+            min(layers, span.num_layers - i),
+            span.first_token + t,
+            min(tokens, span.num_tokens - t),
+        )
+        for i in range(0, span.num_layers, layers)
+        for t in range(0, span.num_tokens, tokens)
+    ]

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-
-from kv_transfer.checksum import checksum
-from kv_transfer.plan import CODEC_RAW, WIRE_VERSION
-from kv_transfer.staging import scatter, slots_of
+from kv_transfer.cache_port import CachePort
+from kv_transfer.codec import Codec, WireLayout, wire_dtype
+from kv_transfer.link import ArrivedPart
+from kv_transfer.plan import WIRE_VERSION, PartSpan
 from kv_transfer.state import ReceiveStatus, check_receive
 from phasewise.core.clock import Clock
-from phasewise.core.kv_spec import KVCacheSpec
-from phasewise.core.messages import KVAccepted, KVCommit, KVDone, KVFailed, KVOffer, KVPart, KVPartAck
+from phasewise.core.messages import KVAccepted, KVCommit, KVDone, KVFailed, KVOffer, KVPart
 from phasewise.core.placement import WorkerId
 from phasewise.core.ports import PeerPort
 
@@ -50,9 +48,9 @@ class ReceiverCounters:
 class KVReceiver:
     """All incoming transfers of one worker. Ended ones stay until their owner takes them with `pop_ended`."""
 
-    def __init__(self, storage: torch.Tensor, spec: KVCacheSpec, peers: PeerPort, clock: Clock) -> None:
-        self._storage = storage
-        self._spec = spec
+    def __init__(self, cache: CachePort, peers: PeerPort, clock: Clock) -> None:
+        self._cache = cache
+        self._spec = cache.spec
         self._peers = peers
         self._clock = clock
         self._reservations: dict[str, Reservation] = {}
@@ -78,37 +76,14 @@ class KVReceiver:
     def accept(self, offer: KVOffer, block_table: list[int], num_cached_tokens: int, lease_end_s: float) -> None:
         """Takes the offer into `block_table`, whose first `num_cached_tokens` tokens are in place already."""
         self._reservations[offer.transfer_id] = Reservation(offer, block_table, num_cached_tokens, lease_end_s)
-        self._peers.send(offer.sender, KVAccepted(offer.transfer_id, num_cached_tokens))
+        self._peers.send(offer.sender, KVAccepted(offer.transfer_id, num_cached_tokens, self._spec.dtype))
 
-    def on_part(self, part: KVPart, payload: torch.Tensor) -> None:
+    def on_part(self, part: KVPart, arrived: ArrivedPart) -> None:
         """Checks a part and writes it. A wrong sum fails the whole handoff; nothing of it is ever decoded."""
-        reservation = self._reservations.get(part.transfer_id)
-        if reservation is None:
-            self.counters.late_parts += 1
-            return
-        self._peers.send(reservation.offer.sender, KVPartAck(part.transfer_id, part.part_index))
-        if part.part_index in reservation.parts:
-            return
-        problem = self._problem(part, payload, reservation)
-        if problem:
-            self.counters.checksum_failures += 1
-            self.fail(part.transfer_id, problem)
-            return
-        if reservation.status is ReceiveStatus.RESERVED:
-            self._move(reservation, ReceiveStatus.RECEIVING)
-        slots = slots_of(
-            reservation.block_table,
-            self._spec.block_size,
-            part.first_token,
-            part.num_tokens,
-            self._storage.device,
-        )
-        scatter(self._storage, slots, part.first_layer, payload)
-        reservation.parts.add(part.part_index)
-        reservation.num_cells += part.num_layers * part.num_tokens
-        reservation.num_bytes += part.num_bytes
-        self.counters.num_bytes += part.num_bytes
-        self._finish_if_whole(reservation)
+        try:
+            self._take_part(part, arrived)
+        finally:
+            arrived.release()
 
     def on_commit(self, commit: KVCommit) -> None:
         reservation = self._reservations.get(commit.transfer_id)
@@ -139,6 +114,12 @@ class KVReceiver:
             if reservation.offer.sender == peer:
                 self._end(reservation, ReceiveStatus.FAILED, f"worker {peer} was lost")
 
+    def on_link_lost(self, peer: WorkerId, reason: str) -> None:
+        """Parts from that worker may have been lost on their way: the handoffs that had begun cannot become whole."""
+        for reservation in self.reservations:
+            if reservation.offer.sender == peer and reservation.status is ReceiveStatus.RECEIVING:
+                self.fail(reservation.offer.transfer_id, f"the link from {peer} broke: {reason}")
+
     def expire(self) -> None:
         """Ends reservations whose lease is over."""
         now_s = self._clock.now_s()
@@ -158,21 +139,43 @@ class KVReceiver:
 
     # ---- inside
 
-    def _problem(self, part: KVPart, payload: torch.Tensor, reservation: Reservation) -> str:
+    def _take_part(self, part: KVPart, arrived: ArrivedPart) -> None:
+        reservation = self._reservations.get(part.transfer_id)
+        if reservation is None:
+            self.counters.late_parts += 1
+            return
+        if part.part_index in reservation.parts:
+            return
+        layout = self._layout(part, reservation)
+        if isinstance(layout, str) or arrived.wire is None:
+            self.counters.checksum_failures += arrived.wire is None
+            wrong_sum = f"the checksum of part {part.part_index} does not match"
+            self.fail(part.transfer_id, layout if isinstance(layout, str) else wrong_sum)
+            return
+        if reservation.status is ReceiveStatus.RESERVED:
+            self._move(reservation, ReceiveStatus.RECEIVING)
+        self._cache.unpack(reservation.block_table, _span(part), layout, arrived.wire)
+        reservation.parts.add(part.part_index)
+        reservation.num_cells += part.num_layers * part.num_tokens
+        reservation.num_bytes += part.num_bytes
+        self.counters.num_bytes += part.num_bytes
+        self._finish_if_whole(reservation)
+
+    def _layout(self, part: KVPart, reservation: Reservation) -> WireLayout | str:
+        """What the part looks like; or, as words, why it cannot be a part of this handoff."""
         spec, prompt_len = self._spec, len(reservation.offer.request.prompt_token_ids)
-        shape = (part.num_layers, 2, part.num_tokens, spec.num_kv_heads, spec.head_dim)
-        if part.codec != CODEC_RAW:
-            return f"part {part.part_index} has the unknown codec {part.codec!r}"
-        if tuple(payload.shape) != shape or payload.dtype != self._storage.dtype:
-            return f"part {part.part_index} has shape {tuple(payload.shape)} where {shape} was announced"
-        inside = 0 <= part.first_layer <= part.first_layer + part.num_layers <= spec.num_layers
-        if not inside or part.first_token < reservation.num_cached_tokens:
+        inside = 0 <= part.first_layer < part.first_layer + part.num_layers <= spec.num_layers
+        if not inside or part.first_token < reservation.num_cached_tokens or part.num_tokens <= 0:
             return f"part {part.part_index} lies outside the cache"
         if part.first_token + part.num_tokens > prompt_len:
             return f"part {part.part_index} goes beyond the prompt's {prompt_len} tokens"
-        if checksum(payload.contiguous()) != part.checksum:
-            return f"the checksum of part {part.part_index} does not match"
-        return ""
+        dtype = wire_dtype(reservation.offer.spec.dtype, spec.dtype)
+        if part.dtype != dtype or part.codec not in list(Codec):
+            return f"part {part.part_index} comes as {part.dtype} with codec {part.codec!r}; {dtype} was agreed on"
+        layout = self._cache.layout(_span(part), dtype, Codec(part.codec))
+        if part.num_bytes != layout.num_bytes:
+            return f"part {part.part_index} has {part.num_bytes} bytes where {layout.num_bytes} were due"
+        return layout
 
     def _finish_if_whole(self, reservation: Reservation) -> None:
         commit = reservation.commit
@@ -194,3 +197,7 @@ class KVReceiver:
     def _move(self, reservation: Reservation, status: ReceiveStatus) -> None:
         check_receive(reservation.status, status)
         reservation.status = status
+
+
+def _span(part: KVPart) -> PartSpan:
+    return PartSpan(part.first_layer, part.num_layers, part.first_token, part.num_tokens)

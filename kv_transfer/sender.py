@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-import torch
-
-from kv_transfer.checksum import checksum
+from kv_transfer.cache_port import CachePort
+from kv_transfer.codec import Codec, choose, wire_dtype
 from kv_transfer.link import Link
-from kv_transfer.plan import CODEC_RAW, WIRE_VERSION, PartSpan, clip_tokens
-from kv_transfer.staging import gather, slots_of
+from kv_transfer.plan import WIRE_VERSION, PartSpan, clip_tokens, cut
 from kv_transfer.state import SendStatus, check_send
 from phasewise.core.clock import Clock
-from phasewise.core.kv_spec import KVCacheSpec
+from phasewise.core.kv_spec import FP8
 from phasewise.core.messages import KVAbort, KVAccepted, KVCommit, KVOffer, KVPart
 from phasewise.core.placement import WorkerId
 from phasewise.core.ports import PeerPort
@@ -31,6 +29,7 @@ class _Transfer:
     status: SendStatus = SendStatus.OFFERED
     reason: str = ""
     num_cached_tokens: int = 0  # the receiver has these already
+    dtype: str = ""  # of the values on the wire
     started_unix_s: float = 0.0
     waiting: deque[tuple[PartSpan, list[int]]] = field(default_factory=deque)  # behind the window
     in_flight: dict[int, int] = field(default_factory=dict)  # part index → bytes
@@ -38,34 +37,38 @@ class _Transfer:
     commit: KVCommit | None = None
 
 
-class KVSender:
-    """All outgoing transfers of one worker.
+@dataclass(frozen=True, slots=True)
+class SendLimits:
+    """What the sender needs of the configuration.
 
-    `storage` is the paged cache's tensor (kv_transfer/staging.py). `window_bytes` bounds what is in flight for the
-    whole worker; parts beyond it wait as block ids, not as copies. One part may always go.
+    Attributes:
+        window_bytes: bounds what is in flight for the whole worker; one part may always go.
+        codec: the one that may be used on a link which is slower than it.
+        codec_bytes_per_s: at which this worker encodes, measured; 0.0: not known, and none is used.
     """
 
+    window_bytes: int
+    codec: Codec = Codec.NONE
+    codec_bytes_per_s: float = 0.0
+
+
+class KVSender:
+    """All outgoing transfers of one worker. Parts that the window or the link has no room for wait as block ids."""
+
     def __init__(
-        self,
-        worker_id: WorkerId,
-        storage: torch.Tensor,
-        spec: KVCacheSpec,
-        link: Link,
-        peers: PeerPort,
-        clock: Clock,
-        window_bytes: int,
+        self, worker_id: WorkerId, cache: CachePort, link: Link, peers: PeerPort, clock: Clock, limits: SendLimits
     ) -> None:
         self._worker_id = worker_id
-        self._storage = storage
-        self._spec = spec
+        self._cache = cache
         self._link = link
         self._peers = peers
         self._clock = clock
-        self._window_bytes = window_bytes
+        self._limits = limits
         self._transfers: dict[str, _Transfer] = {}
         self._bytes_in_flight = 0
         self._num_offers = 0
         self.num_bytes_sent = 0
+        self.num_links_lost = 0
 
     def offer(self, peer: WorkerId, request: Request, gateway_id: str, time_left_s: float) -> str:
         """Asks `peer` to set blocks aside. The transfer's id is never used twice: a late part finds nothing."""
@@ -74,7 +77,7 @@ class KVSender:
         self._transfers[transfer_id] = _Transfer(peer, self._clock.now_s() + time_left_s)
         self._peers.send(
             peer,
-            KVOffer(transfer_id, WIRE_VERSION, self._worker_id, self._spec, request, gateway_id, time_left_s),
+            KVOffer(transfer_id, WIRE_VERSION, self._worker_id, self._cache.spec, request, gateway_id, time_left_s),
         )
         return transfer_id
 
@@ -98,7 +101,9 @@ class KVSender:
             transfer.started_unix_s = self._clock.unix_s()
         clipped = clip_tokens(span, transfer.num_cached_tokens)
         if clipped is not None:
-            transfer.waiting.append((clipped, block_table))
+            cell_bytes = self._cache.layout(PartSpan(0, 1, 0, 1), transfer.dtype, Codec.NONE).num_bytes
+            max_cells = self._link.max_part_bytes(transfer.peer) // cell_bytes
+            transfer.waiting.extend((part, block_table) for part in cut(clipped, max_cells))
             self.pump()
 
     def commit(
@@ -128,9 +133,8 @@ class KVSender:
     def pump(self) -> None:
         """Sends what the window allows, in the order in which the transfers began; then commits that are due."""
         for transfer_id, transfer in self._transfers.items():
-            while transfer.waiting and self._has_room(transfer.waiting[0][0]):
-                span, block_table = transfer.waiting.popleft()
-                self._send(transfer_id, transfer, span, block_table)
+            while transfer.waiting and self._send(transfer_id, transfer, *transfer.waiting[0]):
+                transfer.waiting.popleft()
             due = transfer.commit is not None and not transfer.waiting
             if due and transfer.status in (SendStatus.ACCEPTED, SendStatus.SENDING):
                 self._send_commit(transfer)
@@ -153,13 +157,14 @@ class KVSender:
         transfer = self._transfers.get(message.transfer_id)
         if transfer is not None and transfer.status is SendStatus.OFFERED:
             transfer.num_cached_tokens = message.num_cached_tokens
+            transfer.dtype = wire_dtype(self._cache.spec.dtype, message.dtype)
             self._move(transfer, SendStatus.ACCEPTED)
 
     def on_part_ack(self, transfer_id: str, part_index: int) -> None:
         transfer = self._transfers.get(transfer_id)
         if transfer is not None:
             self._bytes_in_flight -= transfer.in_flight.pop(part_index, 0)
-            self.pump()
+        self.pump()  # even that of a transfer that is over has given its buffer back
 
     def on_done(self, transfer_id: str) -> None:
         transfer = self._transfers.get(transfer_id)
@@ -177,20 +182,34 @@ class KVSender:
         for transfer in self._transfers.values():
             if transfer.peer == peer and transfer.status not in (SendStatus.DONE, SendStatus.FAILED):
                 self._fail(transfer, f"worker {peer} was lost")
+        self._link.forget(peer)
+
+    def on_link_lost(self, peer: WorkerId, reason: str) -> None:
+        """Gives up the transfers with parts on that link. Another attempt takes another road."""
+        self.num_links_lost += 1
+        for transfer_id, transfer in list(self._transfers.items()):
+            if transfer.peer == peer and transfer.in_flight:
+                self.abort(transfer_id, f"the link to {peer} broke: {reason}")
+        self.pump()  # its buffers are free
 
     # ---- inside
 
-    def _has_room(self, span: PartSpan) -> bool:
-        size = self._span_bytes(span)
-        return self._bytes_in_flight == 0 or self._bytes_in_flight + size <= self._window_bytes
-
-    def _span_bytes(self, span: PartSpan) -> int:
-        return self._spec.bytes_per_token * span.num_cells // self._spec.num_layers
-
-    def _send(self, transfer_id: str, transfer: _Transfer, span: PartSpan, block_table: list[int]) -> None:
-        slots = slots_of(block_table, self._spec.block_size, span.first_token, span.num_tokens, self._storage.device)
-        payload = gather(self._storage, slots, span.first_layer, span.num_layers)
-        num_bytes = payload.numel() * payload.element_size()
+    def _send(self, transfer_id: str, transfer: _Transfer, span: PartSpan, block_table: list[int]) -> bool:
+        """False when there is no room for the part now."""
+        peer, cache, limits = transfer.peer, self._cache, self._limits
+        layout = cache.layout(span, transfer.dtype, Codec.NONE)
+        if limits.codec is not Codec.NONE and transfer.dtype != FP8:
+            encoded = cache.layout(span, transfer.dtype, limits.codec)
+            rates = self._link.bytes_per_s(peer), limits.codec_bytes_per_s
+            if choose(limits.codec, layout.num_bytes, encoded.num_bytes, *rates) is limits.codec:
+                layout = encoded
+        num_bytes = layout.num_bytes
+        if self._bytes_in_flight and self._bytes_in_flight + num_bytes > limits.window_bytes:
+            return False
+        wire = self._link.buffer(peer, num_bytes)
+        if wire is None:
+            return False
+        cache.pack(block_table, span, layout, wire)
         part = KVPart(
             transfer_id,
             transfer.num_parts,
@@ -199,14 +218,15 @@ class KVSender:
             span.first_token,
             span.num_tokens,
             num_bytes,
-            CODEC_RAW,
-            checksum(payload),
+            layout.dtype,
+            layout.codec,
         )
         transfer.in_flight[part.part_index] = num_bytes
         transfer.num_parts += 1
         self._bytes_in_flight += num_bytes
         self.num_bytes_sent += num_bytes
-        self._link.send_part(transfer.peer, part, payload)
+        self._link.send_part(peer, part, wire)
+        return True
 
     def _send_commit(self, transfer: _Transfer) -> None:
         assert transfer.commit is not None

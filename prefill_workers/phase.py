@@ -7,8 +7,9 @@ One prompt's life here (queues in prefill_workers/scheduler.py):
       └─ is handed off: first token out, commit sent → HANDOFF; blocks are kept until the receiver says done
 
 Long prompts are pushed layer group by layer group while later layers compute (Splitwise, section 4.3: from 512
-tokens); short ones as one part after their last chunk. A failed handoff is offered once more to the same worker, from
-the KV that is still here; a second failure ends the request here with `TransferFailed`, and its gateway may try others.
+tokens); short ones as one part behind their last layer, before the first token is known. A failed handoff is offered
+once more to the same worker, from the KV that is still here; a second failure ends the request here with
+`TransferFailed`, and its gateway may try other workers.
 """
 
 from __future__ import annotations
@@ -180,11 +181,16 @@ class PrefillPhase:
         return items
 
     def on_layers_done(self, items: Iterable[ScheduledSequence], first_layer: int, num_layers: int) -> None:
-        """Called inside a step, after each layer group: pushes the chunk's KV of those layers."""
+        """Called inside a step, after each layer group: pushes a chunk's KV of those layers, or a short prompt's."""
+        is_last_group = first_layer + num_layers == self._limits.num_layers
         for item in items:
             job = self._jobs.get(item.sequence.request_id)
-            if job is not None and job.transfer_id and self._is_layerwise(job):
+            if job is None or not job.transfer_id:
+                continue
+            if self._is_layerwise(job):
                 self._push(job, PartSpan(first_layer, num_layers, item.start, item.num_tokens))
+            elif is_last_group and item.num_samples:  # its last chunk
+                self._push_all(job)
 
     def take(
         self, item: ScheduledSequence, tokens: tuple[SampledToken, ...], prompt_logprobs: tuple[SampledToken, ...]
@@ -271,8 +277,6 @@ class PrefillPhase:
     def _hand_off(self, job: PrefillJob, first_tokens: tuple[SampledToken | None, ...]) -> None:
         job.move(RequestStatus.HANDOFF)
         job.first_tokens = first_tokens
-        if not self._is_layerwise(job):
-            self._push_all(job)
         self._commit(job)
 
     # ---- inside: the handoff

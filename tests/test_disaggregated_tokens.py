@@ -41,6 +41,27 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+LAYERWISE = {"layerwise_threshold_tokens": 8, "layers_per_part": 1}
+
+
+def ranks(prefill: int, decode: int, **decode_pool: Any) -> dict[str, Any]:
+    pools = {
+        "prefill": {"workers": 1, "threads": 1, "tensor_parallel": prefill},
+        "decode": {"workers": 1, "threads": 1, "tensor_parallel": decode, **decode_pool},
+    }
+    return {"pools": pools, "scheduler": {"token_budget": 16}, "transfer": LAYERWISE}
+
+
+# One worker of several ranks at most: they are in this process's group.
+UNEQUAL_ENDS: dict[str, dict[str, Any]] = {
+    "blocks of 16 and 32": ranks(1, 1, block_size=32),
+    "one rank and two": ranks(1, 2),
+    "two ranks and one": ranks(2, 1, block_size=8),
+    "one rank and four, two with each head": ranks(1, 4),
+    "four ranks, two with each head, and one": ranks(4, 1),
+}
+
+
 def prompts() -> list[list[int]]:
     rng = random.Random(2)
     lengths = (1, 3, 15, 16, 17, 31, 40, 64, 90, 120)
@@ -95,6 +116,32 @@ async def test_tokens_are_those_of_transformers(name: str, way: str, oracle_of: 
         assert (preemptions > 0) is (way == "preempted")
         if "handoff" in way:
             assert sum(c["handoffs_in"] for c in counters) == 15
+
+
+@pytest.mark.parametrize("way", UNEQUAL_ENDS)
+async def test_unequal_ends_change_no_token(way: str, oracle_of: Any) -> None:
+    folder, expected = oracle_of("llama")
+    async with local_cluster(folder, **UNEQUAL_ENDS[way]) as cluster:
+        together = await asyncio.gather(*(run(cluster, prompt, 64) for prompt in prompts()))
+        assert together == expected, "all at once"
+        again = await asyncio.gather(*(run(cluster, prompt, 64) for prompt in prompts()[-3:]))
+        assert again == expected[-3:], "with what the prefix cache has now"
+        await asyncio.wait_for(cluster.until_empty(), 30)
+
+
+@pytest.mark.parametrize("transfer", [{}, LAYERWISE], ids=["whole", "by layers"])
+async def test_direct_links_change_no_token(transfer: dict[str, int], oracle_of: Any) -> None:
+    folder, expected = oracle_of("llama")
+    pools = {"prefill": {"workers": 2, "threads": 1}, "decode": {"workers": 2, "threads": 1}}
+    sections = {"pools": pools, "scheduler": {"token_budget": 16}, "transfer": transfer}
+    async with local_cluster(folder, has_direct_links=True, **sections) as cluster:
+        together = await asyncio.gather(*(run(cluster, prompt, 64) for prompt in prompts()))
+        assert together == expected, "all at once"
+        cluster.direct["prefill-0"].forget("decode-0")  # from now on this pair goes beside its link
+        again = await asyncio.gather(*(run(cluster, prompt, 64) for prompt in prompts()))
+        assert again == expected, "with what the prefix cache has, and one link fewer"
+        await asyncio.wait_for(cluster.until_empty(), 30)
+        assert all(links._out.pool.num_free == links._in.pool.num_free == 2 for links in cluster.direct.values())
 
 
 async def test_same_seed_same_tokens_whatever_the_batch_the_worker_and_the_way(oracle_of: Any) -> None:

@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,9 +21,11 @@ from engine.model_config import ModelConfig, read_model_config
 from engine.model_runner import ModelRunner
 from engine.sharding import Shard
 from engine.tensor_parallel import Group, OtherRanks
+from kv_transfer.cache_port import CachePort
+from kv_transfer.codec import Codec
 from kv_transfer.link import Link
 from kv_transfer.receiver import KVReceiver
-from kv_transfer.sender import KVSender
+from kv_transfer.sender import KVSender, SendLimits
 from phasewise.core.clock import Clock
 from phasewise.core.config import ServingConfig
 from phasewise.core.errors import ConfigError
@@ -37,8 +39,17 @@ from phasewise.core.profile import DeviceProfile, ProfileFacts
 from prefill_workers.phase import PrefillLimits, PrefillPhase
 from prefill_workers.scheduler import PrefillScheduler
 from workers.memory import CPU_KV_CACHE_GIB, blocks_of_size
-from workers.profiler import PreparedEngine, device_name, measure_profile, model_shape, start_up_grid, warm_up
-from workers.ranks import Join, LeadingKVCache, Ranks
+from workers.profiler import (
+    PreparedEngine,
+    device_name,
+    measure_codec,
+    measure_profile,
+    model_shape,
+    start_up_grid,
+    warm_up,
+)
+from workers.ranked_cache import LeadingCachePort, LeadingKVCache
+from workers.ranks import Join, Ranks
 from workers.settings import WorkerSettings
 from workers.sizing import CudaMemory, GpuSizer, StepLimits
 from workers.worker import LoopSettings, Runner, Worker, WorkerParts
@@ -61,14 +72,19 @@ class Ports:
 
 @dataclass(frozen=True, slots=True)
 class LoadedEngine:
-    """A model in memory with its cache, warmed and measured. `ranks`: the other processes that hold parts of it."""
+    """A model in memory with its cache, warmed and measured.
+
+    `ranks`: the other processes that hold parts of it. `codec_bytes_per_s`: as SendLimits has it.
+    """
 
     runner: Runner
     cache: PagedKVCache
+    port: CachePort
     max_model_len: int
     profile: DeviceProfile
     dtype: str
     ranks: Ranks | None = None
+    codec_bytes_per_s: float = 0.0
 
 
 def load_engine(settings: WorkerSettings, progress: Callable[[float], None], clock: Clock) -> LoadedEngine:
@@ -96,7 +112,10 @@ def load_engine(settings: WorkerSettings, progress: Callable[[float], None], clo
         raise
     progress(1.0)
     dtype = resolve_dtype(config.model.dtype, settings.device)
-    return LoadedEngine(engine.runner, engine.cache, engine.max_model_len, profile, dtype, ranks)
+    codec_rate = measure_codec(engine.port, Codec(config.transfer.codec), clock)
+    return LoadedEngine(
+        engine.runner, engine.cache, engine.port, engine.max_model_len, profile, dtype, ranks, codec_rate
+    )
 
 
 def prepare_engine(
@@ -131,11 +150,14 @@ def prepare_engine(
             ranks.wait_loaded()
             ranks.join(join)
         cache, runner = make_part(loaded, settings, group, join, ranks.store_path if ranks else "", ranks)
+        whole = replace(spec, num_kv_heads=model_config.num_kv_heads)
+        port = CachePort(cache, whole)
         if ranks is not None:
             ranks.wait_ready()
+            port = LeadingCachePort(cache, whole, group, ranks)
         runner.warm_up(token_budget(config, settings.device))
         facts = profile_facts(settings, model_config, spec, num_blocks)
-        return PreparedEngine(runner, cache, max_model_len, model_config.vocab_size, facts)
+        return PreparedEngine(runner, cache, port, max_model_len, model_config.vocab_size, facts)
 
     if settings.device == "cpu":
         loaded = load()
@@ -262,7 +284,7 @@ def resolve_dtype(dtype: str, device: str) -> str:
     return "float32" if device == "cpu" else "bfloat16"
 
 
-def worker_info(settings: WorkerSettings, engine: LoadedEngine) -> WorkerInfo:
+def worker_info(settings: WorkerSettings, engine: LoadedEngine, link_address: str = "") -> WorkerInfo:
     """What the others may know of this worker."""
     return WorkerInfo(
         worker_id=settings.worker_id,
@@ -272,30 +294,39 @@ def worker_info(settings: WorkerSettings, engine: LoadedEngine) -> WorkerInfo:
         device=settings.device,
         dtype=engine.dtype,
         num_threads=settings.num_threads,
-        kv_spec=engine.cache.spec,
+        kv_spec=engine.port.spec,
         num_kv_blocks=engine.cache.num_blocks,
         max_model_len=engine.max_model_len,
         profile=engine.profile,
+        link_address=link_address,
     )
 
 
 def assemble(
-    info: WorkerInfo, runner: Runner, cache: PagedKVCache, config: ServingConfig, ports: Ports, clock: Clock
+    info: WorkerInfo,
+    runner: Runner,
+    port: CachePort,
+    config: ServingConfig,
+    ports: Ports,
+    clock: Clock,
+    *,
+    codec_bytes_per_s: float = 0.0,
 ) -> Worker:
-    """Wires a worker around an engine."""
+    """Wires a worker around an engine. `codec_bytes_per_s`: as SendLimits has it."""
     spec, scheduler, transfer = info.kv_spec, config.scheduler, config.transfer
     budget = token_budget(config, info.device)
     blocks = BlockManager(info.num_kv_blocks, spec.block_size, prefix_caching=config.cache.prefix_caching)
     outbox = Outbox(info.worker_id, ports.gateways, clock)
-    sender = KVSender(info.worker_id, cache.storage, spec, ports.link, ports.peers, clock, transfer.window_mib * 2**20)
-    receiver = KVReceiver(cache.storage, spec, ports.peers, clock)
+    sending = SendLimits(transfer.window_mib * 2**20, Codec(transfer.codec), codec_bytes_per_s)
+    sender = KVSender(info.worker_id, port, ports.link, ports.peers, clock, sending)
+    receiver = KVReceiver(port, ports.peers, clock)
     prompts = PrefillScheduler(blocks, lookahead_tokens=2 * budget)
     decode = DecodePhase(
         blocks,
         DecodeScheduler(blocks, scheduler.max_running),
         ReservationQueue(spec.block_size, scheduler.max_running, scheduler.reserve_headroom),
         receiver,
-        cache,
+        port.cache,
         ports.peers,
         outbox,
         clock,
@@ -313,5 +344,8 @@ def assemble(
         decode.has_room,
     )
     parts = WorkerParts(runner, blocks, prefill, decode, sender, receiver, outbox)
-    loop = LoopSettings(budget, transfer.layers_per_part, config.health.heartbeat_s)
+    is_alone = not isinstance(port, LeadingCachePort)
+    loop = LoopSettings(
+        budget, transfer.layers_per_part if is_alone else 0, config.health.heartbeat_s, pushes_within_steps=is_alone
+    )
     return Worker(info, parts, ports.peers, ports.loads, clock, loop)

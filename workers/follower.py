@@ -20,7 +20,8 @@ from engine.tensor_parallel import Group
 from phasewise.core.errors import ServingError
 from phasewise.core.logs import setup_logging
 from workers.build import load_part, make_part
-from workers.ranks import Join, Loaded, Ready, follow_cache
+from workers.ranked_cache import FollowingCache
+from workers.ranks import Join, Loaded, Ready
 from workers.settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
@@ -66,10 +67,10 @@ def _follow(
     join: Join = commands.get()
     cache, runner = make_part(loaded, settings, group, join, store_path)
     pipe.send(Ready())
-    swapped: dict[int, torch.Tensor] = {}
+    following = FollowingCache(cache, group)
     while True:
         command = commands.get()
-        if not follow_cache(cache, swapped, command):
+        if not following.follow(command):
             runner.follow(command)
 
 

@@ -16,6 +16,9 @@ from engine.batch import ScheduledBatch, ScheduledSequence
 from engine.kv_cache import PagedKVCache
 from engine.model_config import ModelConfig
 from engine.sequence import Sequence
+from kv_transfer.cache_port import CachePort
+from kv_transfer.codec import Codec
+from kv_transfer.plan import PartSpan
 from phasewise.core.clock import Clock
 from phasewise.core.profile import DeviceProfile, Point, ProfileFacts, StepTimes
 from phasewise.core.request import SamplingParams
@@ -31,6 +34,7 @@ class PreparedEngine:
 
     runner: Runner
     cache: PagedKVCache
+    port: CachePort
     max_model_len: int
     vocab_size: int
     facts: ProfileFacts
@@ -118,6 +122,23 @@ def measure_rates(engine: PreparedEngine, clock: Clock) -> ProfileFacts:
         memory_bytes_per_s=round(2 * source.nbytes / copy_s),
         kv_to_host_bytes_per_s=round(num_blocks * cache.spec.bytes_per_block / host_s),
     )
+
+
+def measure_codec(port: CachePort, codec: Codec, clock: Clock) -> float:
+    """KV bytes per second, before the codec, that this device packs with it. 0.0 for none. Reads the cache."""
+    if codec is Codec.NONE:
+        return 0.0
+    spec = port.spec
+    span = PartSpan(0, spec.num_layers, 0, max(min(_HOST_COPY_BYTES // spec.bytes_per_token, spec.block_size), 1))
+    layout = port.layout(span, spec.dtype, codec)
+    wire = torch.empty(layout.num_bytes, dtype=torch.uint8, device=port.device)
+
+    def pack() -> None:
+        port.pack([0], span, layout, wire)
+        if wire.is_cuda:
+            torch.cuda.synchronize(wire.device)
+
+    return spec.bytes_per_token * span.num_tokens / _median_s(pack, clock)
 
 
 def device_name(device: str, num_threads: int) -> str:

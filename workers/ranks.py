@@ -24,19 +24,14 @@ import subprocess
 import sys
 import tempfile
 import threading
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from engine.kv_cache import PagedKVCache
 from engine.tensor_parallel import Command
 from phasewise.core.errors import InternalError, ServingError
-from phasewise.core.kv_spec import KVCacheSpec
 from workers.settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
@@ -164,50 +159,3 @@ class Ranks:
         logger.critical("%s", reason)
         shutil.rmtree(self._folder.name, ignore_errors=True)
         os._exit(1)  # the step loop's thread may hang on its device: nothing gentler gets through
-
-
-class LeadingKVCache(PagedKVCache):
-    """Rank 0's cache: what moves in it moves in the other ranks' caches, too (`follow_cache`)."""
-
-    def __init__(self, spec: KVCacheSpec, num_blocks: int, device: str, ranks: Ranks) -> None:
-        super().__init__(spec, num_blocks, device)
-        self._ranks = ranks
-        self._num_swaps = 0
-        self._keys: dict[int, int] = {}  # by id of what was given out
-        self._dropped: list[int] = []  # swaps that nobody will copy in any more
-
-    def copy_block(self, source: int, target: int) -> None:
-        self._ranks.tell(("copy_block", source, target))
-        super().copy_block(source, target)
-
-    def copy_out(self, blocks: Sequence[int]) -> torch.Tensor:
-        key, self._num_swaps = self._num_swaps, self._num_swaps + 1
-        dropped, self._dropped = self._dropped, []
-        self._ranks.tell(("copy_out", key, list(blocks), dropped))
-        content = super().copy_out(blocks)
-        self._keys[id(content)] = key
-        weakref.finalize(content, self._forget, id(content)).atexit = False
-        return content
-
-    def copy_in(self, content: torch.Tensor, blocks: Sequence[int]) -> None:
-        self._ranks.tell(("copy_in", self._keys[id(content)], list(blocks)))
-        super().copy_in(content, blocks)
-
-    def _forget(self, content_id: int) -> None:
-        self._dropped.append(self._keys.pop(content_id))
-
-
-def follow_cache(cache: PagedKVCache, swapped: dict[int, torch.Tensor], command: Command) -> bool:
-    """Does what a LeadingKVCache did; False when the command is not about the cache. `swapped`: this rank's copies."""
-    match command:
-        case ("copy_block", source, target):
-            cache.copy_block(source, target)
-        case ("copy_out", key, blocks, dropped):
-            for old in dropped:
-                swapped.pop(old, None)  # gone already when it was copied in
-            swapped[key] = cache.copy_out(blocks)
-        case ("copy_in", key, blocks):
-            cache.copy_in(swapped.pop(key), blocks)
-        case _:
-            return False
-    return True

@@ -20,15 +20,14 @@ from __future__ import annotations
 import logging
 import queue
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-
 from decode_workers.phase import DecodePhase
-from engine.batch import PendingStep, ScheduledBatch, ScheduledSequence
+from engine.batch import DeviceLost, PendingStep, ScheduledBatch, ScheduledSequence
 from engine.block_manager import BlockManager
+from kv_transfer.link import ArrivedPart
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
 from phasewise.core.clock import Clock
@@ -45,6 +44,7 @@ from phasewise.core.messages import (
     KVPart,
     KVPartAck,
     KVRefused,
+    LinkLost,
     PeerLost,
     PrefillTask,
     WorkerInfo,
@@ -59,6 +59,8 @@ from prefill_workers.phase import PrefillPhase
 from workers.roles import may_prefill, may_reserve
 
 logger = logging.getLogger(__name__)
+
+_UNUSABLE = "the model computed NaN or infinite logits for this request; its KV or the weights may be damaged"
 
 
 class Runner(Protocol):
@@ -77,12 +79,17 @@ class Runner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LoopSettings:
-    """What the loop needs of the configuration."""
+    """What the loop needs of the configuration.
+
+    With `pushes_within_steps` KV leaves while later layers compute; else, of each chunk, right behind its step: several
+    ranks take part in packing, and they are not between two layers together.
+    """
 
     token_budget: int
     layers_per_part: int
     heartbeat_s: float
     report_interval_s: float = 0.05
+    pushes_within_steps: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +132,7 @@ class Worker:
         self._loads = loads
         self._clock = clock
         self._settings = settings
-        self._mailbox: queue.SimpleQueue[tuple[WorkerMessage, torch.Tensor | None] | None] = queue.SimpleQueue()
+        self._mailbox: queue.SimpleQueue[tuple[WorkerMessage, ArrivedPart | None] | None] = queue.SimpleQueue()
         self._role = info.role
         self._state = WorkerState.READY
         self._stopping = False
@@ -140,9 +147,9 @@ class Worker:
 
     # ---- from any thread
 
-    def post(self, message: WorkerMessage, payload: torch.Tensor | None = None) -> None:
-        """Puts a message, and the payload of a part, into the mailbox."""
-        self._mailbox.put((message, payload))
+    def post(self, message: WorkerMessage, arrived: ArrivedPart | None = None) -> None:
+        """Puts a message, and what came with the header of a part, into the mailbox."""
+        self._mailbox.put((message, arrived))
 
     def stop(self) -> None:
         """Makes `run` return after the round that it is in."""
@@ -204,13 +211,22 @@ class Worker:
         parts, layers_per_part = self._parts, self._settings.layers_per_part
         items = (*decodes, *prompts)
 
+        done: list[tuple[int, int]] = []
+
         def on_layers_done(first_layer: int, num_layers: int) -> None:
-            parts.prefill.on_layers_done(prompts, first_layer, num_layers)
+            if self._settings.pushes_within_steps:
+                parts.prefill.on_layers_done(prompts, first_layer, num_layers)
+            else:
+                done.append((first_layer, num_layers))
 
         try:
             step = parts.runner.submit(ScheduledBatch(items), on_layers_done if prompts else None, layers_per_part)
+            for first_layer, num_layers in done:
+                parts.prefill.on_layers_done(prompts, first_layer, num_layers)
+        except DeviceLost:
+            raise
         except Exception:
-            self._fail(items)
+            self._fail_step(items)
             return False
         for item in items:
             item.sequence.begin_step(item.num_tokens)
@@ -218,28 +234,37 @@ class Worker:
         return True
 
     def _collect(self, flight: _StepInFlight) -> None:
+        parts, items = self._parts, (*flight.decodes, *flight.prompts)
         try:
             result = flight.step.collect()
+        except DeviceLost:
+            raise
         except Exception:
-            self._fail((*flight.decodes, *flight.prompts))
+            self._fail_step(items)
             return
         self._num_steps += 1
-        parts, num_decodes = self._parts, len(flight.decodes)
-        tokens = (entry[0] for entry in result.tokens[:num_decodes])
-        parts.decode.take(zip(flight.decodes, tokens, strict=True))
-        for i, item in enumerate(flight.prompts, num_decodes):
-            parts.prefill.take(item, result.tokens[i], result.prompt_logprobs[i])
+        entries = list(zip(items, result.tokens, result.prompt_logprobs, strict=True))
+        self._fail([item for item, tokens, _ in entries if tokens is None], _UNUSABLE)
+        num_decodes = len(flight.decodes)
+        parts.decode.take((item, tokens[0]) for item, tokens, _ in entries[:num_decodes] if tokens is not None)
+        for item, tokens, prompt_logprobs in entries[num_decodes:]:
+            if tokens is not None:
+                parts.prefill.take(item, tokens, prompt_logprobs)
 
-    def _fail(self, items: tuple[ScheduledSequence, ...]) -> None:
-        """The engine broke on this batch: its requests end with an error, the worker lives on.
+    def _fail_step(self, items: Collection[ScheduledSequence]) -> None:
+        """The engine broke on this batch: its requests end, the worker lives on."""
+        logger.exception("a step failed", extra={"worker_id": self.info.worker_id})
+        self._fail(items, "the engine failed on this request's batch; the worker's log has the cause")
+
+    def _fail(self, items: Collection[ScheduledSequence], reason: str) -> None:
+        """Ends the items' requests with InternalError, if they are here still.
 
         The KV of their earlier steps may be the cause, such as NaN: nobody else shall find it in the prefix cache.
         """
-        logger.exception("a step failed", extra={"worker_id": self.info.worker_id})
         for item in items:
             self._parts.blocks.unpublish(item.sequence.block_table)
         for request_id in {item.sequence.request_id for item in items}:
-            error = InternalError("the engine failed on this request's batch; the worker's log has the cause")
+            error = InternalError(reason)
             self._parts.prefill.fail(request_id, error)
             self._parts.decode.fail(request_id, error)
 
@@ -268,7 +293,7 @@ class Worker:
         if entry is not None:
             self._dispatch(*entry)
 
-    def _dispatch(self, message: WorkerMessage, payload: torch.Tensor | None) -> None:
+    def _dispatch(self, message: WorkerMessage, arrived: ArrivedPart | None) -> None:
         parts = self._parts
         match message:
             case PrefillTask():
@@ -288,8 +313,8 @@ class Worker:
             case KVFailed():
                 parts.prefill.on_failed(message)
             case KVPart():
-                assert payload is not None
-                parts.receiver.on_part(message, payload)
+                assert arrived is not None
+                parts.receiver.on_part(message, arrived)
             case KVPartAck(transfer_id, part_index):
                 parts.sender.on_part_ack(transfer_id, part_index)
             case KVCommit():
@@ -303,6 +328,9 @@ class Worker:
                 self._gone.add(worker_id)
                 parts.prefill.on_peer_lost(worker_id)
                 parts.decode.on_peer_lost(worker_id)
+            case LinkLost(peer, reason):
+                parts.sender.on_link_lost(peer, reason)
+                parts.receiver.on_link_lost(peer, reason)
             case GatewayLost(gateway_id):
                 self._gone.add(gateway_id)
                 parts.prefill.on_gateway_lost(gateway_id)
@@ -350,5 +378,6 @@ class Worker:
             "handoff_bytes_in": float(receiver.num_bytes),
             "checksum_failures": float(receiver.checksum_failures),
             "late_parts": float(receiver.late_parts),
+            "links_lost": float(self._parts.sender.num_links_lost),
             "leases_expired": float(receiver.leases_expired),
         }

@@ -51,6 +51,8 @@ class PoolConfig(_Section):
     workers: int = Field(0, ge=0, le=1024, description="Number of workers")
     threads: int | None = Field(None, ge=1, description="CPU threads per worker; default: the cores shared out evenly")
     tensor_parallel: int = Field(1, ge=1, le=64, description="GPUs per worker: each holds a part of the model")
+    block_size: Literal[8, 16, 32, 64] | None = Field(None, description="Of this pool; default: cache.block_size")
+    cache_dtype: Literal["auto", "fp8_e4m3"] | None = Field(None, description="Of this pool; default: cache.dtype")
 
 
 class PoolsConfig(_Section):
@@ -70,16 +72,6 @@ class PoolsConfig(_Section):
             name: {"workers": 1, **values[name]} for name in ("prefill", "decode") if isinstance(values.get(name), dict)
         }
         return {**values, **sized}
-
-    @model_validator(mode="after")
-    def _can_hand_off(self) -> PoolsConfig:
-        for name in ("prefill", "decode"):
-            if getattr(self, name).tensor_parallel > 1:
-                raise ValueError(
-                    f"{name}.tensor_parallel must be 1: KV is not handed over yet between workers of several GPUs; use "
-                    "tensor_parallel in the mixed pool"
-                )
-        return self
 
     @model_validator(mode="after")
     def _can_serve(self) -> PoolsConfig:
@@ -130,7 +122,18 @@ class SchedulerConfig(_Section):
 class TransferConfig(_Section):
     """How KV moves from prefill to decode workers."""
 
-    link: Literal["object_store"] = Field("object_store", description="Kind of link between two workers")
+    link: Literal["auto", "nccl", "object_store"] = Field(
+        "auto", description="auto: nccl between GPU workers, else object_store; nccl: refuse to start without it"
+    )
+    codec: Literal["none", "fp8", "int8"] = Field(
+        "none", description="How KV may be compressed on a link that is slower than compressing it; both lose precision"
+    )
+    nccl_channels: int = Field(
+        16, ge=1, le=32, description="NCCL channels of a link: more are faster and take more GPU memory"
+    )
+    slab_mib: int = Field(128, ge=1, description="Staging memory of a part on its way over NCCL, in MiB of GPU memory")
+    num_slabs: int = Field(2, ge=2, description="Such parts at once, in each direction of a worker")
+    stall_s: float = Field(5.0, gt=0, description="A part on its way over NCCL for longer means a broken link")
     layerwise_threshold_tokens: int = Field(
         512, ge=1, description="Prompts from this length are pushed layer group by layer group"
     )
@@ -200,6 +203,12 @@ class ServingConfig(_Section):
     ray: RayConfig = RayConfig()
     health: HealthConfig = HealthConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    def with_cache_of(self, pool: PoolConfig) -> ServingConfig:
+        """What a worker of that pool is told: its own block size and cache dtype, where the pool has such."""
+        own = {"block_size": pool.block_size, "dtype": pool.cache_dtype}
+        cache = self.cache.model_copy(update={name: value for name, value in own.items() if value is not None})
+        return self.model_copy(update={"cache": cache})
 
 
 def merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@
     worker → gateway             WorkerOutput: one per step and gateway
     worker → control plane       WorkerInfo once, WorkerLoad often
     control plane → worker       PeerLost, GatewayLost
+    a worker's own links         LinkLost
 
 All are frozen, hold no tensors, and can be pickled. Times that cross a process are either durations left
 (`time_left_s`) or seconds since the epoch (`…_unix_s`): monotonic clocks of two processes do not compare.
@@ -62,10 +63,14 @@ class KVOffer:
 
 @dataclass(frozen=True, slots=True)
 class KVAccepted:
-    """Blocks are set aside. The first `num_cached_tokens` need not be sent: decode has them in its prefix cache."""
+    """Blocks are set aside. The first `num_cached_tokens` need not be sent: decode has them in its prefix cache.
+
+    `dtype` is that of the receiver's cache, which may differ from the sender's.
+    """
 
     transfer_id: str
     num_cached_tokens: int
+    dtype: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +83,9 @@ class KVRefused:
 
 @dataclass(frozen=True, slots=True)
 class KVPart:
-    """Header of one part: KV of some layers and tokens. The payload travels beside it.
+    """Header of one part: KV of some layers and tokens. `num_bytes` travel beside it (kv_transfer/codec.py).
 
-    Payload: [num_layers, 2 (K, V), num_tokens, num_kv_heads, head_dim], contiguous, in the cache's dtype.
-    `checksum` is the sum computed by the sender over the payload (kv_transfer/checksum.py).
+    `dtype` is that of the values before the codec: of the two caches' dtypes the narrower one.
     """
 
     transfer_id: str
@@ -91,13 +95,13 @@ class KVPart:
     first_token: int
     num_tokens: int
     num_bytes: int
+    dtype: str
     codec: str
-    checksum: int
 
 
 @dataclass(frozen=True, slots=True)
 class KVPartAck:
-    """A part has left the link: its bytes no longer count against the sender's window."""
+    """A part has arrived, or been given up: its bytes no longer count against the sender's window."""
 
     transfer_id: str
     part_index: int
@@ -233,7 +237,7 @@ def _restore_output(worker_id: WorkerId, chunks: list[tuple[Any, ...]], *rest: A
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """What does not change while a worker lives."""
+    """What does not change while a worker lives. `link_address`: where its direct links listen; "" for none."""
 
     worker_id: WorkerId
     role: WorkerRole
@@ -246,6 +250,7 @@ class WorkerInfo:
     num_kv_blocks: int
     max_model_len: int
     profile: DeviceProfile
+    link_address: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +284,14 @@ class PeerLost:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkLost:
+    """The link between this worker and `peer` broke; what was on its way over it will not arrive."""
+
+    peer: WorkerId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class GatewayLost:
     """A gateway is gone: cancel its requests."""
 
@@ -298,5 +311,6 @@ WorkerMessage = (
     | KVDone
     | KVFailed
     | PeerLost
+    | LinkLost
     | GatewayLost
 )

@@ -13,7 +13,6 @@ import transformers
 from engine.random_numbers import _mix, uniforms
 from engine.sampler import SampleRow, _cutoff, apply_bias_and_penalties, sample
 from engine.sequence import Sequence
-from phasewise.core.errors import InternalError
 from phasewise.core.request import SamplingParams
 
 VOCAB = 61
@@ -192,8 +191,13 @@ def test_a_forbidden_token_is_never_drawn() -> None:
     assert {token.token_id for token in sample(logits, rows)} == {2}
 
 
-def test_nan_is_an_error() -> None:
-    logits = torch.randn(2, VOCAB)
+@pytest.mark.parametrize("params", [SamplingParams(temperature=0.0), SamplingParams(top_p=0.5, top_k=9, logprobs=2)])
+def test_a_row_without_a_largest_logit_has_no_token_and_others_do(params: SamplingParams) -> None:
+    logits = torch.randn(5, VOCAB)
+    right = sample(logits, [row(params, logits_row=i) for i in range(5)])
     logits[1, 7] = math.nan
-    with pytest.raises(InternalError, match="NaN logits for request request"):
-        sample(logits, [row(SamplingParams(), logits_row=0), row(SamplingParams(), logits_row=1)])
+    logits[2] = -math.inf
+    logits[3, 9] = math.inf
+    tokens = sample(logits, [row(params, logits_row=i) for i in (4, 3, 2, 1, 0, 1)])
+    assert tokens == [right[4], None, None, None, right[0], None]
+    assert sample(logits[1:2], [row(params)]) == [None]

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 
 from engine.kv_cache import PagedKVCache
+from kv_transfer.cache_port import CachePort
+from kv_transfer.link import ArrivedPart
 from kv_transfer.loopback_link import Fault, LoopbackLink
+from kv_transfer.staging import is_intact
 from phasewise.core.clock import ManualClock
 from phasewise.core.config import build_config
 from phasewise.core.lifecycle import Stage
@@ -55,7 +58,6 @@ class WorkerBox:
         self.outputs: list[WorkerOutput] = []
         self.loads: dict[WorkerId, WorkerLoad] = {}
         mailboxes: dict[WorkerId, Any] = {}
-        link = LoopbackLink(mailboxes, fault)
         for worker_id, role in roles.items():
             cache = PagedKVCache(SPEC, num_blocks, "cpu")
             cache.storage.fill_(float("nan"))  # what was never written must never be read
@@ -74,8 +76,9 @@ class WorkerBox:
                 num_blocks * SPEC.block_size,
                 DeviceProfile.linear(0.0, 0.001, 0.0, 0.001),
             )
-            ports = Ports(self, self, self, link)
-            worker = assemble(info, self.runners[worker_id], cache, self.config, ports, self.clock)
+            ports = Ports(self, self, self, LoopbackLink(worker_id, mailboxes, fault))
+            port = CachePort(cache, SPEC)
+            worker = assemble(info, self.runners[worker_id], port, self.config, ports, self.clock)
             self.workers[worker_id] = worker
             mailboxes[worker_id] = worker.post
 
@@ -164,8 +167,13 @@ class WorkerBox:
         return [tokens[i] for i in range(len(tokens))]
 
 
-def corrupt(payload: torch.Tensor) -> torch.Tensor:
-    """The payload with one value changed."""
-    changed = payload.clone()
-    changed.view(-1)[payload.numel() // 2] += 1.0
+def corrupt(wire: torch.Tensor) -> torch.Tensor:
+    """The part with one bit changed."""
+    changed = wire.clone()
+    changed[len(wire) // 2] ^= 1
     return changed
+
+
+def arrived(wire: torch.Tensor) -> ArrivedPart:
+    """A part as a link would bring it."""
+    return ArrivedPart(wire if is_intact(wire) else None, lambda: None)

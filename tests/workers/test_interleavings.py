@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from kv_transfer.sender import SendLimits
 from phasewise.core.errors import ERROR_BY_CODE
 from phasewise.core.lifecycle import Stage
 from phasewise.core.messages import (
@@ -28,11 +29,11 @@ from tests.workers.test_request_life import PAIR, prompt_of
 def corrupt_once() -> Callable[[KVPart, torch.Tensor], torch.Tensor]:
     hits: list[KVPart] = []
 
-    def fault(part: KVPart, payload: torch.Tensor) -> torch.Tensor:
+    def fault(part: KVPart, wire: torch.Tensor) -> torch.Tensor:
         if hits:
-            return payload
+            return wire
         hits.append(part)
-        return corrupt(payload)
+        return corrupt(wire)
 
     return fault
 
@@ -111,15 +112,15 @@ def test_an_abort_that_overtakes_the_offer() -> None:
 def test_a_window_freed_by_a_failure_is_used_at_once() -> None:
     lost: list[KVPart] = []
 
-    def fault(part: KVPart, payload: torch.Tensor) -> Any:
+    def fault(part: KVPart, wire: torch.Tensor) -> Any:
         if part.transfer_id.startswith("a#"):
             lost.append(part)
             return None
-        return payload
+        return wire
 
     box = WorkerBox({**PAIR, "decode-1": "decode"}, fault=fault)
     sender = box.workers["prefill-0"]._parts.sender
-    sender._window_bytes = 7000
+    sender._limits = SendLimits(7000)
     box.submit("a", prompt_of(100, 1), "prefill-0", "decode-1", max_tokens=5)
     box.run_until(lambda: lost)
     box.submit("b", prompt_of(100, 2), "prefill-0", "decode-0", max_tokens=5)
@@ -280,7 +281,7 @@ def test_random_order_corruption_and_aborts_leave_nothing_and_change_no_token(se
     box = WorkerBox(
         roles,
         num_blocks=rng.choice([24, 48, 64]),
-        fault=lambda part, payload: corrupt(payload) if rng.random() < 0.01 else payload,
+        fault=lambda part, wire: corrupt(wire) if rng.random() < 0.01 else wire,
         transfer={"layerwise_threshold_tokens": 60, "layers_per_part": rng.choice([1, 3])},
         scheduler={"reserve_headroom": rng.choice([0.0, 0.05]), "token_budget": rng.choice([16, 64, 128])},
     )

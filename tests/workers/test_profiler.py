@@ -9,6 +9,7 @@ import pytest
 
 from engine.batch import ComputedStep, ScheduledBatch, StepResult
 from engine.kv_cache import PagedKVCache
+from kv_transfer.cache_port import CachePort
 from phasewise.core.clock import ManualClock
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.profile import ProfileFacts
@@ -51,7 +52,8 @@ def engine(num_blocks: int = 32, max_model_len: int = 128) -> tuple[PreparedEngi
     clock = ManualClock()
     runner = TimedRunner(clock)
     cache = PagedKVCache(KVCacheSpec(2, 1, 4, 8, "float32"), num_blocks, "cpu")
-    return PreparedEngine(runner, cache, max_model_len, 100, ProfileFacts(device="d")), runner, clock
+    port = CachePort(cache, cache.spec)
+    return PreparedEngine(runner, cache, port, max_model_len, 100, ProfileFacts(device="d")), runner, clock
 
 
 def test_every_step_that_fits_is_measured_once_not_counted_and_then_thrice() -> None:

@@ -165,7 +165,7 @@ def test_errors_at_the_start(folder: Path, tmp_path: Path, monkeypatch: pytest.M
         ConfigError, match="tensor_parallel 3 cannot split this model evenly: 4 attention heads"
     ) as caught:
         load_engine(settings_for(folder, 3), lambda share: None, MonotonicClock())
-    assert caught.value.field == "pools.mixed.tensor_parallel"
+    assert caught.value.field == "tensor_parallel"
     ranks = Ranks(settings_for(tmp_path / "nowhere", 2))
     with pytest.raises(ModelLoadError, match="does not exist"):
         ranks.wait_loaded()
@@ -177,10 +177,7 @@ def test_errors_at_the_start(folder: Path, tmp_path: Path, monkeypatch: pytest.M
     ranks.close()
 
 
-def test_only_the_mixed_pool_may_have_several_ranks() -> None:
-    for pool in ("prefill", "decode"):
-        with pytest.raises(ConfigError, match=f"{pool}.tensor_parallel must be 1: .* use tensor_parallel in the mixed"):
-            build_config({"pools": {pool: {"tensor_parallel": 2}}}, source="test")
+def test_ranks_count_as_devices() -> None:
     pools = {"prefill": {"workers": 1}, "decode": {"workers": 2}, "mixed": {"workers": 2, "tensor_parallel": 4}}
     config = build_config({"pools": pools}, source="test")
     assert config.pools.num_devices == 11 and config.pools.num_workers == 5

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from kv_transfer.codec import CHECKSUM_BYTES
+from kv_transfer.sender import SendLimits
 from phasewise.core.lifecycle import Stage
 from phasewise.core.messages import GatewayLost, KVCommit, KVDone, KVOffer, KVPart, PeerLost
 from phasewise.core.request import FinishReason
 from tests.support.scripted_engine import expected_tokens
-from tests.support.worker_box import WorkerBox, corrupt
+from tests.support.worker_box import WorkerBox, arrived, corrupt
 
 PAIR = {"prefill-0": "prefill", "decode-0": "decode"}
 DECODE_FIRST = {"decode-0": "decode", "prefill-0": "prefill"}  # what prefill says is heard a round later
@@ -46,9 +48,9 @@ def test_mixed_worker_gives_the_same_tokens_without_a_transfer(length: int) -> N
 def test_long_prompts_go_layer_group_by_layer_group_and_chunk_by_chunk() -> None:
     parts: list[KVPart] = []
 
-    def watch(part: KVPart, payload: torch.Tensor) -> torch.Tensor:
+    def watch(part: KVPart, wire: torch.Tensor) -> torch.Tensor:
         parts.append(part)
-        return payload
+        return wire
 
     box = WorkerBox(PAIR, fault=watch, transfer={"layers_per_part": 2, "layerwise_threshold_tokens": 200})
     box.submit("long", prompt_of(300), "prefill-0", "decode-0", max_tokens=3)
@@ -141,7 +143,7 @@ def test_prefix_cache_on_both_sides_and_only_the_rest_travels() -> None:
     counters = box.workers["prefill-0"].load().counters
     assert counters["prefix_hit_tokens"] == 64
     bytes_per_token = box.workers["prefill-0"].info.kv_spec.bytes_per_token
-    assert counters["handoff_bytes_out"] - sent_before == 40 * bytes_per_token
+    assert counters["handoff_bytes_out"] - sent_before == 40 * bytes_per_token + CHECKSUM_BYTES
     box.assert_empty()
 
 
@@ -272,11 +274,11 @@ def test_abort_of_one_sample_leaves_the_others() -> None:
 def test_corrupt_part_is_retried_and_never_decoded() -> None:
     hits = []
 
-    def once(part: KVPart, payload: torch.Tensor) -> torch.Tensor:
+    def once(part: KVPart, wire: torch.Tensor) -> torch.Tensor:
         if hits:
-            return payload
+            return wire
         hits.append(part)
-        return corrupt(payload)
+        return corrupt(wire)
 
     box = WorkerBox(PAIR, fault=once)
     box.submit("r", prompt_of(100), "prefill-0", "decode-0", max_tokens=8)
@@ -289,7 +291,7 @@ def test_corrupt_part_is_retried_and_never_decoded() -> None:
 
 @pytest.mark.parametrize("length", [100, 600])
 def test_always_corrupt_ends_with_transfer_failed(length: int) -> None:
-    box = WorkerBox(PAIR, fault=lambda part, payload: corrupt(payload))
+    box = WorkerBox(PAIR, fault=lambda part, wire: corrupt(wire))
     box.submit("r", prompt_of(length), "prefill-0", "decode-0", max_tokens=8)
     box.run()
     assert box.failures["r"].code == "transfer_failed"
@@ -300,20 +302,20 @@ def test_always_corrupt_ends_with_transfer_failed(length: int) -> None:
 def test_lost_part_ends_at_the_time_out_and_late_parts_are_fenced() -> None:
     kept: list[tuple[KVPart, torch.Tensor]] = []
 
-    def lose(part: KVPart, payload: torch.Tensor) -> Any:
-        kept.append((part, payload))
+    def lose(part: KVPart, wire: torch.Tensor) -> Any:
+        kept.append((part, wire))
 
     box = WorkerBox(PAIR, fault=lose)
     box.submit("r", prompt_of(100), "prefill-0", "decode-0", max_tokens=8)
-    box.run_until(lambda: kept)
+    box.run_until(lambda: any(isinstance(m, KVCommit) for _, m in box.sent))
     box.clock.advance(31.0)  # transfer.timeout_s
     box.run_until(lambda: len(kept) == 2)
     box.clock.advance(31.0)
     box.run()
     assert box.failures["r"].code in ("transfer_failed", "deadline_exceeded")
     box.assert_empty()
-    for part, payload in kept:
-        box.workers["decode-0"].post(part, payload)
+    for part, wire in kept:
+        box.workers["decode-0"].post(part, arrived(wire))
     box.round()
     assert box.workers["decode-0"].load().counters["late_parts"] == 2
     box.assert_empty()
@@ -322,17 +324,17 @@ def test_lost_part_ends_at_the_time_out_and_late_parts_are_fenced() -> None:
 def test_parts_that_overtake_each_other_and_the_commit_are_put_together() -> None:
     held: list[tuple[KVPart, torch.Tensor]] = []
 
-    def hold(part: KVPart, payload: torch.Tensor) -> Any:
-        held.append((part, payload))
+    def hold(part: KVPart, wire: torch.Tensor) -> Any:
+        held.append((part, wire))
 
     box = WorkerBox(PAIR, fault=hold, transfer={"layerwise_threshold_tokens": 16, "layers_per_part": 1})
     box.submit("r", prompt_of(200), "prefill-0", "decode-0", max_tokens=6)
     box.run_until(lambda: any(isinstance(m, KVCommit) for _, m in box.sent))
     box.round()
     assert len(held) == 8
-    for part, payload in reversed(held):
-        box.workers["decode-0"].post(part, payload)
-        box.workers["decode-0"].post(part, payload)  # twice: the second is ignored
+    for part, wire in reversed(held):
+        box.workers["decode-0"].post(part, arrived(wire))
+        box.workers["decode-0"].post(part, arrived(wire))  # twice: the second is ignored
     box.run()
     assert box.output("r") == expected_tokens(prompt_of(200), 6)
     box.assert_empty()
@@ -342,14 +344,14 @@ def test_window_holds_parts_back_and_drops_none() -> None:
     in_flight: list[int] = []
     acks = []
 
-    def watch(part: KVPart, payload: torch.Tensor) -> torch.Tensor:
+    def watch(part: KVPart, wire: torch.Tensor) -> torch.Tensor:
         in_flight.append(part.num_bytes)
         acks.append(box.workers["prefill-0"]._parts.sender._bytes_in_flight)
-        return payload
+        return wire
 
     box = WorkerBox(PAIR, num_blocks=512, fault=watch)
     sender = box.workers["prefill-0"]._parts.sender
-    sender._window_bytes = 20_000
+    sender._limits = SendLimits(20_000)
     for i in range(6):
         box.submit(f"r{i}", prompt_of(200, seed=i), "prefill-0", "decode-0", max_tokens=5)
     box.run()
@@ -428,12 +430,12 @@ def test_an_offer_of_other_weights_is_refused_saying_what_differs() -> None:
 
     def other_weights(worker_id: str, message: Any) -> None:
         if isinstance(message, KVOffer):
-            message = replace(message, spec=replace(message.spec, model_fingerprint="other", dtype="bfloat16"))
+            message = replace(message, spec=replace(message.spec, model_fingerprint="other"))
         real_send(worker_id, message)
 
     box.workers["prefill-0"]._parts.sender._peers = type("P", (), {"send": staticmethod(other_weights)})()
     box.run()
-    assert "dtype: float32 here, bfloat16 there" in box.failures["r"].message
+    assert "KV caches differ: model_fingerprint: scripted here, other there" in box.failures["r"].message
     box.assert_empty()
 
 

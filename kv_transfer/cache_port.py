@@ -1,0 +1,57 @@
+"""A worker's paged KV cache as handoffs see it: parts out of it, parts into it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from kv_transfer.codec import Codec, WireLayout
+from kv_transfer.plan import PartSpan
+from kv_transfer.staging import pack, slots_of, unpack
+from phasewise.core.kv_spec import KVCacheSpec
+
+
+class Cache(Protocol):
+    """What is known of engine/kv_cache.py here: `storage` is [num_layers, 2, num_slots, num_kv_heads, head_dim]."""
+
+    storage: torch.Tensor
+
+    def copy_block(self, source: int, target: int) -> None: ...
+
+    def copy_out(self, blocks: Sequence[int]) -> Any: ...
+
+    def copy_in(self, content: Any, blocks: Sequence[int]) -> None: ...
+
+
+class CachePort:
+    """A worker's cache. `spec` is that of the whole worker.
+
+    Everything is put on the current stream, between the steps that write and read the same blocks there.
+    """
+
+    def __init__(self, cache: Cache, spec: KVCacheSpec) -> None:
+        self.cache = cache
+        self.spec = spec
+        self._storage = cache.storage
+
+    @property
+    def device(self) -> torch.device:
+        return self._storage.device
+
+    def layout(self, span: PartSpan, dtype: str, codec: Codec) -> WireLayout:
+        """What a part looks like on the wire."""
+        spec = self.spec
+        return WireLayout(span.num_layers, span.num_tokens, spec.num_kv_heads, spec.head_dim, dtype, codec)
+
+    def pack(self, block_table: Sequence[int], span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:
+        """Fills a wire buffer with KV of a sequence, its checksum included."""
+        pack(self._storage, self._slots(block_table, span), span.first_layer, layout, wire)
+
+    def unpack(self, block_table: Sequence[int], span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:
+        """Writes what came into a sequence's blocks."""
+        unpack(self._storage, self._slots(block_table, span), span.first_layer, layout, wire)
+
+    def _slots(self, block_table: Sequence[int], span: PartSpan) -> torch.Tensor:
+        return slots_of(block_table, self.spec.block_size, span.first_token, span.num_tokens, self.device)

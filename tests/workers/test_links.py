@@ -1,0 +1,149 @@
+"""What becomes of handoffs when a link breaks, is full, or is not up: both ends clean, the same tokens in the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kv_transfer.loopback_link import LoopbackLink
+from kv_transfer.routed_link import RoutedLink
+from phasewise.core.messages import KVCommit, KVPart, KVPartAck, LinkLost
+from tests.support.scripted_engine import expected_tokens
+from tests.support.worker_box import WorkerBox
+from tests.workers.test_request_life import PAIR, prompt_of
+
+LAYERWISE = {"layerwise_threshold_tokens": 16, "layers_per_part": 1}
+
+
+class Direct(LoopbackLink):
+    """A direct link that a test breaks. `deliver` = False keeps parts for ever; `num_buffers` bounds what is out."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.up = True
+        self.num_delivered = 2**31
+        self.num_buffers = 2**31
+        self.num_sent = 0
+        self.num_out = 0
+        self.most_out = 0
+
+    def is_up(self, peer: str) -> bool:
+        return self.up
+
+    def buffer(self, peer: str, num_bytes: int) -> torch.Tensor | None:
+        return super().buffer(peer, num_bytes) if self.num_out < self.num_buffers else None
+
+    def send_part(self, peer: str, part: KVPart, wire: torch.Tensor) -> None:
+        self.num_sent += 1
+        self.num_out += 1
+        self.most_out = max(self.most_out, self.num_out)
+        if self.num_sent <= self.num_delivered:
+            super().send_part(peer, part, wire)
+
+
+class LinkedBox(WorkerBox):
+    """A prefill and a decode worker with a direct link beside the other one."""
+
+    def __init__(self, **sections: Any) -> None:
+        super().__init__(PAIR, **sections)
+        mailboxes = {name: worker.post for name, worker in self.workers.items()}
+        self.direct = Direct("prefill-0", mailboxes)
+        self.parts_beside = 0
+        sender = self.workers["prefill-0"]._parts.sender
+        sender._link = RoutedLink(self.direct, LoopbackLink("prefill-0", mailboxes, self._count))
+
+        def post(message: Any, arrived: Any = None) -> None:
+            if isinstance(message, KVPartAck):
+                self.direct.num_out -= 1
+            self.workers["prefill-0"].post(message, arrived)
+
+        mailboxes["prefill-0"] = post
+
+    def _count(self, part: KVPart, wire: torch.Tensor) -> torch.Tensor:
+        self.parts_beside += 1
+        return wire
+
+    def break_link(self, *sides: str) -> None:
+        """As a link does: down first, then the news, to those that noticed."""
+        self.direct.up = False
+        for side in sides:
+            other = "decode-0" if side == "prefill-0" else "prefill-0"
+            self.workers[side].post(LinkLost(other, "the test broke it"))
+
+
+def committed(box: WorkerBox) -> bool:
+    return any(isinstance(m, KVCommit) for _, m in box.sent)
+
+
+@pytest.mark.parametrize("sides", [("prefill-0",), ("decode-0",), ("prefill-0", "decode-0")])
+@pytest.mark.parametrize("num_delivered", [1, 3])
+@pytest.mark.parametrize("after_commit", [False, True])
+def test_parts_lost_with_the_link_are_sent_again_beside_it(
+    sides: tuple[str, ...], num_delivered: int, after_commit: bool
+) -> None:
+    box = LinkedBox(transfer=LAYERWISE)
+    box.direct.num_delivered = num_delivered
+    box.submit("r", prompt_of(300), "prefill-0", "decode-0", max_tokens=8)
+    box.run_until(lambda: committed(box) if after_commit else box.direct.num_sent > num_delivered)
+    box.round()
+    box.break_link(*sides)
+    box.run()
+    assert box.output("r") == expected_tokens(prompt_of(300), 8)
+    assert box.parts_beside > 0
+    assert box.workers["prefill-0"].load().counters["handoff_failures"] == 1
+    assert not box.failures
+    box.assert_empty()
+
+
+def test_a_link_that_breaks_with_nothing_on_it_costs_nothing() -> None:
+    box = LinkedBox()
+    box.submit("a", prompt_of(100), "prefill-0", "decode-0", max_tokens=8)
+    box.run_until(lambda: box.tokens[("a", 0)])
+    box.run_until(lambda: not box.workers["prefill-0"]._parts.sender._bytes_in_flight)
+    box.break_link("prefill-0", "decode-0")
+    box.submit("b", prompt_of(90), "prefill-0", "decode-0", max_tokens=8)
+    box.run()
+    assert box.output("a") == expected_tokens(prompt_of(100), 8)
+    assert box.output("b") == expected_tokens(prompt_of(90), 8)
+    assert box.parts_beside == 1
+    assert box.workers["prefill-0"].load().counters["handoff_failures"] == 0
+    box.assert_empty()
+
+
+def test_the_link_is_used_again_when_it_is_up_again() -> None:
+    box = LinkedBox()
+    box.direct.up = False
+    box.submit("a", prompt_of(50), "prefill-0", "decode-0", max_tokens=4)
+    box.run()
+    box.direct.up = True
+    box.submit("b", prompt_of(60), "prefill-0", "decode-0", max_tokens=4)
+    box.run()
+    assert (box.parts_beside, box.direct.num_sent) == (1, 1)
+    box.assert_empty()
+
+
+def test_a_full_link_holds_parts_back_and_drops_none() -> None:
+    box = LinkedBox(num_blocks=512, transfer=LAYERWISE)
+    box.direct.num_buffers = 2
+    for i in range(6):
+        box.submit(f"r{i}", prompt_of(200, seed=i), "prefill-0", "decode-0", max_tokens=5)
+    box.run()
+    assert box.direct.most_out == 2
+    assert box.direct.num_sent >= 6 * 4
+    for i in range(6):
+        assert box.output(f"r{i}") == expected_tokens(prompt_of(200, seed=i), 5)
+    assert (box.direct.num_out, box.parts_beside) == (0, 0)
+    box.assert_empty()
+
+
+def test_large_parts_are_cut_to_what_the_link_takes() -> None:
+    box = LinkedBox(num_blocks=512)
+    box.direct._max_part_bytes = 1000
+    box.submit("r", prompt_of(300), "prefill-0", "decode-0", max_tokens=5)
+    box.run()
+    assert box.output("r") == expected_tokens(prompt_of(300), 5)
+    kv_bytes = 300 * box.workers["prefill-0"].info.kv_spec.bytes_per_token
+    assert box.direct.num_sent >= kv_bytes // 1000
+    box.assert_empty()

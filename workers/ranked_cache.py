@@ -1,0 +1,141 @@
+"""The KV cache of a worker of several ranks: each holds its heads, and rank 0 speaks for all.
+
+Swaps and copies are told to the other ranks, which do them at the same place between their steps. A handoff's parts
+hold all heads, so the two ends may have different numbers of ranks: rank 0 gathers what it sends and shares out what
+came, over the group that computes the model.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+
+from engine.kv_cache import PagedKVCache
+from engine.tensor_parallel import Command, Group
+from kv_transfer.cache_port import CachePort
+from kv_transfer.codec import Codec, WireLayout
+from kv_transfer.plan import PartSpan
+from kv_transfer.staging import DTYPES, decode, encode, pack, slots_of, unpack, values_of
+from phasewise.core.kv_spec import KVCacheSpec
+from workers.ranks import Ranks
+
+
+class LeadingKVCache(PagedKVCache):
+    """Rank 0's cache: what moves in it moves in the other ranks' caches, too (`FollowingCache`)."""
+
+    def __init__(self, spec: KVCacheSpec, num_blocks: int, device: str, ranks: Ranks) -> None:
+        super().__init__(spec, num_blocks, device)
+        self._ranks = ranks
+        self._num_swaps = 0
+        self._keys: dict[int, int] = {}  # by id of what was given out
+        self._dropped: list[int] = []  # swaps that nobody will copy in any more
+
+    def copy_block(self, source: int, target: int) -> None:
+        self._ranks.tell(("copy_block", source, target))
+        super().copy_block(source, target)
+
+    def copy_out(self, blocks: Sequence[int]) -> torch.Tensor:
+        key, self._num_swaps = self._num_swaps, self._num_swaps + 1
+        dropped, self._dropped = self._dropped, []
+        self._ranks.tell(("copy_out", key, list(blocks), dropped))
+        content = super().copy_out(blocks)
+        self._keys[id(content)] = key
+        weakref.finalize(content, self._forget, id(content)).atexit = False
+        return content
+
+    def copy_in(self, content: torch.Tensor, blocks: Sequence[int]) -> None:
+        self._ranks.tell(("copy_in", self._keys[id(content)], list(blocks)))
+        super().copy_in(content, blocks)
+
+    def _forget(self, content_id: int) -> None:
+        self._dropped.append(self._keys.pop(content_id))
+
+
+class LeadingCachePort(CachePort):
+    """Rank 0's port: parts of all heads. `spec` is that of the whole worker; `cache` has rank 0's heads."""
+
+    def __init__(self, cache: PagedKVCache, spec: KVCacheSpec, group: Group, ranks: Ranks) -> None:
+        super().__init__(cache, spec)
+        self._heads = RankHeads(cache, group)
+        self._num_ranks = group.size
+        self._ranks = ranks
+
+    def pack(self, block_table: Sequence[int], span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:
+        self._ranks.tell(("pack", list(block_table), span, layout.dtype))
+        parts = self._heads.gather(block_table, span, layout.dtype)
+        assert parts is not None
+        step = max(self._num_ranks // layout.num_kv_heads, 1)  # so many ranks have the same head
+        values = torch.cat([part.view(torch.uint8) for part in parts[::step]], dim=3)
+        encode(values.view(parts[0].dtype), layout, wire)
+
+    def unpack(self, block_table: Sequence[int], span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:
+        self._ranks.tell(("unpack", list(block_table), span, layout))
+        values = decode(wire.to(self.device), layout, DTYPES[layout.dtype])
+        self._heads.scatter(block_table, span, layout, values)
+
+
+class RankHeads:
+    """One rank's part of what LeadingCachePort does: all ranks call the same at the same place."""
+
+    def __init__(self, cache: PagedKVCache, group: Group) -> None:
+        self._cache = cache
+        self._group = group
+
+    def gather(self, block_table: Sequence[int], span: PartSpan, dtype: str) -> list[torch.Tensor] | None:
+        """Every rank's heads of a part, in `dtype`, on rank 0.  # [num_layers, 2, num_tokens, heads, head_dim] each"""
+        layout = self._layout(span, dtype)
+        wire = torch.empty(layout.num_bytes, dtype=torch.uint8, device=self._cache.device)
+        pack(self._cache.storage, self._slots(block_table, span), span.first_layer, layout, wire)
+        return self._group.gather(values_of(layout, wire))
+
+    def scatter(
+        self, block_table: Sequence[int], span: PartSpan, layout: WireLayout, values: torch.Tensor | None
+    ) -> None:
+        """Writes this rank's heads of what rank 0 has, `values` of the shape and dtype that `layout` says."""
+        device = self._cache.device
+        if values is None:
+            values = torch.empty(layout.shape, dtype=DTYPES[layout.dtype], device=device)
+        first, count = self._group.shard.kv_heads(layout.num_kv_heads)
+        own = self._group.broadcast(values.contiguous())[:, :, :, first : first + count].contiguous()
+        part = self._layout(span, layout.dtype)
+        wire = torch.empty(part.num_bytes, dtype=torch.uint8, device=device)
+        encode(own, part, wire)
+        unpack(self._cache.storage, self._slots(block_table, span), span.first_layer, part, wire)
+
+    def _layout(self, span: PartSpan, dtype: str) -> WireLayout:
+        spec = self._cache.spec
+        return WireLayout(span.num_layers, span.num_tokens, spec.num_kv_heads, spec.head_dim, dtype, Codec.NONE)
+
+    def _slots(self, block_table: Sequence[int], span: PartSpan) -> torch.Tensor:
+        cache = self._cache
+        return slots_of(block_table, cache.block_size, span.first_token, span.num_tokens, cache.device)
+
+
+class FollowingCache:
+    """The other ranks' side: does what rank 0 tells."""
+
+    def __init__(self, cache: PagedKVCache, group: Group) -> None:
+        self._cache = cache
+        self._heads = RankHeads(cache, group)
+        self._swapped: dict[int, torch.Tensor] = {}
+
+    def follow(self, command: Command) -> bool:
+        """False when the command is not about the cache."""
+        match command:
+            case ("copy_block", source, target):
+                self._cache.copy_block(source, target)
+            case ("copy_out", key, blocks, dropped):
+                for old in dropped:
+                    self._swapped.pop(old, None)  # gone already when it was copied in
+                self._swapped[key] = self._cache.copy_out(blocks)
+            case ("copy_in", key, blocks):
+                self._cache.copy_in(self._swapped.pop(key), blocks)
+            case ("pack", block_table, span, dtype):
+                self._heads.gather(block_table, span, dtype)
+            case ("unpack", block_table, span, layout):
+                self._heads.scatter(block_table, span, layout, None)
+            case _:
+                return False
+        return True
