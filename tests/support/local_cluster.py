@@ -100,7 +100,9 @@ class LocalCluster:
     @staticmethod
     def _direct_links(info: WorkerInfo, mailboxes: dict[WorkerId, Any]) -> DirectLinks:
         def post(message: Any, arrived: Any = None) -> None:
-            mailboxes[info.worker_id](message, arrived)
+            mailbox = mailboxes.get(info.worker_id)
+            if mailbox is not None:
+                mailbox(message, arrived)
 
         return DirectLinks(
             info.worker_id,
