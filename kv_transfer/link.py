@@ -53,7 +53,7 @@ class Link(Protocol):
         """Where a part would go now: `nccl`, `object_store`, `loopback`."""
 
     def part_s(self, peer: WorkerId) -> float:
-        """What a part takes besides the time of its bytes, in seconds, as far as this link knows."""
+        """What each part costs its sender besides the time of its bytes, in seconds."""
 
     def max_part_bytes(self, peer: WorkerId) -> int:
         """The largest buffer that `buffer` gives out; the sender cuts parts to it."""

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 _LARGEST_PART_BYTES = 128 * 2**20
 _RATE_FROM_BYTES = 2**20  # smaller parts measure the call, not the bytes
 _SMOOTHING = 0.2
-_PART_S = 0.001  # an actor's call and answer, Ray 2.60 on one host
+_PART_S = 0.0003  # until an actor's call returns to its caller, Ray 2.60
 
 
 class ObjectStoreLink:

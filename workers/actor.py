@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -16,11 +16,13 @@ from kv_transfer.link import ArrivedPart
 from kv_transfer.object_store_link import ObjectStoreLink
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.errors import ServingError
+from phasewise.core.links import LinkProbe, WorkerLinks
 from phasewise.core.logs import setup_logging
 from phasewise.core.mailboxes import ActorHandle, GatewayMailboxes, WorkerMailboxes
 from phasewise.core.messages import GatewayLost, KVPart, PeerLost, WorkerInfo, WorkerLoad, WorkerMessage
 from phasewise.core.placement import WorkerId
 from workers.build import LoadedEngine, Ports, assemble, load_engine, worker_info
+from workers.probing import probe_link
 from workers.settings import WorkerSettings
 from workers.worker import Worker
 
@@ -101,6 +103,16 @@ class WorkerActor:
         """A part of a handoff, with its bytes in shared memory."""
         if self._object_store is not None:
             self._object_store.receive(sender, part, array)
+
+    async def links(self, peers: Sequence[WorkerInfo]) -> WorkerLinks:
+        """What this worker knows of its ways to others."""
+        assert self._worker is not None
+        return self._worker.links(peers)
+
+    async def probe_link(self, peer: WorkerId, num_bytes: int, timeout_s: float) -> LinkProbe:
+        """Measures the way to another worker with one part."""
+        assert self._worker is not None
+        return await probe_link(self._worker, peer, num_bytes, timeout_s)
 
     async def stop(self) -> None:
         """Ends the loop after the round that it is in."""

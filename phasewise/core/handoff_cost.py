@@ -20,11 +20,12 @@ class HandoffPath:
     Attributes:
         bytes_per_token: KV of all layers, as it is on the wire.
         bytes_per_s: of the link; 0.0 when not known.
-        part_s: what a part takes besides the time of its bytes.
+        part_s: what each part costs its sender besides the time of its bytes.
         max_part_bytes: the link takes no larger parts.
         num_groups: of layers: so many parts for a chunk that is pushed layer by layer.
         chunk_tokens: most prompt tokens that are computed in one step.
         threshold_tokens: prompts from this length are pushed layer by layer; None: where that is predicted to pay.
+        latency_s: from a part's last byte to the receiver's word; of parts behind each other seen once.
     """
 
     bytes_per_token: float
@@ -34,12 +35,13 @@ class HandoffPath:
     num_groups: int
     chunk_tokens: int
     threshold_tokens: int | None = None
+    latency_s: float = 0.0
 
     def is_layerwise(self, num_tokens: int) -> bool:
         """Whether a prompt is pushed while it is computed.
 
-        That can hide all but one of `n` parts' bytes and costs n - 1 more parts, so it pays where the bytes of a part
-        take longer than the part itself: tokens * bytes_per_token / n / bytes_per_s > part_s.
+        With `n` parts all but one part's bytes can be hidden, and n - 1 more parts cost their sender something. So it
+        pays where the bytes of a part take longer than it costs: tokens * bytes_per_token / n / bytes_per_s > part_s.
         """
         if self.threshold_tokens is not None:
             return num_tokens >= self.threshold_tokens
@@ -53,6 +55,23 @@ class HandoffPath:
 
         Raises ValueError when the link's rate is not known.
         """
+        return self._sending_s(num_tokens) + self.latency_s
+
+    def visible_s(self, num_tokens: int, prefill_s: float) -> float:
+        """What of `total_s` comes after the prompt, whose computing takes `prefill_s`.
+
+        All of it where the prompt is pushed at once. Layer by layer, with n equal parts that are ready one after the
+        other, the link is either idle before the last part or has been busy since the first one was ready:
+        latency + max(sending / n, sending - prefill * (n - 1) / n). Not less than the commit's own way beside the last
+        part. The reservation is not in it: prompts that queue ask for it before their turn.
+        """
+        seen_s = self._sending_s(num_tokens)
+        if self.is_layerwise(num_tokens):
+            n = self._num_layerwise_parts(num_tokens)
+            seen_s = max(seen_s / n, seen_s - prefill_s * (n - 1) / n)
+        return max(seen_s + self.latency_s, MESSAGE_S)
+
+    def _sending_s(self, num_tokens: int) -> float:
         if self.bytes_per_s <= 0:
             raise ValueError("the link's rate is not known; measure it first")
         num_bytes = num_tokens * self.bytes_per_token
@@ -60,20 +79,6 @@ class HandoffPath:
         if self.is_layerwise(num_tokens):
             num_parts = max(num_parts, self._num_layerwise_parts(num_tokens))
         return num_parts * self.part_s + num_bytes / self.bytes_per_s
-
-    def visible_s(self, num_tokens: int, prefill_s: float) -> float:
-        """What of `total_s` comes after the prompt, whose computing takes `prefill_s`.
-
-        All of it where the prompt is pushed at once. Layer by layer, with n equal parts that are ready one after the
-        other, the link is either idle before the last part or has been busy since the first one was ready:
-        max(total / n, total - prefill * (n - 1) / n). Not less than the commit's own way beside the last part. The
-        reservation is not in it: prompts that queue ask for it before their turn.
-        """
-        seen_s = self.total_s(num_tokens)
-        if self.is_layerwise(num_tokens):
-            n = self._num_layerwise_parts(num_tokens)
-            seen_s = max(seen_s / n, seen_s - prefill_s * (n - 1) / n)
-        return max(seen_s, MESSAGE_S)
 
     def _num_layerwise_parts(self, num_tokens: int) -> int:
         return self.num_groups * ceil(num_tokens / self.chunk_tokens)

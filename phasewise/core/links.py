@@ -17,7 +17,7 @@ class LinkFacts:
     Attributes:
         link: `nccl`, `object_store` or `loopback`: where the next part would go.
         bytes_per_s: measured by the link; 0.0 when not known.
-        part_s: what a part takes besides the time of its bytes, as the link knows it.
+        part_s: what each part costs its sender besides the time of its bytes, as the link knows it.
         max_part_bytes: larger parts are cut.
         dtype, codec: of the values on the wire, by what is known now.
         bytes_per_token: on the wire.

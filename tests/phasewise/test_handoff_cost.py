@@ -37,6 +37,8 @@ def test_the_visible_share_is_what_a_simulation_of_the_parts_gives(num_tokens: i
     last_s = arrival_of_last_part_s(4, 0.01 + num_tokens * 0.001 / 4, prefill_s)
     assert PATH.visible_s(num_tokens, prefill_s) == pytest.approx(last_s - prefill_s)
     assert PATH.total_s(num_tokens) == pytest.approx(4 * 0.01 + num_tokens * 0.001)
+    far = replace(PATH, latency_s=0.5)
+    assert far.visible_s(num_tokens, prefill_s) == pytest.approx(last_s - prefill_s + 0.5), "once, not for every part"
 
 
 def test_short_prompts_go_at_once_and_all_of_that_is_seen() -> None:
@@ -69,7 +71,7 @@ def test_the_threshold_can_be_given_and_stands_in_where_no_rate_is_known() -> No
         unknown.total_s(5)
 
 
-def test_a_slower_part_or_a_faster_link_moves_the_threshold_up() -> None:
+def test_a_dearer_part_or_a_faster_link_moves_the_threshold_up() -> None:
     def first(path: HandoffPath) -> int:
         return next(n for n in range(1, 10_000) if path.is_layerwise(n))
 
