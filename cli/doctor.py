@@ -101,26 +101,28 @@ def _pair_table(cluster: Cluster) -> RenderableType:
     for name in ("prefill → decode", "link"):
         table.add_column(name, no_wrap=True)
     sizes = sorted({p["num_bytes"] for pair in cluster.pairs for p in pair["probes"] if p["num_bytes"] >= _MEBIBYTE})
-    for name in ("µs", *(f"{size / _MEBIBYTE:g} MiB" for size in sizes)):
+    rates = [f"{size / _MEBIBYTE:g} MiB" for size in sizes]
+    for name in ("µs", *(f"GB/s: {name}" if name == rates[0] else name for name in rates)):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("converts")
     for pair in cluster.pairs:
         seconds = {probe["num_bytes"]: probe["seconds"] for probe in pair["probes"] if probe["seconds"]}
         least = min(seconds, default=None)
         latency = "-" if least is None else f"{seconds[least] * 1e6:,.0f}"
-        rates = [f"{size / seconds[size] / 1e9:.2f} GB/s" if size in seconds else "-" for size in sizes]
+        measured = [f"{size / seconds[size] / 1e9:.2f}" if size in seconds else "-" for size in sizes]
         converts = conversions(cluster, pair) or "nothing"
-        table.add_row(f"{pair['prefill']} → {pair['decode']}", pair["link"], latency, *rates, converts)
+        table.add_row(f"{pair['prefill']} → {pair['decode']}", pair["link"], latency, *measured, converts)
     return table
 
 
 def _prediction_table(predicted: Sequence[Prediction]) -> RenderableType:
     """For each length the pair at which most of the handoff is seen."""
     table = _table()
-    for name in ("prompt tokens", "prefill ms", "handoff ms", "visible ms"):
+    for name in ("prompt", "prefill ms", "handoff ms", "visible ms"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name in ("pushed", "pays", "slowest pair"):
+    for name in ("pushed", "pays"):
         table.add_column(name, no_wrap=True)
+    table.add_column("slowest pair")
     for num_tokens in sorted({p.prompt_tokens for p in predicted}):
         p = max((p for p in predicted if p.prompt_tokens == num_tokens), key=lambda p: p.visible_s)
         table.add_row(
