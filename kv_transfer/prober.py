@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from kv_transfer.link import Link
 from phasewise.core.clock import Clock
 from phasewise.core.links import PROBE_ALIGNMENT, SMALLEST_PROBE_BYTES, LinkProbe
@@ -94,7 +96,11 @@ class LinkProber:
 
     def _send(self, probe_id: str, probe: _Probe) -> None:
         order = probe.order
-        wire = self._link.buffer(order.peer, order.num_bytes)
+        try:
+            wire = self._link.buffer(order.peer, order.num_bytes)
+        except torch.OutOfMemoryError:  # a probe must not end the worker
+            self._end(probe_id, None, f"the device has no {order.num_bytes} bytes left for a buffer")
+            return
         if wire is None:
             return
         wire.zero_()  # zeros have the checksum zero, and so are a part that is right

@@ -97,6 +97,22 @@ def test_a_probe_for_which_there_is_no_buffer_waits_no_longer_than_its_time() ->
     assert answers[0].failure == ""
 
 
+def test_a_full_device_fails_the_probe_and_not_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    box = LinkedBox()
+
+    def buffer(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(box.direct, "buffer", buffer)
+        answers = probe(box)
+        box.round()
+    assert answers == [LinkProbe(4096, None, "the device has no 4096 bytes left for a buffer")]
+    box.submit("r", prompt_of(50), "prefill-0", "decode-0", max_tokens=4)
+    box.run()
+    assert box.output("r") == expected_tokens(prompt_of(50), 4)
+
+
 def test_a_lost_probe_is_given_up_and_its_late_acknowledgement_ignored() -> None:
     box = LinkedBox()
     box.direct.num_delivered = 0
