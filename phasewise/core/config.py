@@ -134,8 +134,10 @@ class TransferConfig(_Section):
     slab_mib: int = Field(128, ge=1, description="Staging memory of a part on its way over NCCL, in MiB of GPU memory")
     num_slabs: int = Field(2, ge=2, description="Such parts at once, in each direction of a worker")
     stall_s: float = Field(5.0, gt=0, description="A part on its way over NCCL for longer means a broken link")
-    layerwise_threshold_tokens: int = Field(
-        512, ge=1, description="Prompts from this length are pushed layer group by layer group"
+    layerwise_threshold_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Prompts from this length are pushed layer group by layer group; default: where that pays",
     )
     layers_per_part: int = Field(8, ge=1, description="Layers in one part of a layer-wise push")
     window_mib: int = Field(256, ge=1, description="Most bytes in flight per sending worker, in MiB")
