@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from benchmarks.link_nodes import TIMEOUT_S, LinkEnd, LinkSettings
+from benchmarks.link_nodes import TIMEOUT_S, LinkEnd, LinkSettings, link_device
 from benchmarks.offline import local_device
 from kv_transfer.link import ArrivedPart
 from phasewise.core.clock import MonotonicClock
@@ -37,6 +37,7 @@ class WorkerEnd(LinkEnd):
         values: dict[str, Any],
         tensor_parallel: int = 1,
     ) -> None:
+        link_device(settings.channels)  # first: NCCL reads its channels once, before the ranks' communicator
         config = build_config(values, source="benchmark")
         worker_settings = WorkerSettings(
             name, WorkerRole.MIXED, local_device(), 1, config, tensor_parallel=tensor_parallel
