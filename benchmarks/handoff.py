@@ -163,7 +163,7 @@ class Benchmark:
                 "scheduler": {"max_running": batch + 32},
             }
             # Parts leave their slabs between two steps: two slabs would hold the duty below what is wanted.
-            settings = LinkSettings(self._settings.channels, 6, (16 if self._quick else 128) * MIB)
+            settings = LinkSettings(self._settings.channels, 6, 6, (16 if self._quick else 128) * MIB)
             controls = pipes(("prefill", "decode"), ("pusher", "decode"))
             kinds = {"prefill": (0, WorkerEnd, (values,)), "decode": (1, WorkerEnd, (values,))}
             with self._nodes(kinds, settings, controls) as nodes:
@@ -219,9 +219,9 @@ class Benchmark:
     def memory(self) -> None:
         num_peers = 2 if self._quick else NUM_PEERS
         for channels in (1, 16) if self._quick else (1, 4, 8, 16):
-            settings = LinkSettings(channels)
+            settings = LinkSettings(channels, num_slabs_in=0)  # a prefill worker's
             peers: Kinds = {f"peer-{i}": (1, LinkEnd, ()) for i in range(num_peers)}
-            small = LinkSettings(channels, slab_bytes=16 * MIB)
+            small = LinkSettings(channels, num_slabs_out=0, slab_bytes=16 * MIB)
             with self._nodes(peers, small) as others, self._nodes({"worker": (0, LinkEnd, ())}, settings) as worker:
                 open_links({**worker, **others}, *(("worker", peer) for peer in peers))
                 taken = worker["worker"].call("memory")

@@ -32,13 +32,13 @@ import torch
 from benchmarks.offline import local_device
 from engine.kv_cache import PagedKVCache
 from kv_transfer.cache_port import CachePort
-from kv_transfer.checksum import checksum
+from kv_transfer.codec import CHECKSUM_BYTES, Codec
 from kv_transfer.direct_link import DirectLinks
 from kv_transfer.link import ArrivedPart
 from kv_transfer.plan import PartSpan
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender, SendLimits
-from kv_transfer.staging import gather, is_intact, slots_of
+from kv_transfer.staging import is_intact
 from kv_transfer.state import ReceiveStatus, SendStatus
 from kv_transfer.wire import Wire, WireDevice
 from phasewise.core.clock import MonotonicClock
@@ -161,7 +161,8 @@ class LinkSettings:
     """As transfer.* of the configuration."""
 
     channels: int = 16
-    num_slabs: int = 2
+    num_slabs_out: int = 2
+    num_slabs_in: int = 2
     slab_bytes: int = 128 * MIB
 
 
@@ -199,7 +200,8 @@ class LinkEnd:
             is_intact,
             fingerprint="benchmark",
             host="127.0.0.1",
-            num_slabs=settings.num_slabs,
+            num_slabs_out=settings.num_slabs_out,
+            num_slabs_in=settings.num_slabs_in,
             slab_bytes=settings.slab_bytes,
             stall_s=20.0,
         )
@@ -345,11 +347,14 @@ class CacheEnd(LinkEnd):
             self._give_up(transfer_id)
         return num_bytes, elapsed_s
 
-    def content(self, length: int) -> int:
-        """A checksum of a prompt's KV."""
-        storage, spec = self._port.cache.storage, self._port.spec
-        slots = slots_of(self._table, spec.block_size, 0, length, storage.device)
-        return checksum(gather(storage, slots, 0, spec.num_layers))
+    def content(self, length: int) -> list[int]:
+        """The checksum of a prompt's KV in the cache's own dtype."""
+        spec = self._port.spec
+        span = PartSpan(0, spec.num_layers, 0, length)
+        layout = self._port.layout(span, spec.dtype, Codec.NONE)
+        wire = self._device.allocate(layout.num_bytes)
+        self._port.pack(self._table, span, layout, wire)
+        return wire[-CHECKSUM_BYTES:].tolist()
 
     def num_checksum_failures(self) -> int:
         return self._receiver.counters.checksum_failures

@@ -56,7 +56,7 @@ def test_rows_of_the_clusters() -> None:
 
 @pytest.fixture
 def pair() -> Iterator[dict[str, Node]]:
-    controls, settings = pipes(("sender", "receiver")), LinkSettings(num_slabs=2, slab_bytes=1 << 16)
+    controls, settings = pipes(("sender", "receiver")), LinkSettings(slab_bytes=1 << 16)
     nodes = {}
     for name, dtype in (("sender", "bfloat16"), ("receiver", FP8)):
         spec = KVCacheSpec(2, 2, 16, 16, dtype, "test")
