@@ -353,6 +353,8 @@ def main() -> None:
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--parts: unknown {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     num_gpus = torch.cuda.device_count()
+    if num_gpus == 1 and parts != ["kernels"]:
+        parser.error("NCCL links need two GPUs, and here is one; use --parts kernels, or hide it to measure on the CPU")
     name = device_name("cuda" if num_gpus else "cpu")
     packages = ("phasewise", "torch", "triton", "cupy-cuda13x", "ray")
     rows = Rows(arguments.output, f"{num_gpus} x {name}" if num_gpus else name, packages)

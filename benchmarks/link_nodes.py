@@ -58,7 +58,7 @@ from phasewise.core.messages import (
 from phasewise.core.request import Request, SampledToken, SamplingParams
 
 MIB = 2**20
-TIMEOUT_S = 300.0  # of whatever a process was told to do
+TIMEOUT_S = 120.0  # of whatever a process was told to do
 OPEN_S = 60.0
 NUM_AHEAD = 16  # offers of pushes that are paced
 
