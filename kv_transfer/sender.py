@@ -74,6 +74,7 @@ class KVSender:
         self._bytes_in_flight = 0
         self._num_offers = 0
         self.num_bytes_sent = 0
+        self.num_parts_stored = 0
         self.num_links_lost = 0
 
     def offer(self, peer: WorkerId, request: Request, gateway_id: str, time_left_s: float) -> str:
@@ -247,6 +248,7 @@ class KVSender:
         transfer.num_parts += 1
         self._bytes_in_flight += num_bytes
         self.num_bytes_sent += num_bytes
+        self.num_parts_stored += self._link.uses_store
         self._link.send_part(peer, part, wire)
         return True
 

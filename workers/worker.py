@@ -396,6 +396,7 @@ class Worker:
             "handoff_bytes_in": float(receiver.num_bytes),
             "checksum_failures": float(receiver.checksum_failures),
             "late_parts": float(receiver.late_parts),
+            "parts_stored": float(self._parts.sender.num_parts_stored),
             "links_lost": float(self._parts.sender.num_links_lost),
             "leases_expired": float(receiver.leases_expired),
         }

@@ -27,7 +27,7 @@ Make = Callable[..., Any]
 
 
 def links_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("kv-link", "host-wire"))]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("kv-link")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -187,7 +187,7 @@ def test_corrupted_bytes_are_told_and_cost_no_slab(node: Make) -> None:
     ("settings", "reason"),
     [
         ({"fingerprint": "3 layers"}, "KV layout '2 layers' there, '3 layers' here"),
-        ({"device": HostDevice(kind="nccl 2.28")}, "wire 'host' there, 'nccl 2.28' here"),
+        ({"device": HostDevice(kind="nccl 2.28")}, "wire 'tcp' there, 'nccl 2.28' here"),
         ({"secret": "of another cluster"}, "is not of this cluster"),
         ({"worker_id": "decode-1"}, "receiver 'decode-0' there, 'decode-1' here"),
     ],
@@ -290,7 +290,7 @@ def test_an_error_of_the_wire_ends_both_ends(node: Make) -> None:
     sender, receiver = node("prefill-0", stall_s=0.4), node("decode-0")
     connect(sender, receiver)
     (epoch,) = sender.links._epochs
-    epoch._wire.broken = "unhandled system error"
+    epoch._wire._broken = "unhandled system error"
     assert sender.next(LinkLost).reason == "unhandled system error"
     receiver.next(LinkLost)
 
