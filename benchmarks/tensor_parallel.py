@@ -34,8 +34,9 @@ import torch.nn.functional as F
 
 from benchmarks.offline import write_result
 from engine.cuda.all_reduce import FastReduce
+from engine.cuda.decode_attention import DecodeAttention
 from engine.cuda.decoder import CudaDecoder
-from engine.cuda.kernels import DecodeAttention, skinny_product
+from engine.cuda.products import skinny_product
 from engine.kv_cache import PagedKVCache
 from engine.loader import LoadedModel, load_model
 from engine.models.llama import LlamaModel

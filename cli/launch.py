@@ -174,7 +174,8 @@ class Launcher:
         from workers.actor import WorkerActor
 
         config = self._config
-        settings = worker_settings(config, self._devices(), collector)
+        host = LOOPBACK if config.ray.address == "local" else ""
+        settings = worker_settings(config, self._devices(), collector, secrets.token_hex(16), host)
         make = ray.remote(num_cpus=0)
         self._control_plane = make(ControlPlaneActor).options(name="control-plane").remote(config, collector)
         self._gateway = (
@@ -220,10 +221,19 @@ class Launcher:
     def _connect(self, infos: list[WorkerInfo]) -> None:
         gateways = {GATEWAY_ID: self._gateway}
         self._ask_all([w.connect.remote(self._workers, gateways, self._control_plane) for w in self._workers.values()])
+        self._open_links(infos)
         self._ask_all([w.start.remote() for w in self._workers.values()])
         self._ask_all([self._control_plane.join.remote(info, self._workers[info.worker_id]) for info in infos])
         self._ask(self._control_plane.join_gateway.remote(GATEWAY_ID, self._gateway))
         self._ask(self._control_plane.start_health_checks.remote())
+
+    def _open_links(self, infos: list[WorkerInfo]) -> None:
+        """Between every prefill and every decode worker, all at once."""
+        targets = {i.worker_id: i.link_address for i in infos if i.role is WorkerRole.DECODE and i.link_address}
+        senders = [i.worker_id for i in infos if i.role is WorkerRole.PREFILL and i.link_address]
+        if targets and senders:
+            self._progress("opening links", 0.0)
+            self._ask_all([self._workers[worker_id].open_links.remote(targets) for worker_id in senders])
 
     def _model_card(self, cluster: Cluster, source: ModelSource, facts: ModelFacts) -> ModelCard:
         return ModelCard(
@@ -269,7 +279,9 @@ class Launcher:
         return value
 
 
-def worker_settings(config: ServingConfig, device: str, collector: str | None) -> list[WorkerSettings]:
+def worker_settings(
+    config: ServingConfig, device: str, collector: str | None, secret: str = "", host: str = ""
+) -> list[WorkerSettings]:
     """One entry per worker. Threads that are not given are the machine's cores shared out, at least one each."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = max(cores // config.pools.num_devices, 1)
@@ -287,6 +299,8 @@ def worker_settings(config: ServingConfig, device: str, collector: str | None) -
             config.with_cache_of(pool),
             collector,
             pool.tensor_parallel,
+            secret,
+            host,
         )
         for role, pool in pools
         for i in range(pool.workers)

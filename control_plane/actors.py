@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from control_plane.metrics import GatewayMetrics
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.config import ServingConfig, split_address
 from phasewise.core.errors import ConfigError, DeadlineExceeded, Overloaded, ServingError, Unavailable
-from phasewise.core.links import LinkProbe, WorkerLinks
+from phasewise.core.links import LinkProbe, LinksReport
 from phasewise.core.logs import setup_logging
 from phasewise.core.mailboxes import ActorHandle, WorkerMailboxes
 from phasewise.core.messages import GatewayLost, PeerLost, WorkerInfo, WorkerLoad, WorkerOutput
@@ -79,11 +79,19 @@ class ControlPlaneActor:
         self._scheduler.worker_load(load)
 
     async def place(
-        self, request_id: str, num_prompt_tokens: int, num_samples: int, max_tokens: int
+        self,
+        request_id: str,
+        num_prompt_tokens: int,
+        num_samples: int,
+        max_tokens: int,
+        attempt: int,
+        avoid: Collection[WorkerId],
     ) -> Placement | ServingError:
         """A refusal comes back as a value: Ray would wrap an exception."""
         try:
-            return self._scheduler.place(request_id, num_prompt_tokens, num_samples, max_tokens)
+            return self._scheduler.place(
+                request_id, num_prompt_tokens, num_samples, max_tokens, attempt=attempt, avoid=avoid
+            )
         except ServingError as error:
             return error
 
@@ -167,7 +175,7 @@ class ControlPlaneActor:
             self._tell_lost(worker_id, reason)
 
     def _tell_lost(self, worker_id: WorkerId, reason: str) -> None:
-        """Everybody hears once: peers free what it held, gateways end or move its requests."""
+        """Everybody hears once: peers free what it held, gateways move its requests."""
         logger.error("worker was lost: %s", reason, extra={"worker_id": worker_id})
         self._workers.forget(worker_id)
         for other in self._workers.ids():
@@ -182,7 +190,7 @@ class RemoteLinkAsker:
     def __init__(self, workers: WorkerMailboxes) -> None:
         self._workers = workers
 
-    async def links(self, worker_id: WorkerId, peers: Sequence[WorkerInfo]) -> WorkerLinks:
+    async def links(self, worker_id: WorkerId, peers: Sequence[WorkerInfo]) -> LinksReport:
         handle = self._handle(worker_id)
         return await _answer(handle.links.remote(peers), f"worker {worker_id}", _LINKS_TIMEOUT_S)
 
@@ -217,9 +225,19 @@ class RemotePlacer:
         self._news: list[tuple[str, int | None]] = []
 
     async def place(
-        self, request_id: str, num_prompt_tokens: int, num_samples: int, max_tokens: int, timeout_s: float
+        self,
+        request_id: str,
+        num_prompt_tokens: int,
+        num_samples: int,
+        max_tokens: int,
+        timeout_s: float,
+        *,
+        attempt: int,
+        avoid: Collection[WorkerId],
     ) -> Placement:
-        call = self._control_plane.place.remote(request_id, num_prompt_tokens, num_samples, max_tokens)
+        call = self._control_plane.place.remote(
+            request_id, num_prompt_tokens, num_samples, max_tokens, attempt, tuple(avoid)
+        )
         try:
             answer = await asyncio.wait_for(asyncio.wrap_future(call.future()), timeout_s)
         except asyncio.CancelledError:

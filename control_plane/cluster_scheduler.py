@@ -5,18 +5,19 @@ The scheduler keeps a ledger: for every open request its placement and the work 
 and how full.
 
 Events                       Decision
-    worker_joined / _lost      (lost: nothing here; each gateway fails or moves its own requests)
+    worker_joined / _lost      (lost: nothing here; each gateway moves its own requests, by `place`)
     place(arrival)             a Placement, or Overloaded, or Unavailable
     first_token(id)            the prompt's work is off the prefill worker
     finished(id)               all its work is off
     tick()                     workers that are overdue, now marked lost
 
-Borrowing between pools, role changes and recovery will be further events of this class: `Placement.attempt`,
-`RequestStatus.RECOVERING` and the roles in the registry are their places.
+Each attempt at a request is placed under an id of its own, and ended like a request. Borrowing between pools and role
+changes will be further events of this class: the roles in the registry are their place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from control_plane.policies.placement import Arrival, Candidate, choose_pair
@@ -26,6 +27,9 @@ from phasewise.core.errors import Overloaded, Unavailable
 from phasewise.core.messages import WorkerInfo, WorkerLoad
 from phasewise.core.placement import Placement, WorkerId, WorkerRole
 from phasewise.core.profile import DeviceProfile
+
+Pools = tuple[list[Candidate], list[Candidate], list[Candidate]]
+"""Candidates of the roles prefill, decode and mixed."""
 
 _EXPECTED_TOKENS_START = 128.0
 _SMOOTHING = 0.05
@@ -98,8 +102,19 @@ class ClusterScheduler:
 
     # ---- requests
 
-    def place(self, request_id: str, num_prompt_tokens: int, num_samples: int, max_tokens: int) -> Placement:
-        """Chooses both workers.
+    def place(
+        self,
+        request_id: str,
+        num_prompt_tokens: int,
+        num_samples: int,
+        max_tokens: int,
+        *,
+        attempt: int = 0,
+        avoid: Collection[WorkerId] = (),
+    ) -> Placement:
+        """Chooses both workers; one to `avoid` only where there is no other of its kind.
+
+        A further attempt is never refused for full queues: its request was taken already.
 
         Raises:
             Unavailable: no pair of workers is ready.
@@ -107,16 +122,16 @@ class ClusterScheduler:
         """
         expected = min(float(max_tokens), self._expected_tokens)
         arrival = Arrival(request_id, num_prompt_tokens, num_samples, expected)
-        candidates = self._candidates()
-        prefills, decodes, mixed = candidates
+        prefills, decodes, mixed = _preferred(self._candidates(), avoid)
         if not mixed and not (prefills and decodes):
             raise Unavailable(self._why_unavailable(), retry_after_s=2.0)
-        open_prefills = [c for c in prefills if c.num_pending_prompts < self._max_waiting]
-        open_mixed = [c for c in mixed if c.num_pending_prompts < self._max_waiting]
-        pair = choose_pair(arrival, open_prefills, decodes, open_mixed)
+        if attempt == 0:
+            prefills = [c for c in prefills if c.num_pending_prompts < self._max_waiting]
+            mixed = [c for c in mixed if c.num_pending_prompts < self._max_waiting]
+        pair = choose_pair(arrival, prefills, decodes, mixed)
         if pair is None:
             raise Overloaded(f"{self._max_waiting} prompts wait at every prefill worker already", retry_after_s=1.0)
-        placement = Placement(request_id, *pair)
+        placement = Placement(request_id, *pair, attempt)
         self._enter(_Entry(placement, arrival))
         for worker_id in set(pair):
             self._work[worker_id].num_placed += 1
@@ -148,7 +163,7 @@ class ClusterScheduler:
             self._work[entry.placement.prefill_worker].add_prompt(entry.arrival, +1)
         self._work[entry.placement.decode_worker].add_decode(entry.arrival, +1)
 
-    def _candidates(self) -> tuple[list[Candidate], list[Candidate], list[Candidate]]:
+    def _candidates(self) -> Pools:
         """Ready workers of the three roles, with the work that the ledger has for them."""
 
         def candidate(member: Member) -> Candidate:
@@ -173,3 +188,11 @@ class ClusterScheduler:
         ready = [m.load.role.value for m in self.registry.ready()]
         missing = [role for role in ("prefill", "decode") if role not in ready]
         return f"no {' and no '.join(missing)} worker is ready"
+
+
+def _preferred(pools: Pools, avoid: Collection[WorkerId]) -> Pools:
+    """The pools without the workers to avoid; where that leaves no way to go, a pool that became empty as it was."""
+    prefills, decodes, mixed = ([c for c in pool if c.worker_id not in avoid] for pool in pools)
+    if mixed or (prefills and decodes):
+        return prefills, decodes, mixed
+    return prefills or pools[0], decodes or pools[1], pools[2]

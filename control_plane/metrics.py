@@ -137,9 +137,9 @@ class GatewayMetrics:
         """A worker preempted a sample of this gateway's."""
         self._counts[names.PREEMPTIONS] += 1
 
-    def recovered(self, step: str) -> None:
-        """A request was placed again after a fault; `step` names the rung of the ladder (a short fixed word)."""
-        self._recoveries[step] += 1
+    def recovered(self, reason: str) -> None:
+        """An attempt at a request was given up and its rest is placed again; `reason` is the error's code."""
+        self._recoveries[reason] += 1
 
     def render(self, workers: Workers) -> tuple[bytes, str]:
         """(body, content type) in Prometheus' text format 0.0.4, with the workers' loads as given."""
@@ -161,7 +161,7 @@ class GatewayMetrics:
             yield from self._counters(name, self._counts[name])
         yield _by_label(names.FINISHED, "finish_reason", self._finished)
         yield _by_label(names.FAILED, "code", self._failed)
-        yield _by_label(names.RECOVERIES, "step", self._recoveries)
+        yield _by_label(names.RECOVERIES, "reason", self._recoveries)
         yield _by_label(names.PLACEMENTS, "kind", self._placements)
         success = CounterMetricFamily(
             names.FINISHED.vllm, names.FINISHED.help, labels=["model_name", "finished_reason"]

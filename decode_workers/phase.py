@@ -258,15 +258,16 @@ class DecodePhase:
             num_bytes=reservation.num_bytes,
             duration_s=duration_s,
         )
-        for index, token in enumerate(commit.first_tokens):
+        for index, token in enumerate(commit.first_tokens, request.sample_index):
             if token is None or index in reservation.dropped_samples:
                 continue
             sequence = Sequence(
                 request_id=request.request_id,
                 sampling=request.sampling,
                 token_ids=[*request.prompt_token_ids, token.token_id],
-                num_prompt_tokens=len(request.prompt_token_ids),
+                num_prompt_tokens=request.num_prompt_tokens,
                 sample_index=index,
+                num_resumed_tokens=request.num_resumed_tokens,
                 cache_salt=request.cache_salt,
                 num_computed_tokens=commit.num_tokens,
                 block_table=list(reservation.block_table),

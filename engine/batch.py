@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,7 +15,7 @@ class ScheduledSequence:
     """Compute the next `num_tokens` tokens of `sequence`, from position `start` on: after those in flight.
 
     `num_samples` is how many tokens to sample from the logits of the last one: 0 for a chunk in the middle of a prompt,
-    1 for a decode (as the sequence's own sample index), n for the last chunk of a prompt (sample indices 0 to n - 1).
+    1 for a decode, n for the last chunk of a prompt (sample indices from the sequence's own on).
     """
 
     sequence: Sequence
@@ -41,24 +42,35 @@ class ScheduledBatch:
 class StepResult:
     """One entry per item of the batch, in its order.
 
-    `tokens[i]` has `num_samples` entries. `prompt_logprobs[i]` is empty unless the request asked for prompt
-    log-probabilities; else it describes the prompt tokens that follow the chunk's tokens: entry j belongs to the
-    token at position `start + 1 + j`, as far as that is inside the prompt.
+    `tokens[i]` has `num_samples` entries, or is None: the logits to sample from hold NaN, or infinity where the largest
+    should be, and a token chosen from that would mean nothing. `prompt_logprobs[i]` is empty unless the request asked
+    for prompt log-probabilities; else it describes the prompt tokens that follow the chunk's tokens: entry j belongs to
+    the token at position `start + 1 + j`, as far as that is inside the prompt.
     """
 
-    tokens: tuple[tuple[SampledToken, ...], ...]
+    tokens: tuple[tuple[SampledToken, ...] | None, ...]
     prompt_logprobs: tuple[tuple[SampledToken, ...], ...]
+
+
+def all_or_none(tokens: Iterable[SampledToken | None]) -> tuple[SampledToken, ...] | None:
+    """An entry of StepResult.tokens; None for a token stands for a row of logits without one."""
+    chosen: list[SampledToken] = []
+    for token in tokens:
+        if token is None:
+            return None
+        chosen.append(token)
+    return tuple(chosen)
+
+
+class DeviceLost(Exception):
+    """The device failed in a way that no later step survives: only a new process can use it again."""
 
 
 class PendingStep(Protocol):
     """A step that was given to the device."""
 
     def collect(self) -> StepResult:
-        """Waits until the step is computed. Called once, in the order of the steps.
-
-        Raises:
-            InternalError: the model computed NaN.
-        """
+        """Waits until the step is computed. Called once, in the order of the steps. May raise DeviceLost."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from engine.attention.select import select_backend
-from engine.batch import ComputedStep, PendingStep, ScheduledBatch, ScheduledSequence, StepResult
+from engine.batch import ComputedStep, PendingStep, ScheduledBatch, ScheduledSequence, StepResult, all_or_none
 from engine.forward_inputs import ForwardInputs, build_forward_inputs
 from engine.kv_cache import PagedKVCache
 from engine.layers.rotary import RotaryEmbedding
@@ -90,7 +90,6 @@ class ModelRunner:
         once) as soon as their KV of this batch is in the cache.
 
         Raises:
-            InternalError: the logits are NaN.
             ValueError: the batch does not fit its sequences or the cache, a bug of the scheduler.
         """
         if not batch.items:
@@ -161,7 +160,7 @@ class ModelRunner:
 
     def _sample(
         self, batch: ScheduledBatch, hidden: torch.Tensor, last_rows: list[int]
-    ) -> tuple[tuple[SampledToken, ...], ...]:
+    ) -> tuple[tuple[SampledToken, ...] | None, ...]:
         sampled_rows = [row for row, item in zip(last_rows, batch.items, strict=True) if item.num_samples]
         if not sampled_rows:
             return ((),) * len(batch.items)
@@ -175,8 +174,8 @@ class ModelRunner:
                 hidden = hidden[torch.tensor(rows, device=hidden.device)]
             return self._model.logits(hidden)
 
-    def _sample_rows(self, batch: ScheduledBatch, logits: torch.Tensor) -> tuple[tuple[SampledToken, ...], ...]:
-        """Tokens per item; logits: one row per item that samples, in order."""
+    def _sample_rows(self, batch: ScheduledBatch, logits: torch.Tensor) -> tuple[tuple[SampledToken, ...] | None, ...]:
+        """As StepResult.tokens; logits: one row per item that samples, in order."""
         rows: list[SampleRow] = []
         logits_row = 0
         for item in batch.items:
@@ -184,7 +183,7 @@ class ModelRunner:
                 rows += [SampleRow(item.sequence, index, logits_row) for index in sample_indices(item)]
                 logits_row += 1
         tokens = iter(sample(logits, rows))
-        return tuple(tuple(next(tokens) for _ in range(item.num_samples)) for item in batch.items)
+        return tuple(all_or_none([next(tokens) for _ in range(item.num_samples)]) for item in batch.items)
 
     def _prompt_logprobs(
         self, item: ScheduledSequence, hidden: torch.Tensor, first_row: int
@@ -204,5 +203,6 @@ class ModelRunner:
 
 
 def sample_indices(item: ScheduledSequence) -> list[int]:
-    """A single sample continues the sequence it belongs to; several are the first tokens of samples 0 to n - 1."""
-    return [item.sequence.sample_index] if item.num_samples == 1 else list(range(item.num_samples))
+    """Consecutive, from the sequence's own on: a decode has one, the last chunk of a prompt one per sample."""
+    first = item.sequence.sample_index
+    return list(range(first, first + item.num_samples))

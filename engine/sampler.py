@@ -17,7 +17,6 @@ import torch
 
 from engine.random_numbers import uniforms
 from engine.sequence import Sequence
-from phasewise.core.errors import InternalError
 from phasewise.core.request import SampledToken, SamplingParams
 
 # Candidates looked at before the whole vocabulary is: enough for nearly every top-p.
@@ -33,15 +32,23 @@ class SampleRow:
     logits_row: int
 
 
-def sample(logits: torch.Tensor, rows: list[SampleRow]) -> list[SampledToken]:
-    """Chooses a token per row. logits: [num_logits_rows, vocab_size] float32, left as they are.
+def sample(logits: torch.Tensor, rows: list[SampleRow]) -> list[SampledToken | None]:
+    """Chooses a token per row; None where the logits hold NaN, or infinity where the largest should be.
 
-    Raises:
-        InternalError: the model computed NaN; no token chosen from that would mean anything.
+    logits: [num_logits_rows, vocab_size] float32, left as they are.
     """
     if not rows:
         return []
-    tokens = _choose(logits, rows)
+    largest, best = logits.max(dim=-1)  # a NaN anywhere in a row is its maximum
+    is_usable = largest.isfinite().tolist()
+    usable = [row for row in rows if is_usable[row.logits_row]]
+    tokens = iter(_sample_usable(logits, usable, best.tolist()) if usable else ())
+    return [next(tokens) if is_usable[row.logits_row] else None for row in rows]
+
+
+def _sample_usable(logits: torch.Tensor, rows: list[SampleRow], best: list[int]) -> list[SampledToken]:
+    """`sample` of rows whose logits have a largest, at `best[row.logits_row]`."""
+    tokens = _choose(logits, rows, best)
     if all(row.sequence.sampling.logprobs is None for row in rows):
         return [SampledToken(token) for token in tokens]
     wanted = [row.sequence.sampling.logprobs for row in rows]
@@ -69,14 +76,8 @@ def describe(logits: torch.Tensor, tokens: list[int], wanted: list[int | None]) 
     return described
 
 
-def _choose(logits: torch.Tensor, rows: list[SampleRow]) -> list[int]:
-    largest, best = logits.max(dim=-1)  # a NaN anywhere in a row is its maximum
-    for row_index, value in enumerate(largest.tolist()):
-        if math.isnan(value):
-            request_id = next((row.sequence.request_id for row in rows if row.logits_row == row_index), "?")
-            raise InternalError(f"the model computed NaN logits for request {request_id}; its weights may be damaged")
-    greedy = best.tolist()
-    tokens = [greedy[row.logits_row] for row in rows]
+def _choose(logits: torch.Tensor, rows: list[SampleRow], best: list[int]) -> list[int]:
+    tokens = [best[row.logits_row] for row in rows]
     special = [i for i, row in enumerate(rows) if not _takes_largest(row.sequence.sampling)]
     if not special:
         return tokens
@@ -126,7 +127,7 @@ def apply_bias_and_penalties(logits: torch.Tensor, sequence: Sequence) -> None:
         values = logits[seen]
         penalty = sampling.repetition_penalty
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    output = sequence.token_ids[sequence.num_prompt_tokens :]
+    output = sequence.token_ids[sequence.first_output :]
     if output and (sampling.frequency_penalty or sampling.presence_penalty):
         seen, counts = torch.tensor(output, device=device).unique(return_counts=True)
         logits[seen] -= sampling.frequency_penalty * counts + sampling.presence_penalty

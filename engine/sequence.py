@@ -16,6 +16,9 @@ class Sequence:
     been taken: where the engine computes a step ahead, the newest token may be known to the device alone, and is not
     in `token_ids` then. Counted with it, a decoding sequence always has exactly one token that is not computed: the
     last one sampled.
+
+    The last `num_resumed_tokens` of the prompt are output of an earlier attempt (phasewise/core/request.py): computed
+    like a prompt, counted as output. `sample_index` of a prompt is that of its first sample.
     """
 
     request_id: str
@@ -23,6 +26,7 @@ class Sequence:
     token_ids: list[int]
     num_prompt_tokens: int
     sample_index: int = 0
+    num_resumed_tokens: int = 0
     cache_salt: str = ""
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
@@ -35,8 +39,13 @@ class Sequence:
         return len(self.token_ids)
 
     @property
+    def first_output(self) -> int:
+        """The position of the first output token."""
+        return self.num_prompt_tokens - self.num_resumed_tokens
+
+    @property
     def num_output_tokens(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
+        return len(self.token_ids) - self.first_output
 
     @property
     def num_scheduled_tokens(self) -> int:

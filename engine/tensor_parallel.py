@@ -124,15 +124,16 @@ class Group:
 def sortable(part: torch.Tensor, first_id: int) -> torch.Tensor:
     """Each row's largest logit and its id as one number: the larger logit is the larger number, then the lower id.
 
-    part: [num_rows, n] of ids from `first_id`; a row with a NaN gives the largest number. Returns [num_rows] int64.
+    part: [num_rows, n] of ids from `first_id`; a row with a NaN, or infinity as its largest, gives the largest number
+    of all. Returns [num_rows] int64.
     """
     best = part.float().max(dim=-1)  # a NaN anywhere in a row is its maximum
     bits = best.values.contiguous().view(torch.int32)
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)  # negative floats grow downwards
     keys = ordered * 2**32 + (_LOW_32 - first_id - best.indices)
-    return keys.masked_fill_(best.values.isnan(), _NAN)
+    return keys.masked_fill_((best.values - best.values).isnan() & (best.values != -torch.inf), _NAN)
 
 
 def ids_of(keys: torch.Tensor) -> torch.Tensor:
-    """The ids in what `sortable` gives; -1 for a row with a NaN."""
+    """The ids in what `sortable` gives; -1 for a row that nothing can be chosen from."""
     return (_LOW_32 - (keys & _LOW_32)).masked_fill_(keys == _NAN, -1)

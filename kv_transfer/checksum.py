@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import torch
 
-_MASK = (1 << 64) - 1
 ROW_WORDS = 16
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 / golden ratio, as int64: multiples of it are spread evenly
 
@@ -23,23 +22,16 @@ def place_weights(num_places: int) -> torch.Tensor:
     return (spread ^ (spread >> 29)) | 1
 
 
+_COLUMN_WEIGHTS = place_weights(ROW_WORDS)
+
+
 def word_sums(words: torch.Tensor) -> torch.Tensor:
     """The two sums of int64 [num_words] on the CPU.  # int64 [2]"""
-    weights = place_weights(ROW_WORDS)
     whole = len(words) // ROW_WORDS * ROW_WORDS
-    rest = words[whole:]
     # A matrix-vector product because torch does it on one thread, without a copy, at the memory's speed.
-    rows = torch.cat((words[:whole].view(-1, ROW_WORDS).mv(weights), (rest * weights[: len(rest)]).sum().view(1)))
+    rows = words[:whole].view(-1, ROW_WORDS).mv(_COLUMN_WEIGHTS)
+    if whole < len(words):
+        rest = words[whole:]
+        rows = torch.cat((rows, rest.dot(_COLUMN_WEIGHTS[: len(rest)]).view(1)))
     folded = rows ^ ((rows >> 32) & 0xFFFFFFFF)
-    return torch.stack((rows.sum(), (folded * place_weights(len(rows))).sum()))
-
-
-def checksum(payload: torch.Tensor) -> int:
-    """Sum of `payload` [num_layers, 2, num_tokens, num_kv_heads, head_dim], contiguous; a 128-bit integer.
-
-    head_dim times the element size must be a multiple of eight bytes.
-    """
-    rows = payload.view(torch.int64).sum(dim=-1).flatten()
-    places = torch.arange(1, rows.numel() + 1, dtype=torch.int64, device=rows.device)
-    total, weighted = torch.stack((rows.sum(), (rows * places).sum())).tolist()
-    return (total & _MASK) << 64 | (weighted & _MASK)
+    return torch.stack((rows.sum(), folded.dot(place_weights(len(rows)))))

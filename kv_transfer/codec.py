@@ -20,6 +20,8 @@ from phasewise.core.kv_spec import DTYPE_BYTES, FP8
 
 CHECKSUM_BYTES = 16
 ALIGNMENT = 16
+FP8_MAX = 448.0  # the largest number of e4m3
+SMALLEST_MAGNITUDE = 127 * 2.0**-126  # of an int8 row that has a scale
 _SCALE_BYTES = 4
 # The dtypes that have every number of the key.
 _EXACT_IN = {

@@ -59,7 +59,9 @@ class LoopbackLink:
             return
 
         def release() -> None:
-            self._mailboxes[self._worker_id](KVPartAck(part.transfer_id, part.part_index))
+            ours = self._mailboxes.get(self._worker_id)
+            if ours is not None:
+                ours(KVPartAck(part.transfer_id, part.part_index))
 
         mailbox(part, ArrivedPart(came if is_intact(came) else None, release))
 

@@ -74,6 +74,7 @@ class KVSender:
         self._bytes_in_flight = 0
         self._num_offers = 0
         self.num_bytes_sent = 0
+        self.num_links_lost = 0
 
     def offer(self, peer: WorkerId, request: Request, gateway_id: str, time_left_s: float) -> str:
         """Asks `peer` to set blocks aside. The transfer's id is never used twice: a late part finds nothing."""
@@ -100,8 +101,10 @@ class KVSender:
 
     def facts(self, peer: WorkerId, spec: KVCacheSpec) -> LinkFacts:
         """What is known of the way to a worker whose cache is `spec`. May be called from any thread."""
-        dtype = wire_dtype(self._cache.spec.dtype, spec.dtype)
+        ours = self._cache.spec
+        dtype = wire_dtype(ours.dtype, spec.dtype)
         layout = self._layout(peer, self._one_token, dtype)
+        fits = ours.content_fingerprint == spec.content_fingerprint
         return LinkFacts(
             peer,
             self._link.name(peer),
@@ -111,8 +114,8 @@ class KVSender:
             dtype,
             layout.codec.value,
             layout.content_bytes,
-            is_lossless(layout.codec, self._cache.spec.dtype, spec.dtype),
-            "; ".join(self._cache.spec.differences(spec)),
+            is_lossless(layout.codec, ours.dtype, spec.dtype),
+            "" if fits else "; ".join(ours.differences(spec)),
         )
 
     def push(self, transfer_id: str, span: PartSpan, block_table: list[int]) -> None:
@@ -213,9 +216,11 @@ class KVSender:
 
     def on_link_lost(self, peer: WorkerId, reason: str) -> None:
         """Gives up the transfers with parts on that link. Another attempt takes another road."""
+        self.num_links_lost += 1
         for transfer_id, transfer in list(self._transfers.items()):
             if transfer.peer == peer and transfer.in_flight:
                 self.abort(transfer_id, f"the link to {peer} broke: {reason}")
+        self.pump()  # its buffers are free
 
     # ---- inside
 

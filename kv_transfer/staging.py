@@ -15,14 +15,11 @@ from collections.abc import Sequence
 import torch
 
 from kv_transfer.checksum import word_sums
-from kv_transfer.codec import CHECKSUM_BYTES, Codec, WireLayout
+from kv_transfer.codec import CHECKSUM_BYTES, FP8_MAX, SMALLEST_MAGNITUDE, Codec, WireLayout
 from phasewise.core.kv_spec import FP8
 
 FP8_DTYPE = torch.float8_e4m3fn
-FP8_MAX = 448.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, FP8: FP8_DTYPE}
-# An int8 row with a smaller magnitude becomes zeros: its scale would not be a normal number.
-SMALLEST_MAGNITUDE = 127 * 2.0**-126
 
 
 def slots_of(
@@ -31,7 +28,9 @@ def slots_of(
     """Slots of tokens first_token … first_token + num_tokens - 1 of a sequence.  # int64 [num_tokens]"""
     tokens = torch.arange(first_token, first_token + num_tokens)
     blocks = torch.as_tensor(block_table, dtype=torch.int64)[tokens // block_size]
-    return (blocks * block_size + tokens % block_size).to(device)
+    slots = blocks * block_size + tokens % block_size
+    # Pinned: a copy from other memory waits for all that the stream has to do before it.
+    return slots.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else slots.to(device)
 
 
 def pack(storage: torch.Tensor, slots: torch.Tensor, first_layer: int, layout: WireLayout, wire: torch.Tensor) -> None:
@@ -183,15 +182,3 @@ def _check(
             f"a part of shape {layout.shape} from layer {first_layer} on does not fit {num_tokens} slots of a cache of "
             f"shape {tuple(storage.shape)}"
         )
-
-
-def gather(storage: torch.Tensor, slots: torch.Tensor, first_layer: int, num_layers: int) -> torch.Tensor:
-    """A contiguous copy of those layers and slots.  # [num_layers, 2, num_tokens, num_kv_heads, head_dim]"""
-    words = storage[first_layer : first_layer + num_layers].view(torch.int64)
-    return words.index_select(2, slots).view(storage.dtype)
-
-
-def scatter(storage: torch.Tensor, slots: torch.Tensor, first_layer: int, payload: torch.Tensor) -> None:
-    """Writes a payload made by `gather`, on any device, into these slots."""
-    words = storage[first_layer : first_layer + payload.shape[0]].view(torch.int64)
-    words.index_copy_(2, slots, payload.view(torch.int64).to(storage.device))

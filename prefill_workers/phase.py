@@ -8,8 +8,8 @@ One prompt's life here (queues in prefill_workers/scheduler.py):
 
 Long prompts are pushed layer group by layer group while later layers compute (Splitwise, section 4.3; the sender says
 which are long for its link); short ones as one part behind their last layer, before the first token is known. A failed
-handoff is offered once more to the same worker, from the KV that is still here; a second failure ends the request with
-`TransferFailed`.
+handoff is offered once more to the same worker, from the KV that is still here; a second failure ends the request here
+with `TransferFailed`, and its gateway may try other workers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kv_transfer.plan import PartSpan
 from kv_transfer.sender import KVSender
 from kv_transfer.state import SendStatus
 from phasewise.core.clock import Clock
-from phasewise.core.errors import DeadlineExceeded, InternalError, Overloaded, ServingError, TransferFailed
+from phasewise.core.errors import DeadlineExceeded, InternalError, Overloaded, ServingError, TransferFailed, WorkerLost
 from phasewise.core.lifecycle import RequestStatus, Stage
 from phasewise.core.messages import KVAccepted, KVFailed, KVRefused, PrefillTask, PromptLogprobs, TokenChunk
 from phasewise.core.outbox import Outbox
@@ -83,7 +83,8 @@ class PrefillPhase:
         request = task.request
         if request.request_id in self._jobs:  # ids are never used twice, so this is the same message once more
             return
-        if len(self.scheduler.waiting) >= self._limits.max_waiting:
+        is_new = task.placement.attempt == 0  # what was taken once is not refused when it has to begin again
+        if is_new and len(self.scheduler.waiting) >= self._limits.max_waiting:
             error = Overloaded(f"{self._limits.max_waiting} requests are waiting already", retry_after_s=1.0)
             self._outbox.failure(task.gateway_id, request.request_id, error)
             return
@@ -91,7 +92,9 @@ class PrefillPhase:
             request_id=request.request_id,
             sampling=request.sampling,
             token_ids=list(request.prompt_token_ids),
-            num_prompt_tokens=len(request.prompt_token_ids),
+            num_prompt_tokens=request.num_prompt_tokens,
+            sample_index=request.sample_index,
+            num_resumed_tokens=request.num_resumed_tokens,
             cache_salt=request.cache_salt,
         )
         job = PrefillJob(task, sequence, self._clock.now_s() + task.time_left_s)
@@ -133,7 +136,7 @@ class PrefillPhase:
         self._sender.on_peer_lost(worker_id)
         for job in list(self._jobs.values()):
             if job.task.placement.decode_worker == worker_id:
-                self._fail(job, TransferFailed(f"decode worker {worker_id} was lost"))
+                self._fail(job, WorkerLost(f"worker {worker_id} was lost; sending the request again is safe"))
 
     def on_gateway_lost(self, gateway_id: str) -> None:
         for job in list(self._jobs.values()):
@@ -238,11 +241,12 @@ class PrefillPhase:
             logprobs = PromptLogprobs(job.request_id, (first, *job.prompt_logprobs))
             self._outbox.prompt_logprobs(job.task.gateway_id, logprobs)
         live: list[SampledToken | None] = []
-        for index, token in enumerate(tokens):
+        position = job.sequence.num_output_tokens
+        for index, token in enumerate(tokens, job.sequence.sample_index):
             reason = self._fork(job.sequence, index, token).finish_reason()
             goes_on = reason is None and index not in job.ended_samples
             live.append(token if goes_on else None)
-            self._outbox.chunk(job.task.gateway_id, TokenChunk(job.request_id, index, 0, (token,), reason))
+            self._outbox.chunk(job.task.gateway_id, TokenChunk(job.request_id, index, position, (token,), reason))
         self._event(job, Stage.FIRST_TOKEN)
         if all(token is None for token in live):
             self._drop(job, RequestStatus.FINISHED, "every sample ended with its first token")
@@ -263,7 +267,8 @@ class PrefillPhase:
 
     def _keep(self, job: PrefillJob, live: list[SampledToken | None]) -> None:
         """Decoding goes on here: the decode phase takes over, with a reference to the blocks for each sample."""
-        sequences = [self._fork(job.sequence, i, token) for i, token in enumerate(live) if token is not None]
+        first = job.sequence.sample_index
+        sequences = [self._fork(job.sequence, i, token) for i, token in enumerate(live, first) if token is not None]
         for sequence in sequences:
             self._blocks.share(sequence.block_table)
         self._adopt(sequences, job.task, job.deadline_s)
@@ -290,12 +295,12 @@ class PrefillPhase:
 
     def _may_start(self, job: PrefillJob) -> bool:
         """Is there room to decode what this prompt leads to? Never needed when its first token is its last."""
-        sampling = job.task.request.sampling
-        if sampling.max_tokens == 1:
+        request = job.task.request
+        if request.max_new_tokens == 1:
             return True
         if job.needs_handoff:
             return bool(job.transfer_id) and self._sender.status(job.transfer_id) is SendStatus.ACCEPTED
-        return self._has_decode_room(sampling.n)
+        return self._has_decode_room(request.sampling.n)
 
     def _push(self, job: PrefillJob, span: PartSpan) -> None:
         if not job.has_pushed:
@@ -308,7 +313,8 @@ class PrefillPhase:
 
     def _commit(self, job: PrefillJob) -> None:
         ended = job.ended_samples  # also those that ended since the prompt was computed
-        first_tokens = tuple(None if i in ended else token for i, token in enumerate(job.first_tokens))
+        samples = job.task.request.sample_indices
+        first_tokens = tuple(None if i in ended else token for i, token in zip(samples, job.first_tokens, strict=True))
         num_tokens = job.sequence.num_prompt_tokens
         self._sender.commit(job.transfer_id, num_tokens, first_tokens, self._limits.handoff_timeout_s)
 

@@ -47,7 +47,7 @@ class PrefillJob:
     @property
     def needs_handoff(self) -> bool:
         """False when decoding happens on this worker, or when the first token is the last."""
-        return not self.task.placement.is_local and self.task.request.sampling.max_tokens > 1
+        return not self.task.placement.is_local and self.task.request.max_new_tokens > 1
 
     def move(self, status: RequestStatus) -> None:
         check_transition(self.status, status)

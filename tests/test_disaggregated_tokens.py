@@ -129,6 +129,21 @@ async def test_unequal_ends_change_no_token(way: str, oracle_of: Any) -> None:
         await asyncio.wait_for(cluster.until_empty(), 30)
 
 
+@pytest.mark.parametrize("transfer", [{}, LAYERWISE], ids=["whole", "by layers"])
+async def test_direct_links_change_no_token(transfer: dict[str, int], oracle_of: Any) -> None:
+    folder, expected = oracle_of("llama")
+    pools = {"prefill": {"workers": 2, "threads": 1}, "decode": {"workers": 2, "threads": 1}}
+    sections = {"pools": pools, "scheduler": {"token_budget": 16}, "transfer": transfer}
+    async with local_cluster(folder, has_direct_links=True, **sections) as cluster:
+        together = await asyncio.gather(*(run(cluster, prompt, 64) for prompt in prompts()))
+        assert together == expected, "all at once"
+        cluster.direct["prefill-0"].forget("decode-0")  # from now on this pair goes beside its link
+        again = await asyncio.gather(*(run(cluster, prompt, 64) for prompt in prompts()))
+        assert again == expected, "with what the prefix cache has, and one link fewer"
+        await asyncio.wait_for(cluster.until_empty(), 30)
+        assert all(links._out.pool.num_free == links._in.pool.num_free == 2 for links in cluster.direct.values())
+
+
 async def test_same_seed_same_tokens_whatever_the_batch_the_worker_and_the_way(oracle_of: Any) -> None:
     folder, _ = oracle_of("llama")
     sampling = SamplingInput(

@@ -1,6 +1,7 @@
 """The Ray shell of a worker process: builds one plain Worker, runs its loop on a thread, passes messages in.
 
-Life: made → `load` (weights, cache, profile; `progress` meanwhile) → `connect` → `start` → … → `stop`.
+Life: made → `load` (links, weights, cache, profile; `progress` meanwhile) → `connect` → `open_links` → `start` → … →
+`stop`.
 `wait_closed` stays open while the loop runs; whoever awaits it learns at once when the process dies.
 """
 
@@ -13,15 +14,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from kv_transfer.link import ArrivedPart
-from kv_transfer.object_store_link import ObjectStoreLink
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.errors import ServingError
-from phasewise.core.links import LinkProbe, WorkerLinks
+from phasewise.core.links import LinkProbe, LinksReport
 from phasewise.core.logs import setup_logging
 from phasewise.core.mailboxes import ActorHandle, GatewayMailboxes, WorkerMailboxes
 from phasewise.core.messages import GatewayLost, KVPart, PeerLost, WorkerInfo, WorkerLoad, WorkerMessage
 from phasewise.core.placement import WorkerId
 from workers.build import LoadedEngine, Ports, assemble, load_engine, worker_info
+from workers.links import WorkerLinks
 from workers.probing import probe_link
 from workers.settings import WorkerSettings
 from workers.worker import Worker
@@ -41,17 +42,22 @@ class WorkerActor:
         self._gateways = GatewayMailboxes()
         self._control_plane: ActorHandle = None
         self._engine: LoadedEngine | None = None
-        self._object_store: ObjectStoreLink | None = None
+        self._links: WorkerLinks | None = None
         self._worker: Worker | None = None
         self._loop_task: asyncio.Task[None] | None = None
 
     async def load(self) -> WorkerInfo | ServingError:
         """Loads the model. An error that a user can mend comes back as a value: Ray would wrap it."""
         try:
-            self._engine = await asyncio.to_thread(load_engine, self._settings, self._set_progress, MonotonicClock())
+            await asyncio.to_thread(self._load)
         except ServingError as error:
             return error
-        return worker_info(self._settings, self._engine)
+        return self._info()
+
+    def _load(self) -> None:
+        self._links = WorkerLinks(self._settings, self._peers, self._post_from_link)
+        self._engine = load_engine(self._settings, self._set_progress, MonotonicClock())
+        self._links.agree_on(self._engine.port.spec)
 
     async def progress(self) -> float:
         """How far `load` is, 0 … 1."""
@@ -68,15 +74,17 @@ class WorkerActor:
         self._gateways.connect(gateways)
         self._control_plane = control_plane
 
+    async def open_links(self, addresses: Mapping[WorkerId, str]) -> ServingError | None:
+        """Opens and warms the direct links to the workers that this one hands over to. An error comes as a value."""
+        assert self._links is not None
+        return await asyncio.to_thread(self._links.open, addresses)
+
     async def start(self) -> None:
         """Begins to take work."""
-        assert self._engine is not None
-        info = worker_info(self._settings, self._engine)
-        device = self._engine.cache.device
-        self._object_store = ObjectStoreLink(self._settings.worker_id, self._peers, device, self._post_from_link)
-        ports = Ports(self._peers, self._gateways, self, self._object_store)
+        assert self._engine is not None and self._links is not None
+        ports = Ports(self._peers, self._gateways, self, self._links.link)
         self._worker = assemble(
-            info,
+            self._info(),
             self._engine.runner,
             self._engine.port,
             self._settings.config,
@@ -101,10 +109,10 @@ class WorkerActor:
 
     async def post_part(self, sender: WorkerId, part: KVPart, array: np.ndarray) -> None:
         """A part of a handoff, with its bytes in shared memory."""
-        if self._object_store is not None:
-            self._object_store.receive(sender, part, array)
+        if self._links is not None:
+            self._links.receive(sender, part, array)
 
-    async def links(self, peers: Sequence[WorkerInfo]) -> WorkerLinks:
+    async def links(self, peers: Sequence[WorkerInfo]) -> LinksReport:
         """What this worker knows of its ways to others."""
         assert self._worker is not None
         return self._worker.links(peers)
@@ -119,8 +127,8 @@ class WorkerActor:
         if self._worker is not None and self._loop_task is not None:
             self._worker.stop()
             await asyncio.wait([self._loop_task])
-        if self._object_store is not None:
-            await asyncio.to_thread(self._object_store.close)
+        if self._links is not None:
+            await asyncio.to_thread(self._links.close)
         if self._engine is not None and self._engine.ranks is not None:
             await asyncio.to_thread(self._engine.ranks.close)
 
@@ -132,6 +140,10 @@ class WorkerActor:
         except Exception:
             logger.exception("the step loop broke", extra={"worker_id": self._settings.worker_id})
             raise
+
+    def _info(self) -> WorkerInfo:
+        assert self._engine is not None and self._links is not None
+        return worker_info(self._settings, self._engine, self._links.address)
 
     def _post_from_link(self, message: WorkerMessage, arrived: ArrivedPart | None = None) -> None:
         if self._worker is not None:

@@ -286,7 +286,7 @@ def resolve_dtype(dtype: str, device: str) -> str:
     return "float32" if device == "cpu" else "bfloat16"
 
 
-def worker_info(settings: WorkerSettings, engine: LoadedEngine) -> WorkerInfo:
+def worker_info(settings: WorkerSettings, engine: LoadedEngine, link_address: str = "") -> WorkerInfo:
     """What the others may know of this worker."""
     return WorkerInfo(
         worker_id=settings.worker_id,
@@ -300,6 +300,7 @@ def worker_info(settings: WorkerSettings, engine: LoadedEngine) -> WorkerInfo:
         num_kv_blocks=engine.cache.num_blocks,
         max_model_len=engine.max_model_len,
         profile=engine.profile,
+        link_address=link_address,
     )
 
 

@@ -20,12 +20,12 @@ from __future__ import annotations
 import logging
 import queue
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from decode_workers.phase import DecodePhase
-from engine.batch import PendingStep, ScheduledBatch, ScheduledSequence
+from engine.batch import DeviceLost, PendingStep, ScheduledBatch, ScheduledSequence
 from engine.block_manager import BlockManager
 from kv_transfer.link import ArrivedPart
 from kv_transfer.plan import WIRE_VERSION
@@ -34,7 +34,7 @@ from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
 from phasewise.core.clock import Clock
 from phasewise.core.errors import InternalError, Unavailable
-from phasewise.core.links import WorkerLinks
+from phasewise.core.links import LinksReport
 from phasewise.core.messages import (
     AbortRequest,
     GatewayLost,
@@ -62,6 +62,8 @@ from prefill_workers.phase import PrefillPhase
 from workers.roles import may_prefill, may_reserve
 
 logger = logging.getLogger(__name__)
+
+_UNUSABLE = "the model computed NaN or infinite logits for this request; its KV or the weights may be damaged"
 
 
 class Runner(Protocol):
@@ -154,11 +156,11 @@ class Worker:
         """Puts a message, and what came with the header of a part, into the mailbox."""
         self._mailbox.put((message, arrived))
 
-    def links(self, peers: Sequence[WorkerInfo]) -> WorkerLinks:
+    def links(self, peers: Sequence[WorkerInfo]) -> LinksReport:
         """The ways to other workers, as far as they are known."""
         facts = tuple(self._parts.sender.facts(peer.worker_id, peer.kv_spec) for peer in peers)
         layers = self._settings.layers_per_part or self.info.kv_spec.num_layers
-        return WorkerLinks(self.info.worker_id, WIRE_VERSION, layers, self._settings.token_budget, facts)
+        return LinksReport(self.info.worker_id, WIRE_VERSION, layers, self._settings.token_budget, facts)
 
     def stop(self) -> None:
         """Makes `run` return after the round that it is in."""
@@ -233,8 +235,10 @@ class Worker:
             step = parts.runner.submit(ScheduledBatch(items), on_layers_done if prompts else None, layers_per_part)
             for first_layer, num_layers in done:
                 parts.prefill.on_layers_done(prompts, first_layer, num_layers)
+        except DeviceLost:
+            raise
         except Exception:
-            self._fail(items)
+            self._fail_step(items)
             return False
         for item in items:
             item.sequence.begin_step(item.num_tokens)
@@ -242,28 +246,37 @@ class Worker:
         return True
 
     def _collect(self, flight: _StepInFlight) -> None:
+        parts, items = self._parts, (*flight.decodes, *flight.prompts)
         try:
             result = flight.step.collect()
+        except DeviceLost:
+            raise
         except Exception:
-            self._fail((*flight.decodes, *flight.prompts))
+            self._fail_step(items)
             return
         self._num_steps += 1
-        parts, num_decodes = self._parts, len(flight.decodes)
-        tokens = (entry[0] for entry in result.tokens[:num_decodes])
-        parts.decode.take(zip(flight.decodes, tokens, strict=True))
-        for i, item in enumerate(flight.prompts, num_decodes):
-            parts.prefill.take(item, result.tokens[i], result.prompt_logprobs[i])
+        entries = list(zip(items, result.tokens, result.prompt_logprobs, strict=True))
+        self._fail([item for item, tokens, _ in entries if tokens is None], _UNUSABLE)
+        num_decodes = len(flight.decodes)
+        parts.decode.take((item, tokens[0]) for item, tokens, _ in entries[:num_decodes] if tokens is not None)
+        for item, tokens, prompt_logprobs in entries[num_decodes:]:
+            if tokens is not None:
+                parts.prefill.take(item, tokens, prompt_logprobs)
 
-    def _fail(self, items: tuple[ScheduledSequence, ...]) -> None:
-        """The engine broke on this batch: its requests end with an error, the worker lives on.
+    def _fail_step(self, items: Collection[ScheduledSequence]) -> None:
+        """The engine broke on this batch: its requests end, the worker lives on."""
+        logger.exception("a step failed", extra={"worker_id": self.info.worker_id})
+        self._fail(items, "the engine failed on this request's batch; the worker's log has the cause")
+
+    def _fail(self, items: Collection[ScheduledSequence], reason: str) -> None:
+        """Ends the items' requests with InternalError, if they are here still.
 
         The KV of their earlier steps may be the cause, such as NaN: nobody else shall find it in the prefix cache.
         """
-        logger.exception("a step failed", extra={"worker_id": self.info.worker_id})
         for item in items:
             self._parts.blocks.unpublish(item.sequence.block_table)
         for request_id in {item.sequence.request_id for item in items}:
-            error = InternalError("the engine failed on this request's batch; the worker's log has the cause")
+            error = InternalError(reason)
             self._parts.prefill.fail(request_id, error)
             self._parts.decode.fail(request_id, error)
 
@@ -330,10 +343,10 @@ class Worker:
                 parts.prefill.on_peer_lost(worker_id)
                 parts.decode.on_peer_lost(worker_id)
                 parts.prober.on_peer_lost(worker_id)
-            case LinkLost(worker_id, reason):
-                parts.sender.on_link_lost(worker_id, reason)
-                parts.receiver.on_link_lost(worker_id, reason)
-                parts.prober.on_link_lost(worker_id, reason)
+            case LinkLost(peer, reason):
+                parts.sender.on_link_lost(peer, reason)
+                parts.receiver.on_link_lost(peer, reason)
+                parts.prober.on_link_lost(peer, reason)
             case ProbeLink():
                 parts.prober.start(message)
             case GatewayLost(gateway_id):
@@ -383,5 +396,6 @@ class Worker:
             "handoff_bytes_in": float(receiver.num_bytes),
             "checksum_failures": float(receiver.checksum_failures),
             "late_parts": float(receiver.late_parts),
+            "links_lost": float(self._parts.sender.num_links_lost),
             "leases_expired": float(receiver.leases_expired),
         }

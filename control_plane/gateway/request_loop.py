@@ -3,6 +3,8 @@
     generate()   check and tokenise (preparation.py) → placement from the control plane → PrefillTask to its worker
     deliver()    what workers say: tokens into the record, text to the client's stream, an abort where a stop
                  string hit
+    a fault      a worker was lost, or could not go on: the attempt is given up, and its rest (open_requests.py) is
+                 placed again under a new id, so that the old attempt's late words find nothing
     an end       exactly one: finished, failed, or cancelled; then nothing of the request is left in the gateway,
                  and whatever workers may still hold is told to go
 
@@ -14,15 +16,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 from control_plane.gateway.detokenizer import SampleText, token_info
 from control_plane.gateway.link_report import link_report
-from control_plane.gateway.open_requests import OpenRequest, OpenSample, merge_deltas
+from control_plane.gateway.open_requests import Attempt, OpenRequest, OpenSample, stage_durations
+from control_plane.gateway.open_stream import OpenStream
 from control_plane.gateway.preparation import PreparedRequest, RequestPreparer
-from control_plane.gateway.service import GenerateInput, ModelCard, SampleDelta, TokenInfo, Usage
+from control_plane.gateway.service import GenerateInput, ModelCard
 from control_plane.gateway.text import TextTokenizer
 from control_plane.link_survey import LinkSurvey, check_probes
 from control_plane.metrics import GatewayMetrics
@@ -36,6 +39,7 @@ from phasewise.core.errors import (
     Overloaded,
     RequestCancelled,
     ServingError,
+    TransferFailed,
     Unavailable,
     WorkerLost,
 )
@@ -43,6 +47,7 @@ from phasewise.core.lifecycle import RequestStatus, Stage, check_transition
 from phasewise.core.messages import (
     AbortRequest,
     PrefillTask,
+    RequestFailed,
     TimelineEvent,
     TokenChunk,
     WorkerInfo,
@@ -51,8 +56,14 @@ from phasewise.core.messages import (
 )
 from phasewise.core.placement import Placement, WorkerId
 from phasewise.core.ports import PeerPort
+from phasewise.core.request import Request
 
 logger = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 3
+"""At a request, or at a sample of it that goes on alone: the first and what may follow a fault."""
+
+_RECOVERABLE = (WorkerLost, TransferFailed, Unavailable)  # another attempt may find other workers
 
 _LONG_TEXT = 20_000  # characters; some 10 ms of tokenising
 
@@ -61,7 +72,15 @@ class Placer(Protocol):
     """The control plane as a gateway sees it."""
 
     async def place(
-        self, request_id: str, num_prompt_tokens: int, num_samples: int, max_tokens: int, timeout_s: float
+        self,
+        request_id: str,
+        num_prompt_tokens: int,
+        num_samples: int,
+        max_tokens: int,
+        timeout_s: float,
+        *,
+        attempt: int,
+        avoid: Collection[WorkerId],
     ) -> Placement:
         """Raises Overloaded, Unavailable, or DeadlineExceeded after `timeout_s`."""
 
@@ -109,10 +128,11 @@ class RequestLoop:
         self._max_open_requests = max_open_requests
         self._addresses = addresses
         self._started_s = clock.now_s()
-        self._open: dict[str, OpenStream] = {}  # by the id that workers know
-        self._open_client_ids: set[str] = set()
+        self._open: dict[str, OpenStream] = {}  # by the client's id
+        self._streams: dict[str, OpenStream] = {}  # by the ids that workers know: one for each attempt
+        self._tasks: set[asyncio.Task[None]] = set()
         self._nonce = secrets.token_hex(4)
-        self._num_accepted = 0
+        self._num_attempts = 0
         self._lost_workers: set[WorkerId] = set()
         self._is_admitting = False
         self._all_closed = asyncio.Event()
@@ -130,12 +150,12 @@ class RequestLoop:
             self._check_admission()
             prepared = await self._prepare(request)
             self._check_admission()  # much may have happened while a long prompt was tokenised
-            stream, timeout_s = self._accept(prepared)
+            stream = self._accept(prepared)
         except ServingError as error:
             self._metrics.request_refused(error.code)
             raise
         try:
-            await self._start(stream, timeout_s)
+            await self._start(stream, self._begin(stream, stream.record.request, 0))
         except ServingError as error:
             self._fail(stream, error)
             raise
@@ -206,31 +226,26 @@ class RequestLoop:
         for event in output.events:
             self._on_event(event)
         for logprobs in output.prompt_logprobs:
-            stream = self._open.get(logprobs.request_id)
+            stream = self._streams.get(logprobs.request_id)
             if stream is not None:
                 infos = tuple(token_info(self._tokenizer, token) for token in logprobs.tokens)
                 stream.record.prompt_tokens = infos
         for chunk in output.chunks:
-            stream = self._open.get(chunk.request_id)
+            stream = self._streams.get(chunk.request_id)
             if stream is not None:
                 self._on_chunk(stream, chunk)
         for failure in output.failures:
-            stream = self._open.get(failure.request_id)
+            stream = self._streams.get(failure.request_id)
             if stream is not None:
-                self._fail(stream, ERROR_BY_CODE.get(failure.code, InternalError)(failure.message))
+                self._on_failure(stream, failure, output.worker_id)
 
     def worker_lost(self, worker_id: WorkerId) -> None:
-        """Ends the requests that the worker still held. (Moving them elsewhere will begin here: RECOVERING.)"""
+        """Moves what the worker still held elsewhere."""
         self._lost_workers.add(worker_id)
         for stream in list(self._open.values()):
-            placement, record = stream.record.placement, stream.record
-            if placement is None:
-                continue
-            # A first token that is not here yet may have died with the prefill worker, even when decoding has begun.
-            has_all_first = all(sample.token_ids for sample in record.samples)
-            in_prefill = placement.prefill_worker == worker_id and not (record.is_decoding and has_all_first)
-            if in_prefill or placement.decode_worker == worker_id:
-                self._fail(stream, _worker_lost(worker_id))
+            record = stream.record
+            for attempt in [a for a in record.attempts.values() if record.needs(a, worker_id)]:
+                self._recover(stream, attempt, _worker_lost(worker_id))
 
     # ---- inside: start
 
@@ -247,94 +262,181 @@ class RequestLoop:
             return await asyncio.to_thread(self._preparer.prepare, given)
         return self._preparer.prepare(given)
 
-    def _accept(self, prepared: PreparedRequest) -> tuple[OpenStream, float]:
-        """Opens the record of a request; (stream, seconds it may take)."""
+    def _accept(self, prepared: PreparedRequest) -> OpenStream:
+        """Opens the record of a request."""
         client_id = prepared.request.request_id
-        if client_id in self._open_client_ids:
+        if client_id in self._open:
             raise DuplicateRequest(
                 f"a request with the id {client_id!r} is open already; use another id", field="request_id"
             )
-        # A client may use its id again at once; what workers still send for the earlier request must not reach it.
-        self._num_accepted += 1
-        request = replace(prepared.request, request_id=f"{client_id}~{self._nonce}{self._num_accepted}")
+        request = replace(prepared.request, request_id=self._new_id(client_id))
         samples = [
             OpenSample(SampleText(self._tokenizer, prepared.stop, continues_text=prepared.continues_text))
             for _ in range(request.sampling.n)
         ]
-        record = OpenRequest(client_id, request, self.gateway_id, self._clock.now_s(), samples)
+        now_s = self._clock.now_s()
+        record = OpenRequest(client_id, request, self.gateway_id, now_s, now_s + prepared.timeout_s, samples)
         stream = OpenStream(record, self._cancel)
-        self._open[request.request_id] = stream
-        self._open_client_ids.add(client_id)
+        stream.timer = asyncio.get_running_loop().call_later(prepared.timeout_s, self._expire, stream)
+        self._open[client_id] = stream
         self._all_closed.clear()
         self._metrics.request_started()
         self._record_event(record, Stage.RECEIVED)
-        return stream, prepared.timeout_s
+        return stream
 
-    async def _start(self, stream: OpenStream, timeout_s: float) -> None:
-        """Places the request and sends it off."""
+    def _new_id(self, client_id: str) -> str:
+        """An id for workers. A client may use its own again at once, and what workers still send for an earlier request
+        or attempt must not reach a later one."""
+        self._num_attempts += 1
+        return f"{client_id}~{self._nonce}{self._num_attempts}"
+
+    def _begin(self, stream: OpenStream, request: Request, number: int) -> Attempt:
+        attempt = Attempt(request, number)
+        stream.record.attempts[request.request_id] = attempt
+        self._streams[request.request_id] = stream
+        return attempt
+
+    async def _start(self, stream: OpenStream, attempt: Attempt) -> None:
+        """Places an attempt and sends it off; another one, where a worker was lost while the answer was on its way.
+
+        Raises:
+            ServingError: nobody takes it; or the request has ended meanwhile, with this.
+        """
         record = stream.record
-        request, sampling = record.request, record.request.sampling
-        stream.timer = asyncio.get_running_loop().call_later(timeout_s, self._expire, stream)
-        num_prompt_tokens = len(request.prompt_token_ids)
-        placement = await self._placer.place(
-            request.request_id, num_prompt_tokens, sampling.n, sampling.max_tokens, timeout_s
-        )
-        if record.error is not None:  # its deadline passed, or the server began to shut down, meanwhile
-            self._placer.finished(request.request_id, 0)
-            raise record.error
-        record.placement = placement
-        self._move(record, RequestStatus.PLACED)
-        for worker_id in (placement.prefill_worker, placement.decode_worker):
-            if worker_id in self._lost_workers:  # lost while the answer was on its way
-                raise _worker_lost(worker_id)
+        while True:
+            request, time_left_s = attempt.request, record.deadline_s - self._clock.now_s()
+            placement = await self._placer.place(
+                request.request_id,
+                request.num_prompt_tokens,
+                request.sampling.n,
+                request.max_new_tokens,
+                time_left_s,
+                attempt=attempt.number,
+                avoid=record.avoided,
+            )
+            if record.error is not None:  # its deadline passed, or the server began to shut down, meanwhile
+                self._placer.finished(request.request_id, 0)
+                raise record.error
+            attempt.placement = record.placement = placement
+            pair = (placement.prefill_worker, placement.decode_worker)
+            lost = next((worker_id for worker_id in pair if worker_id in self._lost_workers), None)
+            if lost is None:
+                break
+            (attempt,) = self._give_up(stream, attempt, _worker_lost(lost))
+        if all(other.placement is not None for other in record.attempts.values()):
+            self._move(record, RequestStatus.PLACED)
         self._record_event(record, Stage.PLACED)
         self._metrics.placed(is_local=placement.is_local)
-        time_left_s = record.received_s + timeout_s - self._clock.now_s()
-        task = PrefillTask(request, placement, self.gateway_id, time_left_s)
+        task = PrefillTask(request, placement, self.gateway_id, record.deadline_s - self._clock.now_s())
         self._workers.send(placement.prefill_worker, task)
+
+    # ---- inside: faults
+
+    def _on_failure(self, stream: OpenStream, failure: RequestFailed, worker_id: WorkerId) -> None:
+        error = ERROR_BY_CODE.get(failure.code, InternalError)(failure.message)
+        if not isinstance(error, _RECOVERABLE):
+            self._fail(stream, error)
+            return
+        attempt = stream.record.attempts[failure.request_id]
+        placement = attempt.placement
+        assert placement is not None, "a worker has it"
+        if isinstance(error, TransferFailed):  # either may be at fault
+            stream.record.avoided.update((placement.prefill_worker, placement.decode_worker))
+        elif isinstance(error, Unavailable):
+            stream.record.avoided.add(worker_id)
+        self._recover(stream, attempt, error)
+
+    def _recover(self, stream: OpenStream, attempt: Attempt, error: ServingError) -> None:
+        """Places again what is left of an attempt; ends the request with `error` where that cannot be."""
+        if stream.record.is_over:
+            return
+        try:
+            successors = self._give_up(stream, attempt, error)
+        except ServingError:
+            self._fail(stream, error)
+            return
+        for successor in successors:
+            task = asyncio.create_task(self._start_again(stream, successor, error))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _give_up(self, stream: OpenStream, attempt: Attempt, error: ServingError) -> list[Attempt]:
+        """Ends an attempt; those that go on in its place. Raises `error` when there were enough of them."""
+        record = stream.record
+        if attempt.number + 1 >= MAX_ATTEMPTS:
+            raise error
+        logger.warning(
+            "attempt %d is given up: %s", attempt.number, error.message, extra={"request_id": record.request_id}
+        )
+        self._end_attempt(stream, attempt, num_output_tokens=0)
+        if record.status is RequestStatus.PLACED:
+            self._move(record, RequestStatus.RECOVERING)
+        self._record_event(record, Stage.RECOVERING)
+        self._metrics.recovered(error.code)
+        rest = [replace(r, request_id=self._new_id(record.client_id)) for r in record.rest_of(attempt)]
+        return [self._begin(stream, request, attempt.number + 1) for request in rest]
+
+    async def _start_again(self, stream: OpenStream, attempt: Attempt, error: ServingError) -> None:
+        try:
+            await self._start(stream, attempt)
+        except Unavailable:  # nobody is left: what the client can use is the fault that led here
+            self._fail(stream, error)
+        except ServingError as refusal:
+            self._fail(stream, refusal)
+        except Exception:
+            logger.exception("a recovery broke", extra={"request_id": stream.record.request_id})
+            self._fail(stream, InternalError("the request could not be placed again; the gateway's log has the cause"))
 
     # ---- inside: progress
 
     def _on_event(self, event: TimelineEvent) -> None:
-        stream = self._open.get(event.request_id)
+        stream = self._streams.get(event.request_id)
         if stream is None:
             return
         record = stream.record
         record.events.append(event)
-        if event.stage is Stage.PREFILL_START:
-            record.num_cached_tokens = event.num_tokens
+        if event.stage is Stage.PREFILL_START and record.first_token_s is None:
+            record.num_cached_tokens = event.num_tokens  # of the prompt; later attempts find output there, too
         elif event.stage is Stage.HANDOFF_END:
             self._metrics.handoff(event.num_bytes, event.duration_s)
         elif event.stage is Stage.PREEMPTED:
             self._metrics.preempted()
+        if event.stage in (Stage.HANDOFF_END, Stage.DECODE_START):
+            record.attempts[event.request_id].is_decoding = True
 
     def _on_chunk(self, stream: OpenStream, chunk: TokenChunk) -> None:
         record = stream.record
         deltas = record.take(chunk, self._tokenizer)
         if not deltas:
             return
+        attempt = record.attempts[chunk.request_id]
         now_s = self._clock.now_s()
         if record.first_token_s is None:
             record.first_token_s = now_s
-            self._placer.first_token(record.request_id)
+        if not attempt.has_first_token:
+            attempt.has_first_token = True
+            self._placer.first_token(chunk.request_id)
         sample = record.samples[chunk.sample_index]
         if sample.last_token_s is not None:
             self._metrics.inter_token(now_s - sample.last_token_s, sum(len(d.token_ids) for d in deltas))
         sample.last_token_s = now_s
         record.pending.extend(deltas)
         if deltas[-1].finish_reason is not None:
-            self._on_sample_end(stream, chunk.sample_index, by_worker=not isinstance(deltas[-1].stop_reason, str))
+            by_worker = not isinstance(deltas[-1].stop_reason, str)
+            self._on_sample_end(stream, attempt, chunk.sample_index, by_worker=by_worker)
         stream.wake()
 
-    def _on_sample_end(self, stream: OpenStream, sample_index: int, *, by_worker: bool) -> None:
+    def _on_sample_end(self, stream: OpenStream, attempt: Attempt, sample_index: int, *, by_worker: bool) -> None:
         """A sample ended. When a stop string ended it, the workers do not know yet."""
         record = stream.record
-        if all(sample.finish_reason is not None for sample in record.samples):
-            if not by_worker:
-                self._abort(record, None)
-            self._finish(stream)
+        samples = record.samples_of(attempt)
+        if all(sample.finish_reason is not None for sample in samples):
+            num_output_tokens = sum(len(sample.token_ids) for sample in samples)
+            self._end_attempt(stream, attempt, num_output_tokens, is_known=by_worker)
         elif not by_worker:
-            self._abort(record, sample_index)
+            self._abort(attempt, sample_index)
+        if record.is_whole:
+            self._finish(stream)
 
     # ---- inside: the three ends
 
@@ -354,7 +456,6 @@ class RequestLoop:
         record.error = error
         self._move(record, RequestStatus.FAILED)
         self._metrics.request_failed(error.code, **self._token_counts(record))
-        self._abort(record, None)
         self._close(stream)
         stream.wake()
 
@@ -366,7 +467,6 @@ class RequestLoop:
         record.error = RequestCancelled("the client cancelled the request")
         self._move(record, RequestStatus.CANCELLED)
         self._metrics.cancelled(**self._token_counts(record))
-        self._abort(record, None)
         self._close(stream)
         stream.wake()
 
@@ -378,19 +478,31 @@ class RequestLoop:
         record = stream.record
         if stream.timer is not None:
             stream.timer.cancel()
-        if self._open.pop(record.request_id, None) is not None:
-            self._open_client_ids.discard(record.client_id)
-            if record.placement is not None:
-                self._placer.finished(record.request_id, record.num_output_tokens)
+        for attempt in list(record.attempts.values()):
+            num_output_tokens = sum(len(sample.token_ids) for sample in record.samples_of(attempt))
+            self._end_attempt(stream, attempt, num_output_tokens)
+        self._open.pop(record.client_id, None)
         if not self._open:
             self._all_closed.set()
 
-    def _abort(self, record: OpenRequest, sample_index: int | None) -> None:
-        """Tells both workers; the one that knows nothing of the request ignores it."""
-        if record.placement is None:
+    def _end_attempt(
+        self, stream: OpenStream, attempt: Attempt, num_output_tokens: int, *, is_known: bool = False
+    ) -> None:
+        """Nothing of the attempt is left in the gateway. `is_known`: nothing is left at the workers either."""
+        request_id = attempt.request.request_id
+        del stream.record.attempts[request_id], self._streams[request_id]
+        if attempt.placement is None:
+            return  # whoever waits for its placement gives it back
+        if not is_known:
+            self._abort(attempt, None)
+        self._placer.finished(request_id, num_output_tokens)
+
+    def _abort(self, attempt: Attempt, sample_index: int | None) -> None:
+        """Tells both workers; the one that knows nothing of the attempt ignores it."""
+        if attempt.placement is None:
             return
-        message = AbortRequest(record.request_id, sample_index)
-        for worker_id in {record.placement.prefill_worker, record.placement.decode_worker}:
+        message = AbortRequest(attempt.request.request_id, sample_index)
+        for worker_id in {attempt.placement.prefill_worker, attempt.placement.decode_worker}:
             self._workers.send(worker_id, message)
 
     # ---- inside: records
@@ -426,97 +538,8 @@ class RequestLoop:
         }
 
 
-class OpenStream:
-    """A client's end of an open request. Implements GenerationStream (control_plane/gateway/service.py)."""
-
-    def __init__(self, record: OpenRequest, cancel: Any) -> None:
-        self.record = record
-        self.timer: asyncio.TimerHandle | None = None
-        self._cancel = cancel
-        self._news = asyncio.Event()
-
-    @property
-    def request_id(self) -> str:
-        """The client's own."""
-        return self.record.client_id
-
-    @property
-    def prompt_token_ids(self) -> tuple[int, ...]:
-        return self.record.request.prompt_token_ids
-
-    @property
-    def prompt_tokens(self) -> tuple[TokenInfo, ...]:
-        return self.record.prompt_tokens
-
-    @property
-    def usage(self) -> Usage:
-        return self.record.usage
-
-    @property
-    def timeline(self) -> tuple[TimelineEvent, ...]:
-        return tuple(sorted(self.record.events, key=lambda event: event.at_unix_s))
-
-    @property
-    def placement(self) -> Placement:
-        assert self.record.placement is not None
-        return self.record.placement
-
-    def wake(self) -> None:
-        """There is news in the record."""
-        self._news.set()
-
-    def __aiter__(self) -> AsyncIterator[SampleDelta]:
-        return self._deltas()
-
-    async def _deltas(self) -> AsyncIterator[SampleDelta]:
-        record = self.record
-        while True:
-            pending, record.pending = record.pending, []
-            for delta in merge_deltas(pending):
-                yield delta
-            if record.pending:
-                continue
-            if record.error is not None:
-                raise record.error
-            if record.is_over:
-                return
-            await self._news.wait()
-            self._news.clear()
-
-    async def aclose(self) -> None:
-        """Cancels what is still running; harmless after the end."""
-        self._cancel(self)
-
-
 def _worker_lost(worker_id: WorkerId) -> WorkerLost:
     return WorkerLost(f"worker {worker_id} was lost; sending the request again is safe")
-
-
-def stage_durations(events: Iterable[TimelineEvent]) -> dict[str, float]:
-    """Seconds that a request spent in each stage before its second token, as far as its timeline tells.
-
-    queue: received → prefill start, without the wait for the reservation; reserve: asked → granted;
-    prefill: start → end; handoff: first bytes sent → whole on the other side; first_decode: there → first decode
-    step over.
-    """
-    at: dict[Stage, float] = {}
-    for event in events:
-        at.setdefault(event.stage, event.at_unix_s)
-
-    def between(start: Stage, end: Stage) -> float | None:
-        return max(at[end] - at[start], 0.0) if start in at and end in at else None
-
-    reserve = between(Stage.RESERVE_ASKED, Stage.RESERVED)
-    queue = between(Stage.RECEIVED, Stage.PREFILL_START)
-    decode_from = Stage.HANDOFF_END if Stage.HANDOFF_END in at else Stage.PREFILL_END
-    durations = {
-        "queue": None if queue is None else max(queue - (reserve or 0.0), 0.0),
-        "reserve": reserve,
-        "prefill": between(Stage.PREFILL_START, Stage.PREFILL_END),
-        "handoff": between(Stage.HANDOFF_START, Stage.HANDOFF_END),
-        "first_decode": between(decode_from, Stage.DECODE_START),
-    }
-    return {stage: seconds for stage, seconds in durations.items() if seconds is not None}
 
 
 def _worker_status(info: WorkerInfo, load: WorkerLoad) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engine.cuda.kernels import DecodeAttention, merge_into, prompt_attention, prompt_tile
+from engine.cuda.decode_attention import DecodeAttention
+from engine.cuda.prompt_attention import merge_into, prompt_attention, prompt_tile
 from engine.cuda.step_inputs import PromptChunk, Upload, aligned
 from engine.kv_cache import PagedKVCache, as_words
 

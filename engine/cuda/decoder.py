@@ -21,8 +21,9 @@ from dataclasses import dataclass
 import torch
 
 from engine.cuda.all_reduce import FastReduce
+from engine.cuda.elementwise import rope_and_cache, row_scales, silu_mul
 from engine.cuda.fp8 import Fp8Product
-from engine.cuda.kernels import gemv, rope_and_cache, row_scales, silu_mul, skinny_product, skinny_tile
+from engine.cuda.products import gemv, skinny_product, skinny_tile
 from engine.cuda.sampling import greedy
 from engine.layers.linear import Linear
 from engine.layers.rotary import rope_frequencies

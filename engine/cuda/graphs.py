@@ -13,8 +13,10 @@ import numpy as np
 import torch
 
 from engine.cuda.attention import PagedChunks
+from engine.cuda.decode_attention import DecodeAttention
 from engine.cuda.decoder import CudaDecoder
-from engine.cuda.kernels import DecodeAttention, prepare_step, prompt_tile
+from engine.cuda.elementwise import prepare_step
+from engine.cuda.prompt_attention import prompt_tile
 from engine.cuda.step_inputs import DecodeRows, PromptChunk, TokenRows, Upload, aligned
 from engine.kv_cache import PagedKVCache
 

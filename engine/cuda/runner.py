@@ -10,18 +10,29 @@ computation needs; what is sampled from the largest logits alone, every rank fin
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
 
-from engine.batch import ComputedStep, PendingStep, ScheduledBatch, ScheduledSequence, StepResult
+from engine.batch import (
+    ComputedStep,
+    DeviceLost,
+    PendingStep,
+    ScheduledBatch,
+    ScheduledSequence,
+    StepResult,
+    all_or_none,
+)
 from engine.cuda import sampling
 from engine.cuda.attention import RaggedAttention, planned_shapes
+from engine.cuda.decode_attention import DecodeAttention
 from engine.cuda.decoder import CudaDecoder
+from engine.cuda.elementwise import prepare_step
 from engine.cuda.graphs import PROMPT_CHUNKS, StepOutputs, StepParts, capture_all
-from engine.cuda.kernels import DecodeAttention, prepare_step
 from engine.cuda.sampling import Drawn, DrawRow, draw
 from engine.cuda.step_inputs import (
     DecodeInputs,
@@ -38,10 +49,24 @@ from engine.loader import LoadedModel
 from engine.model_runner import ModelRunner, sample_indices
 from engine.sequence import Sequence
 from engine.tensor_parallel import Command, OtherRanks
-from phasewise.core.errors import InternalError
 from phasewise.core.request import SampledToken, SamplingParams
 
 _NO_TOKENS = TokenRows.padding(0)
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _loses_device(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """CUDA reports an illegal access or a broken device to every later call of the process, too."""
+
+    @functools.wraps(method)
+    def guarded(*arguments: _P.args, **named: _P.kwargs) -> _R:
+        try:
+            return method(*arguments, **named)
+        except torch.AcceleratorError as error:
+            raise DeviceLost(str(error)) from error
+
+    return guarded
 
 
 class CudaModelRunner(ModelRunner):
@@ -96,6 +121,7 @@ class CudaModelRunner(ModelRunner):
         """As ModelRunner.run."""
         return self.submit(batch, on_layers_done, layers_per_group).collect()
 
+    @_loses_device
     @torch.inference_mode()
     def submit(
         self,
@@ -314,7 +340,7 @@ class CudaModelRunner(ModelRunner):
                 item.sequence,
                 index,
                 row,
-                item.start + item.num_tokens - item.sequence.num_prompt_tokens,
+                item.start + item.num_tokens - item.sequence.first_output,
                 row if item.start == len(item.sequence.token_ids) else -1,
             )
             for item, row in items
@@ -369,30 +395,24 @@ class _CudaStep:
     first_prompt_row: int
     prompt_logprobs: tuple[tuple[SampledToken, ...], ...] | None  # if they are known already
 
+    @_loses_device
     @torch.inference_mode()
     def collect(self) -> StepResult:
         self.event.synchronize()
-        sampled: dict[int, tuple[SampledToken, ...]] = {}
+        sampled: dict[int, tuple[SampledToken, ...] | None] = {}
         if self.drawn is not None:
             drawn = iter(self.drawn.result())
             for item, _ in self.items:
-                sampled[id(item)] = tuple(_checked(next(drawn), item) for _ in range(item.num_samples))
+                sampled[id(item)] = all_or_none([next(drawn) for _ in range(item.num_samples)])
         elif self.tokens is not None:
             tokens = self.tokens.tolist()
             for item, row in self.items:
-                token = _checked(SampledToken(tokens[row]) if tokens[row] >= 0 else None, item)
-                sampled[id(item)] = (token,) * item.num_samples
+                token = tokens[row]
+                sampled[id(item)] = None if token < 0 else (SampledToken(token),) * item.num_samples
         logprobs = self.prompt_logprobs
         if logprobs is None:
             logprobs = self.runner.prompt_logprobs(self.batch, self.hidden, self.first_prompt_row)
         return StepResult(tuple(sampled.get(id(item), ()) for item in self.batch.items), logprobs)
-
-
-def _checked(token: SampledToken | None, item: ScheduledSequence) -> SampledToken:
-    if token is None:
-        request_id = item.sequence.request_id
-        raise InternalError(f"the model computed NaN logits for request {request_id}; its weights may be damaged")
-    return token
 
 
 def _is_decode(item: ScheduledSequence) -> bool:

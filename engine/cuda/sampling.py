@@ -39,7 +39,7 @@ class DrawRow:
 class Drawn:
     """Chosen tokens on the device, and the way to the host for them and their log-probabilities.
 
-    `tokens`: [num_rows] int64; -1 where the row's logits hold a NaN, or nothing finite to draw from.
+    `tokens`: [num_rows] int64; -1 where the row's logits hold a NaN, or infinity where the largest should be.
     """
 
     def __init__(self, tokens: torch.Tensor, wanted: list[int | None], described: list[_Described]) -> None:
@@ -78,12 +78,12 @@ class Drawn:
 
 
 def greedy(logits: torch.Tensor) -> torch.Tensor:
-    """The first of the largest logits of each row; -1 where there is a NaN. May be captured in a graph.
+    """The first of the largest logits of each row; -1 as in `Drawn`. May be captured in a graph.
 
     logits: [n, vocab_size]; the result: [n] int64.
     """
     largest, tokens = logits.max(dim=-1)  # a NaN anywhere in a row is its maximum
-    return tokens.masked_fill_(largest.isnan(), -1)
+    return tokens.masked_fill_((largest - largest).isnan(), -1)  # of infinity, too
 
 
 def draw(logits: torch.Tensor, rows: list[DrawRow], newest: torch.Tensor | None = None) -> Drawn:
@@ -241,7 +241,7 @@ class _Adjustment:
             if sampling.repetition_penalty != 1.0:
                 self._seen.add(start, sequence.token_ids, row.pending)
             if _counts_outputs(sampling):
-                self._outputs.add(start, sequence.token_ids[sequence.num_prompt_tokens :], row.pending)
+                self._outputs.add(start, sequence.token_ids[sequence.first_output :], row.pending)
         params = [rows[j].sequence.sampling for j in chosen]
         self.num_rows = len(chosen)
         self._logits_rows = upload.add(np.array([rows[j].logits_row for j in chosen], dtype=np.int64))

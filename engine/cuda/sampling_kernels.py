@@ -165,9 +165,7 @@ def _draw_kernel(
         best = tl.maximum(best, x)
     peak = tl.max(best, axis=0)
     token = tl.min(tl.where(best == peak, at, vocab_size), axis=0)
-    is_unusable = tl.max(is_nan, axis=0) > 0
-    if temperature > 0:
-        is_unusable = is_unusable | (tl.abs(peak) == float("inf"))
+    is_unusable = (tl.max(is_nan, axis=0) > 0) | (tl.abs(peak) == float("inf"))
     if is_unusable:
         token = -1
     elif temperature > 0:
@@ -204,7 +202,8 @@ def _draw_kernel(
 
 
 def draw_tokens(logits: torch.Tensor, params: torch.Tensor, tokens: torch.Tensor) -> None:
-    """Draws a token per row of `params`; writes -1 for a row that has a NaN, or nothing finite to draw from.
+    """Draws a token per row of `params`; writes -1 for a row whose logits hold a NaN, or infinity where
+    the largest should be.
 
     logits: [n, vocab_size] with rows in one piece; params: [num_rows, NUM_PARAMS] float64 with the columns row of
     `logits`, place in `tokens`, temperature (0: the first of the largest logits), top_k (0: off; below vocab_size),

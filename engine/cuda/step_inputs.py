@@ -145,8 +145,8 @@ class DecodeRows:
     """The device's buffers of the rows of decoding sequences.
 
     Attributes:
-        tables: [max_rows, max_blocks] int32. Kept up to date by `prepare_step` (engine/cuda/kernels.py) block by block;
-            rows that change hands are written whole by `write_tables`.
+        tables: [max_rows, max_blocks] int32. Kept up to date by `prepare_step` (engine/cuda/elementwise.py) block by
+            block; rows that change hands are written whole by `write_tables`.
         newest: [max_rows] int64, the token that each row sampled last.
     """
 

@@ -33,17 +33,22 @@ class KVCacheSpec:
         return self.bytes_per_token * self.block_size
 
     @property
+    def content(self) -> str:
+        """What `content_fingerprint` stands for, in words."""
+        heads = f"{self.num_kv_heads} KV heads of {self.head_dim}"
+        return f"{self.num_layers} layers, {heads}, weights {self.model_fingerprint}"
+
+    @property
     def content_fingerprint(self) -> str:
         """Equal on two workers exactly when the KV of one means the same on the other.
 
         Block size and dtype may differ: parts are repacked, and converted, on their way.
         """
-        text = f"{self.num_layers}/{self.num_kv_heads}/{self.head_dim}/{self.model_fingerprint}"
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hashlib.sha256(self.content.encode()).hexdigest()[:16]
 
     def differences(self, other: KVCacheSpec) -> list[str]:
-        """What makes the two contents incompatible, in words; empty when a handoff is possible."""
-        names = ("num_layers", "num_kv_heads", "head_dim", "model_fingerprint")
+        """What differs, in words. A handoff may differ in dtype and block size, of which the latter is not named."""
+        names = ("num_layers", "num_kv_heads", "head_dim", "dtype", "model_fingerprint")
         return [
             f"{name}: {getattr(self, name)} here, {getattr(other, name)} there"
             for name in names

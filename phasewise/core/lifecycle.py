@@ -8,11 +8,11 @@
     HANDOFF     the prompt is computed, the first token is out, KV parts are still moving
     DECODING    in the decode worker's running batch; holds blocks there only
     PREEMPTED   pushed out of the running batch; its KV lies in host memory
-    RECOVERING  a worker was lost; prompt and tokens so far are about to be placed again
+    RECOVERING  a worker was lost or could not go on; prompt and tokens so far are about to be placed again
     FINISHED, FAILED, CANCELLED   the end, exactly one of them; holds nothing anywhere
 
-A request that stays on one worker (mixed role) skips RESERVING and HANDOFF. A gateway's own record stays PLACED until
-the end: what happens in between is the workers' knowledge, and comes to it as a timeline.
+A request that stays on one worker (mixed role) skips RESERVING and HANDOFF. A gateway's own record knows PLACED,
+RECOVERING and the ends: what happens in between is the workers' knowledge, and comes to it as a timeline.
 """
 
 from __future__ import annotations
@@ -82,4 +82,5 @@ class Stage(StrEnum):
     DECODE_START = "decode_start"  # the first decode step that this request is part of has ended
     PREEMPTED = "preempted"
     RESUMED = "resumed"
+    RECOVERING = "recovering"  # an attempt was given up: the stages from `placed` on come again
     FINISHED = "finished"

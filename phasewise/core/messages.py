@@ -244,7 +244,7 @@ def _restore_output(worker_id: WorkerId, chunks: list[tuple[Any, ...]], *rest: A
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """What does not change while a worker lives."""
+    """What does not change while a worker lives. `link_address`: where its direct links listen; "" for none."""
 
     worker_id: WorkerId
     role: WorkerRole
@@ -257,6 +257,7 @@ class WorkerInfo:
     num_kv_blocks: int
     max_model_len: int
     profile: DeviceProfile
+    link_address: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,9 +292,9 @@ class PeerLost:
 
 @dataclass(frozen=True, slots=True)
 class LinkLost:
-    """The link between this worker and another broke; what was on its way over it will not arrive."""
+    """The link between this worker and `peer` broke; what was on its way over it will not arrive."""
 
-    worker_id: WorkerId
+    peer: WorkerId
     reason: str
 
 

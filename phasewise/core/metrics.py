@@ -46,6 +46,7 @@ WORKER_COUNTERS: dict[str, tuple[str, str]] = {
     "handoff_failures": ("handoff_failures", "Handoffs given up, for any reason"),
     "checksum_failures": ("checksum_failures", "KV parts whose checksum did not match; never decoded"),
     "late_parts": ("late_parts", "KV parts that came after their reservation had ended; dropped"),
+    "links_lost": ("links_lost", "Direct links that broke; the object store served meanwhile"),
     "leases_expired": ("leases_expired", "Reservations freed because their lease ran out"),
     "prefix_query_tokens": ("prefix_query_tokens", "Prompt tokens looked up in the prefix cache"),
     "prefix_hit_tokens": ("prefix_hit_tokens", "Prompt tokens found in the prefix cache"),
@@ -147,6 +148,6 @@ STARTED = MetricName("phasewise_requests_started", "Requests accepted by this ga
 FAILED = MetricName("phasewise_requests_failed", "Requests refused or failed, by error code")
 CANCELLED = MetricName("phasewise_requests_cancelled", "Requests whose client left or cancelled")
 PREEMPTIONS = MetricName("phasewise_preemptions", "Preemptions seen in this gateway's requests")
-RECOVERIES = MetricName("phasewise_recoveries", "Requests placed again after a fault, by step of the ladder")
+RECOVERIES = MetricName("phasewise_recoveries", "Attempts given up and placed again, by reason")
 PLACEMENTS = MetricName("phasewise_placements", "Placements, by whether the KV travels (handoff) or not (local)")
 OPEN_REQUESTS = MetricName("phasewise_requests_open", "Requests open at this gateway")

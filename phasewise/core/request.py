@@ -47,12 +47,32 @@ class Request:
     an earlier request of the same client id cannot reach this one.
 
     `cache_salt` separates prefix caches: two requests share KV only when their salts are equal.
+
+    One that goes on where an earlier attempt was lost has that attempt's output at the end of its prompt:
+    `num_resumed_tokens`. They count as output wherever outputs are counted, `max_tokens` included. `sample_index` is
+    that of the first of its `sampling.n` samples.
     """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     cache_salt: str = ""
+    num_resumed_tokens: int = 0
+    sample_index: int = 0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens to prefill: resumed ones, too."""
+        return len(self.prompt_token_ids)
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Most tokens per sample that are still to come."""
+        return self.sampling.max_tokens - self.num_resumed_tokens
+
+    @property
+    def sample_indices(self) -> range:
+        return range(self.sample_index, self.sample_index + self.sampling.n)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -101,39 +102,65 @@ def test_two_clusters_on_one_machine_and_a_taken_port(cluster: Served, tiny_mode
         assert flag in line
 
 
-async def test_a_killed_decode_worker_ends_its_streams_clearly_and_the_rest_serves_on(
-    tiny_model: tuple[Path, Any],
-) -> None:
-    with served(str(tiny_model[0]), "--prefill", "1", "--decode", "2") as cluster:
-        async with phasewise.AsyncClient(cluster.grpc, timeout_s=60, max_retries=0) as client:
+async def streams_under(
+    cluster: Served, *, in_prefill: str = "", in_decode: str = "", num_tokens: int = 400
+) -> list[list[int]]:
+    """The tokens of eight streams, greedy and drawn. One worker is killed with prompts in its queue, another when each
+    stream is well inside its decode.
 
-            async def one(seed: int) -> int | phasewise.WorkerLost:
-                count = 0
-                try:
-                    async for delta in client.stream(
-                        token_ids=[seed, 1, 2], max_tokens=900, temperature=0.0, ignore_eos=True
-                    ):
-                        if count <= 5 < count + len(delta.token_ids):
-                            started.release()
-                        count += len(delta.token_ids)
-                except phasewise.WorkerLost as error:
-                    return error
-                return count
+    Few tokens are drawn from, so that no draw is within rounding of the next token: a batch of another size may round
+    otherwise.
+    """
+    async with phasewise.AsyncClient(cluster.grpc, timeout_s=120, max_retries=0) as client:
+        started = asyncio.Semaphore(0)
 
-            started = asyncio.Semaphore(0)
-            streams = [asyncio.create_task(one(seed)) for seed in range(8)]
-            for _ in streams:  # each is well inside its decode
+        async def one(seed: int) -> list[int]:
+            ids: list[int] = []
+            prompt = [seed, *(position * seed % 250 for position in range(700))]
+            async for delta in client.stream(
+                token_ids=prompt, max_tokens=num_tokens, temperature=seed % 2 * 0.8, top_k=4, seed=seed, ignore_eos=True
+            ):
+                if len(ids) <= 5 < len(ids) + len(delta.token_ids):
+                    started.release()
+                ids += delta.token_ids
+            return ids
+
+        pids = {worker["id"]: worker["pid"] for worker in cluster.status()["workers"]}
+        streams = [asyncio.create_task(one(seed)) for seed in range(8)]
+        if in_prefill:
+            await asyncio.to_thread(until, lambda: cluster.worker(in_prefill)["waiting_prompt_tokens"] > 0, 30.0)
+            os.kill(pids[in_prefill], signal.SIGKILL)
+        if in_decode:
+            for _ in streams:
                 await started.acquire()
-            os.kill(cluster.worker("decode-1")["pid"], signal.SIGKILL)
-            results = await asyncio.gather(*streams)
-            lost = [r for r in results if isinstance(r, phasewise.WorkerLost)]
-            assert lost, "some streams were on the killed worker"
-            assert all("decode-1" in str(error) and error.retry_safe for error in lost)
-            assert all(r == 900 for r in results if not isinstance(r, phasewise.WorkerLost))
-            again = await client.generate(token_ids=[9, 9], max_tokens=5, ignore_eos=True)
-            assert again.usage.num_output_tokens == 5
-        assert cluster.worker("decode-1")["state"] == "lost"
-        until(lambda: not held(cluster.status()), 10.0)
+            os.kill(pids[in_decode], signal.SIGKILL)
+        return await asyncio.gather(*streams)
+
+
+def recoveries(cluster: Served) -> int:
+    with urllib.request.urlopen(f"http://{cluster.http}/metrics", timeout=30) as response:
+        lines = response.read().decode().splitlines()
+    return sum(int(float(line.split()[-1])) for line in lines if line.startswith("phasewise_recoveries_total{"))
+
+
+async def test_killed_workers_change_no_token_of_any_stream(tiny_model: tuple[Path, Any]) -> None:
+    with served(str(tiny_model[0]), "--prefill", "2", "--decode", "2") as cluster:
+        undisturbed = await streams_under(cluster)
+        assert all(len(ids) == 400 for ids in undisturbed)
+        assert recoveries(cluster) == 0
+        assert await streams_under(cluster, in_prefill="prefill-0", in_decode="decode-1") == undisturbed
+        assert recoveries(cluster) > 1, "some requests were on each of the killed workers"
+        for worker_id in ("decode-1", "prefill-0"):
+            assert cluster.worker(worker_id)["state"] == "lost"
+        until(lambda: not held(cluster.status()), 2.0)
+
+
+async def test_a_killed_worker_that_nobody_can_replace_ends_its_streams_clearly(tiny_model: tuple[Path, Any]) -> None:
+    with served(str(tiny_model[0]), "--prefill", "1", "--decode", "1") as cluster:
+        with pytest.raises(phasewise.WorkerLost, match="decode-0") as caught:
+            await streams_under(cluster, in_decode="decode-0")
+        assert caught.value.retry_safe
+        until(lambda: not held(cluster.status()), 2.0)
 
 
 def test_without_a_pool_requests_are_refused_and_not_hung(tiny_model: tuple[Path, Any]) -> None:

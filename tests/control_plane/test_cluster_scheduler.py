@@ -189,3 +189,38 @@ def test_a_silent_worker_is_lost_after_its_time() -> None:
     clock.advance(2.0)
     assert scheduler.tick() == ["decode-0"]
     assert scheduler.tick() == []
+
+
+def test_a_further_attempt_is_not_refused_for_full_queues_and_its_work_is_counted() -> None:
+    scheduler = make({"prefill-0": FAST, "decode-0": FAST, "decode-1": FAST}, max_waiting=1)
+    first = scheduler.place("r~1", 100, 1, 64)
+    with pytest.raises(Overloaded):
+        scheduler.place("new", 100, 1, 64)
+    scheduler.worker_lost(first.decode_worker)
+    second = scheduler.place("r~2", 130, 1, 34, attempt=1)
+    assert second.attempt == 1
+    assert second.decode_worker != first.decode_worker
+    for request_id, num_tokens in (("r~1", 0), ("r~2", 64)):
+        scheduler.finished(request_id, num_tokens)
+    assert scheduler.num_open == 0
+    assert all(
+        work.num_prompts == work.num_prompt_tokens == work.num_decoding == 0 for work in scheduler._work.values()
+    )
+
+
+@pytest.mark.parametrize(
+    ("workers", "avoid", "pairs"),
+    [
+        (("prefill-0", "prefill-1", "decode-0", "decode-1"), ("prefill-0", "decode-1"), {("prefill-1", "decode-0")}),
+        (("prefill-0", "decode-0", "decode-1"), ("prefill-0", "decode-0"), {("prefill-0", "decode-1")}),
+        (("prefill-0", "decode-0", "mixed-0"), ("prefill-0", "decode-0"), {("mixed-0", "mixed-0")}),
+        (("prefill-0", "decode-0"), ("prefill-0", "decode-0"), {("prefill-0", "decode-0")}),
+        (("mixed-0",), ("mixed-0",), {("mixed-0", "mixed-0")}),
+    ],
+)
+def test_workers_to_avoid_are_the_last_resort(
+    workers: tuple[str, ...], avoid: tuple[str, ...], pairs: set[tuple[str, str]]
+) -> None:
+    scheduler = make(dict.fromkeys(workers, FAST))
+    placed = [scheduler.place(f"r{i}", 100, 1, 64, attempt=1, avoid=avoid) for i in range(6)]
+    assert {(p.prefill_worker, p.decode_worker) for p in placed} == pairs

@@ -133,7 +133,7 @@ def test_gaps_handoffs_placements_and_recoveries() -> None:
     metrics.placed(is_local=True)
     metrics.placed(is_local=False)
     metrics.preempted()
-    metrics.recovered("mixed")
+    metrics.recovered("worker_lost")
     found = samples(metrics)
     assert found[key("vllm:inter_token_latency_seconds_count", model_name="m")] == 4
     assert found[key("phasewise_tbt_seconds_sum")] == pytest.approx(0.05)
@@ -143,7 +143,7 @@ def test_gaps_handoffs_placements_and_recoveries() -> None:
     assert found[key("phasewise_placements_total", kind="handoff")] == 2
     assert found[key("phasewise_placements_total", kind="local")] == 1
     assert found[key("phasewise_preemptions_total")] == 1
-    assert found[key("phasewise_recoveries_total", step="mixed")] == 1
+    assert found[key("phasewise_recoveries_total", reason="worker_lost")] == 1
 
 
 def test_an_unknown_stage_is_named_and_records_nothing() -> None:
@@ -194,7 +194,7 @@ def exposition() -> str:
     metrics = GatewayMetrics("m")
     finish(metrics)
     metrics.request_failed("internal")
-    metrics.recovered("retry")
+    metrics.recovered("transfer_failed")
     counters = dict.fromkeys(names.WORKER_COUNTERS, 1.0)
     return metrics.render([worker("decode-0", WorkerRole.DECODE, counters=counters)])[0].decode()
 

@@ -29,7 +29,8 @@ from tests.support.lone_worker import serve
 pytest.importorskip("triton")
 
 from engine.cuda.attention import RaggedAttention
-from engine.cuda.kernels import DecodeAttention, gemv, skinny_product
+from engine.cuda.decode_attention import DecodeAttention
+from engine.cuda.products import gemv, skinny_product
 from engine.cuda.runner import CudaModelRunner
 from engine.cuda.step_inputs import PromptChunk, Upload
 
@@ -295,6 +296,38 @@ def test_bfloat16_is_as_close_to_float64_as_transformers_in_bfloat16(tmp_path: P
         ours = engine.loaded.model.logits(hidden[-1:])[0].double()
     their_error, our_error = (theirs - exact).norm(), (ours - exact).norm()
     assert our_error < 1.5 * their_error, (our_error.item(), their_error.item())
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"seed": 3, "repetition_penalty": 1.1}])
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_damaged_block_leaves_only_its_own_sequence_without_token(
+    graphs: bool, sampling: dict[str, Any], tmp_path: Path
+) -> None:
+    build_oracle(CONFIGS["llama"](), tmp_path)
+    engine = GpuEngine(tmp_path, "float32", graphs=graphs)
+    params = SamplingParams(**sampling)
+    prompts = prompts_of(SIZES["vocab_size"])
+    sequences = [Sequence(f"r{i}", params, list(prompt), len(prompt)) for i, prompt in enumerate(prompts)]
+    engine.step([(sequence, sequence.num_tokens) for sequence in sequences])
+    newcomer = Sequence("newcomer", params, prompts[3][:20], 20)
+    for sequence in (*sequences, newcomer):
+        sequence.block_table += engine.blocks.allocate(2)
+
+    def two_steps() -> tuple[Any, Any]:
+        """Of one token each, the second submitted before the first is collected; the newcomer is in the first."""
+        items = [ScheduledSequence(sequence, 1, 1) for sequence in sequences]
+        first = engine.runner.submit(ScheduledBatch((*items, ScheduledSequence(newcomer, 20, 1))))
+        for sequence in sequences:
+            sequence.begin_step(1)
+        second = engine.runner.submit(ScheduledBatch(tuple(ScheduledSequence(s, 1, 1) for s in sequences)))
+        for sequence in sequences:
+            sequence.num_in_flight_tokens = 0
+        return first.collect().tokens, second.collect().tokens
+
+    right = two_steps()
+    engine.cache.blocks_view()[1, :, sequences[4].block_table[0]] = torch.nan
+    for tokens, wanted in zip(two_steps(), right, strict=True):
+        assert tokens == (*wanted[:4], None, *wanted[5:])
 
 
 CONFIG = build_config({"scheduler": {"token_budget": 64, "max_running": 16}}, source="test")

@@ -24,6 +24,8 @@ from tests.engine.conftest import build_oracle
 
 pytest.importorskip("triton")
 
+from engine.cuda.decode_attention import DecodeAttention
+from engine.cuda.elementwise import rope_and_cache, row_scales
 from engine.cuda.fp8 import (
     ROWS_FOR_FP8_ACTIVATIONS,
     Fp8Product,
@@ -33,7 +35,6 @@ from engine.cuda.fp8 import (
     skinny_fp8_tile,
     skinny_product_fp8,
 )
-from engine.cuda.kernels import DecodeAttention, rope_and_cache, row_scales
 from engine.cuda.runner import CudaModelRunner
 from tests.engine.test_cuda import SIZES, GpuEngine, Ragged, ragged, random_ragged
 

@@ -69,8 +69,8 @@ def _generator(device: torch.device) -> torch.Generator:
 
 def check_decoder(rank: int, store: str, results: Any, config: str, size: int) -> None:
     """The last hidden state and the largest logits' ids after a prompt and three decodes."""
+    from engine.cuda.decode_attention import DecodeAttention
     from engine.cuda.decoder import CudaDecoder
-    from engine.cuda.kernels import DecodeAttention
     from engine.loader import load_model
     from phasewise.core.model_source import ModelSource
 

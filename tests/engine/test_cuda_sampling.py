@@ -64,7 +64,8 @@ def random_params(rng: random.Random, vocab_size: int) -> SamplingParams:
 def random_sequence(rng: random.Random, params: SamplingParams, vocab_size: int) -> Sequence:
     few = [rng.randrange(vocab_size) for _ in range(12)]
     prompt, outputs = rng.choices(few, k=rng.randrange(1, 30)), rng.choices(few, k=rng.choice([0, 1, 25]))
-    return Sequence("request", params, prompt + outputs, len(prompt))
+    num_resumed = len(outputs) // 2
+    return Sequence("request", params, prompt + outputs, len(prompt) + num_resumed, num_resumed_tokens=num_resumed)
 
 
 def random_logits(rng: random.Random, num_rows: int, vocab_size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -88,7 +89,7 @@ def assert_as_the_twin(drawn: list[SampledToken | None], logits: torch.Tensor, r
     logits = logits.float().cpu()
     wanted = sample(logits, [SampleRow(row.sequence, row.sample_index, row.logits_row) for row in rows])
     for ours, twins, row in zip(drawn, wanted, rows, strict=True):
-        assert ours is not None
+        assert ours is not None and twins is not None
         params, token = row.sequence.sampling, ours.token_id
         if token == twins.token_id:
             continue
@@ -159,10 +160,11 @@ def test_the_distribution_is_the_filtered_softmax() -> None:
     assert 0.5 * (counts / n - expected).abs().sum() < 0.02
 
 
-def test_a_row_with_nan_fails_alone() -> None:
-    logits = torch.randn(4, 5000)
+def test_rows_without_a_largest_logit_fail_alone() -> None:
+    logits = torch.randn(5, 5000)
     logits[1, 4321] = math.nan
     logits[2] = -math.inf
+    logits[3, 123] = math.inf
     kinds = [
         SamplingParams(temperature=0.0),
         SamplingParams(top_k=3, logprobs=2),
@@ -170,14 +172,11 @@ def test_a_row_with_nan_fails_alone() -> None:
         SamplingParams(repetition_penalty=1.2),
     ]
     for params in kinds:
-        rows = [draw_row(Sequence("request", params, [1, 2, 3], 2), i) for i in range(4)]
+        rows = [draw_row(Sequence("request", params, [1, 2, 3], 2), i) for i in range(5)]
         drawn = draw_all(logits.to(DEVICE), rows)
-        assert drawn[1] is None
-        # Nothing is possible in row 2: the largest of nothing is the first, but nothing can be drawn.
-        assert (drawn[2] is None) == (params.temperature > 0)
-        healthy = logits.clone()
-        healthy[1:3] = 0.0  # the twin refuses the whole batch
-        assert_as_the_twin([drawn[0], drawn[3]], healthy, [rows[0], rows[3]])
+        assert drawn[1:4] == sample(logits, [SampleRow(row.sequence, 0, row.logits_row) for row in rows[1:4]])
+        assert drawn[1:4] == [None, None, None]
+        assert_as_the_twin([drawn[0], drawn[4]], logits, [rows[0], rows[4]])
 
 
 def test_pending_tokens_count_as_if_the_host_knew_them() -> None:
@@ -266,9 +265,9 @@ def test_the_largest_logits_in_a_captured_graph() -> None:
     from engine.cuda.sampling import greedy
 
     logits = torch.randn(5, 5000, device=DEVICE).bfloat16()  # rounded: there are ties
-    logits[3, 17] = math.nan
+    logits[3, 17], logits[0, 5] = math.nan, math.inf
     wanted = logits.float().argmax(-1).tolist()
-    wanted[3] = -1
+    wanted[3] = wanted[0] = -1
     assert greedy(logits).tolist() == wanted
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -276,5 +275,5 @@ def test_the_largest_logits_in_a_captured_graph() -> None:
     logits.copy_(logits.flip(0))
     graph.replay()
     wanted = logits.float().argmax(-1).tolist()
-    wanted[1] = -1
+    wanted[1] = wanted[4] = -1
     assert tokens.tolist() == wanted and tokens.dtype == torch.int64

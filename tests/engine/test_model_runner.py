@@ -194,6 +194,25 @@ def test_seeded_samples_do_not_depend_on_the_batch(engine: Any, kit: Any) -> Non
     assert len({tuple(tokens) for tokens in alone}) == len(LENGTHS)
 
 
+@pytest.mark.parametrize("sampling", [SamplingParams(temperature=0.0), SamplingParams(seed=3, n=2, logprobs=1)])
+def test_a_damaged_block_leaves_only_its_own_sequence_without_token(
+    engine: Any, kit: Any, sampling: SamplingParams
+) -> None:
+    sequences = [engine.sequence(kit.random_prompt(n, seed=n), sampling) for n in (20, 33, 9)]
+    for sequence in sequences:
+        engine.prefill(sequence)
+    newcomer = engine.sequence(kit.random_prompt(12), sampling)
+    for sequence in (*sequences, newcomer):
+        engine.reserve(sequence, sequence.num_unscheduled_tokens)
+    items = [ScheduledSequence(sequence, 1, 1) for sequence in sequences]
+    batch = ScheduledBatch((*items, ScheduledSequence(newcomer, 12, sampling.n)))
+    right = engine.runner.run(batch).tokens
+    engine.cache.blocks_view()[1, :, sequences[1].block_table[0]] = torch.nan
+    assert engine.runner.run(batch).tokens == (right[0], None, *right[2:])
+    for sequence in (*sequences, newcomer):
+        engine.release(sequence)
+
+
 def test_mistakes_of_a_scheduler_are_refused(engine: Any, kit: Any) -> None:
     sequence = engine.sequence(kit.random_prompt(20))
     with pytest.raises(ValueError, match="has 0 blocks, needs 3"):

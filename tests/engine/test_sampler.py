@@ -13,7 +13,6 @@ import transformers
 from engine.random_numbers import _mix, uniforms
 from engine.sampler import SampleRow, _cutoff, apply_bias_and_penalties, sample
 from engine.sequence import Sequence
-from phasewise.core.errors import InternalError
 from phasewise.core.request import SamplingParams
 
 VOCAB = 61
@@ -122,6 +121,27 @@ def test_a_sample_depends_on_seed_index_and_position_alone() -> None:
     assert len({token.token_id for token in sample(logits[:1], many)}) > 10
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(seed=3),
+        SamplingParams(seed=4, frequency_penalty=1.5, presence_penalty=0.5, repetition_penalty=1.3),
+        SamplingParams(temperature=0.0, presence_penalty=2.0, logprobs=2),
+    ],
+)
+def test_output_of_an_earlier_attempt_counts_as_output(params: SamplingParams) -> None:
+    torch.manual_seed(1)
+    prompt, output = [1, 2, 3, 3], [8, 9, 9, 30, 8]
+    whole = Sequence("request", params, prompt + output, len(prompt), 2)
+    resumed = [
+        Sequence("request", params, prompt + output, len(prompt) + num, 2, num_resumed_tokens=num) for num in (1, 3, 5)
+    ]
+    for logits in torch.randn(40, 1, VOCAB):
+        expected = sample(logits, [SampleRow(whole, 2, 0)])
+        assert sample(logits, [SampleRow(sequence, 2, 0) for sequence in resumed]) == expected * 3
+    assert {(s.num_output_tokens, s.first_output, s.finish_reason()) for s in (whole, *resumed)} == {(5, 4, None)}
+
+
 def test_tiny_temperature_is_greedy_and_finite() -> None:
     logits = torch.randn(1, VOCAB) * 50
     assert sample(logits, [row(SamplingParams(temperature=1e-6))])[0].token_id == logits.argmax().item()
@@ -171,8 +191,13 @@ def test_a_forbidden_token_is_never_drawn() -> None:
     assert {token.token_id for token in sample(logits, rows)} == {2}
 
 
-def test_nan_is_an_error() -> None:
-    logits = torch.randn(2, VOCAB)
+@pytest.mark.parametrize("params", [SamplingParams(temperature=0.0), SamplingParams(top_p=0.5, top_k=9, logprobs=2)])
+def test_a_row_without_a_largest_logit_has_no_token_and_others_do(params: SamplingParams) -> None:
+    logits = torch.randn(5, VOCAB)
+    right = sample(logits, [row(params, logits_row=i) for i in range(5)])
     logits[1, 7] = math.nan
-    with pytest.raises(InternalError, match="NaN logits for request request"):
-        sample(logits, [row(SamplingParams(), logits_row=0), row(SamplingParams(), logits_row=1)])
+    logits[2] = -math.inf
+    logits[3, 9] = math.inf
+    tokens = sample(logits, [row(params, logits_row=i) for i in (4, 3, 2, 1, 0, 1)])
+    assert tokens == [right[4], None, None, None, right[0], None]
+    assert sample(logits[1:2], [row(params)]) == [None]

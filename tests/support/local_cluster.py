@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +24,30 @@ from control_plane.gateway.service import ModelCard
 from control_plane.gateway.text import TextTokenizer, load_tokenizer
 from control_plane.link_survey import LinkSurvey, look, measure
 from control_plane.metrics import GatewayMetrics
+from kv_transfer.direct_link import DirectLinks
+from kv_transfer.link import Link
 from kv_transfer.loopback_link import LoopbackLink
+from kv_transfer.routed_link import RoutedLink
+from kv_transfer.staging import is_intact
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.config import ServingConfig, build_config
-from phasewise.core.links import LinkProbe, WorkerLinks
-from phasewise.core.messages import WorkerInfo, WorkerLoad, WorkerMessage, WorkerOutput
+from phasewise.core.links import LinkProbe, LinksReport
+from phasewise.core.messages import PeerLost, WorkerInfo, WorkerLoad, WorkerMessage, WorkerOutput
 from phasewise.core.model_source import model_facts, resolve_model
 from phasewise.core.placement import Placement, WorkerId
+from tests.support.host_wire import HostDevice
 from workers.build import LoadedEngine, Ports, assemble, load_engine, worker_info
 from workers.probing import probe_link
 from workers.worker import Worker
 
 
 class LocalCluster:
-    """Made by `local_cluster`. `service` is the RequestLoop; `workers` can be looked into."""
+    """Made by `local_cluster`. `service` is the RequestLoop; `workers` can be looked into.
 
-    def __init__(self, config: ServingConfig, served_name: str) -> None:
+    `after_deliver` is called when the gateway has taken an output: a place to lose a worker at a certain token.
+    """
+
+    def __init__(self, config: ServingConfig, served_name: str, has_direct_links: bool = False) -> None:
         self.config = config
         self._loop = asyncio.get_running_loop()
         self._clock = MonotonicClock()
@@ -46,16 +55,23 @@ class LocalCluster:
         self.scheduler = ClusterScheduler(self._clock, max_waiting=config.scheduler.max_waiting, overdue_s=1e9)
         self.workers: dict[WorkerId, Worker] = {}
         self.engines: dict[WorkerId, LoadedEngine] = {}
+        self.direct: dict[WorkerId, DirectLinks] = {}
         self._threads: list[threading.Thread] = []
-        mailboxes: dict[WorkerId, Any] = {}
+        self.lost: set[WorkerId] = set()
+        self.after_deliver: Callable[[], None] = lambda: None
+        self._mailboxes: dict[WorkerId, Any] = {}
         for settings in worker_settings(config, "cpu", None):
             engine = load_engine(settings, lambda share: None, self._clock)
             info = worker_info(settings, engine)
-            ports = Ports(self, self, self, LoopbackLink(settings.worker_id, mailboxes))
+            link: Link = LoopbackLink(settings.worker_id, self._mailboxes)
+            if has_direct_links:
+                self.direct[settings.worker_id] = self._direct_links(info, self._mailboxes)
+                link = RoutedLink(self.direct[settings.worker_id], link)
+            ports = Ports(self, self, self, link)
             worker = assemble(info, engine.runner, engine.port, settings.config, ports, self._clock)
             self.workers[settings.worker_id] = worker
             self.engines[settings.worker_id] = engine
-            mailboxes[settings.worker_id] = worker.post
+            self._mailboxes[settings.worker_id] = worker.post
             self.scheduler.worker_joined(info)
         source = resolve_model(config.model.path)
         facts = model_facts(source)
@@ -84,7 +100,28 @@ class LocalCluster:
             addresses={},
         )
 
+    @staticmethod
+    def _direct_links(info: WorkerInfo, mailboxes: dict[WorkerId, Any]) -> DirectLinks:
+        def post(message: Any, arrived: Any = None) -> None:
+            mailbox = mailboxes.get(info.worker_id)
+            if mailbox is not None:
+                mailbox(message, arrived)
+
+        return DirectLinks(
+            info.worker_id,
+            HostDevice(),
+            post,
+            is_intact,
+            fingerprint=info.kv_spec.content,
+            host="127.0.0.1",
+            slab_bytes=2**16,
+            trial_bytes=4096,
+        )
+
     def start(self) -> None:
+        for sender, receiver in itertools.product(self.direct, self.direct):
+            if self.workers[sender].info.role.can_prefill and self.workers[receiver].info.role.can_decode:
+                self.direct[sender].open(receiver, self.direct[receiver].address, 20.0)
         for worker in self.workers.values():
             thread = threading.Thread(target=worker.run, name=worker.info.worker_id)
             thread.start()
@@ -97,11 +134,23 @@ class LocalCluster:
             worker.stop()
         for thread in self._threads:
             await asyncio.to_thread(thread.join)
+        for links in self.direct.values():
+            await asyncio.to_thread(links.close)
         for engine in self.engines.values():
             if engine.ranks is not None:
                 engine.ranks.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def lose(self, worker_id: WorkerId) -> None:
+        """As if its process was killed: it hears nothing, what it says is not heard, and everybody else is told."""
+        self.lost.add(worker_id)
+        self.workers[worker_id].stop()
+        self._mailboxes[worker_id] = lambda message, arrived=None: None
+        self.scheduler.worker_lost(worker_id)
+        for other in self.workers.keys() - self.lost:
+            self.send(other, PeerLost(worker_id))
+        self.service.worker_lost(worker_id)
 
     async def until_empty(self) -> None:
         """Returns when no block and no request is left anywhere; the caller bounds the wait."""
@@ -128,10 +177,15 @@ class LocalCluster:
     # ---- ports of workers and gateway; workers call from their threads
 
     def send(self, worker_id: WorkerId, message: WorkerMessage) -> None:
-        self.workers[worker_id].post(message)
+        if worker_id not in self.lost:
+            self.workers[worker_id].post(message)
 
     def deliver(self, gateway_id: str, output: WorkerOutput) -> None:
-        self._loop.call_soon_threadsafe(self.service.deliver, output)
+        self._loop.call_soon_threadsafe(self._deliver, output)
+
+    def _deliver(self, output: WorkerOutput) -> None:
+        self.service.deliver(output)
+        self.after_deliver()
 
     def report(self, load: WorkerLoad) -> None:
         with contextlib.suppress(RuntimeError):  # the loop of a test that is over
@@ -144,9 +198,19 @@ class LocalCluster:
     # ---- Placer
 
     async def place(
-        self, request_id: str, num_prompt_tokens: int, num_samples: int, max_tokens: int, timeout_s: float
+        self,
+        request_id: str,
+        num_prompt_tokens: int,
+        num_samples: int,
+        max_tokens: int,
+        timeout_s: float,
+        *,
+        attempt: int,
+        avoid: Collection[WorkerId],
     ) -> Placement:
-        return self.scheduler.place(request_id, num_prompt_tokens, num_samples, max_tokens)
+        return self.scheduler.place(
+            request_id, num_prompt_tokens, num_samples, max_tokens, attempt=attempt, avoid=avoid
+        )
 
     def first_token(self, request_id: str) -> None:
         self.scheduler.first_token(request_id)
@@ -173,7 +237,7 @@ class _Asker:
     def __init__(self, workers: dict[WorkerId, Worker]) -> None:
         self._workers = workers
 
-    async def links(self, worker_id: WorkerId, peers: Sequence[WorkerInfo]) -> WorkerLinks:
+    async def links(self, worker_id: WorkerId, peers: Sequence[WorkerInfo]) -> LinksReport:
         return self._workers[worker_id].links(peers)
 
     async def probe(self, worker_id: WorkerId, peer: WorkerId, num_bytes: int, timeout_s: float) -> LinkProbe:
@@ -182,11 +246,11 @@ class _Asker:
 
 @contextlib.asynccontextmanager
 async def local_cluster(
-    model: str | Path, *, served_name: str = "test-model", **sections: Any
+    model: str | Path, *, served_name: str = "test-model", has_direct_links: bool = False, **sections: Any
 ) -> AsyncIterator[LocalCluster]:
     """A running cluster over `model`, with `sections` of the configuration."""
     values = {"model": {"path": str(model)}, "cache": {"kv_cache_gib": 0.02}, **sections}
-    cluster = LocalCluster(build_config(values, source="test"), served_name)
+    cluster = LocalCluster(build_config(values, source="test"), served_name, has_direct_links)
     cluster.start()
     try:
         yield cluster

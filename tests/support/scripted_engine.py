@@ -2,17 +2,20 @@
 
 The KV of a token is a function of its id, position and layer. The next token is a function of all KV that the cache
 holds for the sequence, read back through its block table. So a block that was lost, mixed up, not sent or overwritten
-changes the tokens, and the right tokens are known without any cache: `expected_tokens`.
+changes the tokens, and the right tokens are known without any cache: `expected_tokens`. NaN in a block leaves its
+sequences without a token.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 
-from engine.batch import PendingStep, ScheduledBatch, ScheduledSequence, StepResult
+from engine.batch import DeviceLost, PendingStep, ScheduledBatch, ScheduledSequence, StepResult, all_or_none
 from engine.kv_cache import PagedKVCache
+from engine.model_runner import sample_indices
 from engine.sequence import Sequence
 from kv_transfer.staging import slots_of
 from phasewise.core.kv_spec import KVCacheSpec
@@ -70,6 +73,7 @@ class ScriptedRunner:
         self.num_steps_ahead = num_steps_ahead
         self.fail_next = False
         self.fail_late = False
+        self.is_device_lost = False
         self.batches: list[ScheduledBatch] = []
         self._newest: dict[Sequence, int] = {}
 
@@ -79,6 +83,8 @@ class ScriptedRunner:
         on_layers_done: Callable[[int, int], None] | None = None,
         layers_per_group: int = 0,
     ) -> PendingStep:
+        if self.is_device_lost:
+            raise DeviceLost("scripted loss of the device")
         if self.fail_next:
             self.fail_next = False
             self.batches.append(batch)
@@ -86,7 +92,7 @@ class ScriptedRunner:
             raise RuntimeError("scripted failure")
         result = self._run(batch, on_layers_done, layers_per_group)
         sampled = zip(batch.items, result.tokens, strict=True)
-        self._newest = {item.sequence: tokens[0].token_id for item, tokens in sampled if tokens}
+        self._newest = {item.sequence: tokens[0].token_id if tokens else 0 for item, tokens in sampled if tokens != ()}
         fails, self.fail_late = self.fail_late, False
         return ScriptedStep(result, fails)
 
@@ -105,8 +111,7 @@ class ScriptedRunner:
         for item in batch.items:
             s = item.sequence
             in_prompt = item.start < s.num_prompt_tokens
-            indices = range(item.num_samples) if in_prompt else [s.sample_index] * item.num_samples
-            tokens.append(tuple(SampledToken(self._sample(item, index)) for index in indices))
+            tokens.append(all_or_none([self._sample(item, index) for index in sample_indices(item)]))
             after = range(item.start + 1, item.start + 1 + item.num_tokens)
             wanted = s.sampling.prompt_logprobs is not None and in_prompt
             logprobs.append(
@@ -126,9 +131,10 @@ class ScriptedRunner:
             for layer in layers:
                 self._cache.storage[layer, :, slot] = float(_kv(token, position, layer))
 
-    def _sample(self, item: ScheduledSequence, sample_index: int) -> int:
+    def _sample(self, item: ScheduledSequence, sample_index: int) -> SampledToken | None:
         s = item.sequence
         end = item.start + item.num_tokens
         cells = self._cache.storage[:, 0, self._slots(s, 0, end), 0, 0]  # [layers, tokens]
         weights = torch.arange(end) % 13 + 1
-        return int((cells * weights).sum(dtype=torch.float64).item() + sample_index * 101) % VOCAB
+        total = (cells * weights).sum(dtype=torch.float64).item()
+        return None if math.isnan(total) else SampledToken(int(total + sample_index * 101) % VOCAB)

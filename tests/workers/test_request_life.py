@@ -371,7 +371,7 @@ def test_loss_of_the_decode_worker_ends_its_requests_at_prefill(stage: Stage) ->
     box.lost.add("decode-0")
     box.workers["prefill-0"].post(PeerLost("decode-0"))
     box.run()
-    assert box.failures["r"].code == "transfer_failed"
+    assert box.failures["r"].code == "worker_lost"
     assert box.output("s") == expected_tokens(prompt_of(40), 5)
     box.assert_empty()
 

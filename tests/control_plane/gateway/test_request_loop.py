@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from control_plane.gateway.open_requests import merge_deltas
+from control_plane.gateway.open_requests import merge_deltas, stage_durations
+from control_plane.gateway.open_stream import OpenStream
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
-from control_plane.gateway.request_loop import OpenStream, RequestLoop
+from control_plane.gateway.request_loop import MAX_ATTEMPTS, RequestLoop
 from control_plane.gateway.service import GenerateInput, ModelCard, SampleDelta, SamplingInput
 from control_plane.gateway.text import TextTokenizer
 from control_plane.gateway.vocabulary import ByteVocabulary
@@ -30,6 +31,7 @@ class Cluster:
         self.sent: list[tuple[str, Any]] = []
         self.before_place: Callable[[], None] = lambda: None
         self.open: set[str] = set()
+        self.num_placed = 0
         tokenizer = TextTokenizer(ByteVocabulary(), vocab_size=300, eos_token_ids=(), chat_template=None)
         card = ModelCard("m", 100_000, 300, "float32", 1, (), False)
         preparer = RequestPreparer(tokenizer, card, RequestLimits(600.0))
@@ -39,9 +41,10 @@ class Cluster:
         )
         self.loop.start_admitting()
 
-    async def place(self, request_id: str, *_: Any) -> Placement:
+    async def place(self, request_id: str, *_: Any, **__: Any) -> Placement:
         self.before_place()
         self.open.add(request_id)
+        self.num_placed += 1
         return Placement(request_id, "prefill-0", "decode-0")
 
     def first_token(self, request_id: str) -> None: ...
@@ -119,8 +122,9 @@ async def test_a_stop_string_ends_the_workers_too() -> None:
 async def test_a_worker_lost_while_placing() -> None:
     cluster = Cluster()
     cluster.before_place = lambda: cluster.loop.worker_lost("decode-0")
-    with pytest.raises(WorkerLost):
+    with pytest.raises(WorkerLost):  # the placer gives the same pair again and again
         await cluster.ask()
+    assert cluster.num_placed == MAX_ATTEMPTS
     assert cluster.open == set()
 
 
@@ -134,6 +138,7 @@ async def test_a_prefill_worker_lost_with_its_first_token() -> None:
     cluster.say(stream, 2, "c")
     with pytest.raises(WorkerLost):
         await collect(stream)
+    assert cluster.open == set()
 
 
 async def test_a_prefill_worker_lost_after_its_work_is_done_hurts_nobody() -> None:
@@ -165,6 +170,28 @@ async def test_a_deadline_while_placing() -> None:
         await collect(stream)
     assert any(isinstance(m, AbortRequest) for _, m in cluster.sent)
     assert cluster.open == set()
+
+
+def test_stages_that_a_fault_broke_off_count_in_the_attempt_that_ended_them() -> None:
+    moments = [
+        (Stage.RECEIVED, 0.0),
+        (Stage.RESERVE_ASKED, 1.0),
+        (Stage.RESERVED, 1.5),
+        (Stage.PREFILL_START, 2.0),
+        (Stage.HANDOFF_START, 2.5),
+        (Stage.RECOVERING, 3.0),
+        (Stage.PREFILL_START, 5.0),
+        (Stage.PREFILL_END, 6.0),
+        (Stage.HANDOFF_START, 6.5),
+        (Stage.HANDOFF_END, 7.0),
+        (Stage.DECODE_START, 8.0),
+        (Stage.RECOVERING, 9.0),
+        (Stage.PREFILL_START, 9.5),
+        (Stage.PREFILL_END, 11.0),
+    ]
+    events = [TimelineEvent("r", stage, at_s, "w") for stage, at_s in moments]
+    expected = {"queue": 4.5, "reserve": 0.5, "prefill": 1.0, "handoff": 0.5, "first_decode": 1.0}
+    assert stage_durations(events) == expected
 
 
 def test_merged_deltas_are_those_of_each_sample_joined() -> None:

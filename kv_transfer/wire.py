@@ -1,0 +1,72 @@
+"""What a direct link needs of a device: memory, marks in its streams, and a wire to another process's device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+Check = Callable[[torch.Tensor], torch.Tensor]
+"""uint8 [num_bytes] → 0-d bool on the same device: whether what came is right. Enqueues, never waits."""
+
+
+class WireError(Exception):
+    """The wire is broken or was aborted."""
+
+
+class Mark(Protocol):
+    """A place in a stream."""
+
+    def wait(self) -> None:
+        """Blocks the calling thread, without spinning, until the device is past the mark."""
+
+
+class Receipt(Protocol):
+    """A receive under way."""
+
+    def wait(self) -> bool:
+        """Blocks until the bytes are in and checked: whether they are right. WireError after an abort, if it can."""
+
+
+class Wire(Protocol):
+    """One end of one epoch. All operations of one end are done in the order in which they were enqueued.
+
+    Two-sided: a send ends only when the other end has posted its receive. Everything but `connect` and `wait` returns
+    at once. `abort` may come from any thread at any time, also during `connect`; all others end then.
+    """
+
+    def connect(self) -> None:
+        """Blocks until the other end connects, too. Raises WireError."""
+
+    def send(self, data: torch.Tensor) -> Mark:
+        """Sends uint8 [num_bytes], whose content is complete on the device. Raises WireError."""
+
+    def receive(self, data: torch.Tensor, after: Mark | None, check: Check) -> Receipt:
+        """Fills uint8 [num_bytes] once the device is past `after`. Raises WireError."""
+
+    def error(self) -> str:
+        """What broke the wire meanwhile, or ""."""
+
+    def abort(self) -> None:
+        """Ends the wire. When it returns, the device touches no buffer of it any more."""
+
+
+class WireDevice(Protocol):
+    """The device of a worker, and the kind of wires it can make. Thread-safe."""
+
+    @property
+    def kind(self) -> str:
+        """Equal at both ends, or they cannot talk."""
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        """uint8 [num_bytes], unset."""
+
+    def mark(self) -> Mark:
+        """Here in the calling thread's current stream."""
+
+    def token(self) -> bytes:
+        """Made by the sending end for each wire; both ends need it."""
+
+    def make(self, token: bytes, rank: int) -> Wire:
+        """An end that is not connected yet. Rank 0 sends, rank 1 receives."""

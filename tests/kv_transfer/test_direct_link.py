@@ -1,0 +1,441 @@
+"""Direct links over host memory: order, back-pressure, refusals, and every way in which an end can vanish."""
+
+from __future__ import annotations
+
+import random
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kv_transfer import direct_link
+from kv_transfer.channel import Channel, Token
+from phasewise.core.errors import TransferFailed
+from phasewise.core.messages import KVPart, KVPartAck, LinkLost
+from tests.support.host_wire import HostDevice, HostWire
+from tests.support.link_node import SLAB_BYTES, LinkNode, NodeProcess
+from tests.support.served import until
+
+CLEAN_WITHIN_S = 2.0
+
+Make = Callable[..., Any]
+
+
+def links_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("kv-link", "host-wire"))]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> None:
+    NodeProcess.prepare()
+
+
+@pytest.fixture
+def node() -> Iterator[Make]:
+    """Makes nodes; after the test they leave no thread and no descriptor behind, and all their slabs are free."""
+    num_files = len(list(Path("/proc/self/fd").iterdir()))
+    nodes: list[LinkNode] = []
+
+    def make(worker_id: str, *arguments: Any, **settings: Any) -> LinkNode:
+        nodes.append(LinkNode(worker_id, *arguments, **settings))
+        return nodes[-1]
+
+    yield make
+    for made in nodes:
+        made.close()
+    until(lambda: not links_threads(), CLEAN_WITHIN_S)  # an accepted stranger may be ending still
+    assert len(list(Path("/proc/self/fd").iterdir())) <= num_files
+    assert all(made.is_clean for made in nodes)
+
+
+@pytest.fixture
+def process() -> Iterator[Make]:
+    processes: list[NodeProcess] = []
+
+    def make(*arguments: Any, **settings: Any) -> NodeProcess:
+        processes.append(NodeProcess(*arguments, **settings))
+        return processes[-1]
+
+    yield make
+    for made in processes:
+        made.close()
+
+
+def connect(sender: LinkNode, receiver: LinkNode, receiver_id: str = "decode-0") -> None:
+    sender.links.open(receiver_id, receiver.links.address, 10.0)
+
+
+# ---- while all goes well
+
+
+def test_parts_of_any_size_arrive_bit_for_bit_in_order(node: Make) -> None:
+    sender, receiver = node("prefill-0"), node("decode-0")
+    connect(sender, receiver)
+    assert sender.links.is_up("decode-0") and sender.links.bytes_per_s("decode-0") > 0
+    rng = random.Random(0)
+    sizes = [64, SLAB_BYTES] + [16 * rng.randrange(1, SLAB_BYTES // 16) for _ in range(60)]
+    num_sent = num_taken = 0
+    while num_taken < len(sizes):
+        while num_sent < len(sizes) and sender.try_send("decode-0", num_sent, sizes[num_sent]):
+            num_sent += 1
+        receiver.take(num_taken, sizes[num_taken])
+        assert sender.next(KVPartAck) == KVPartAck("t", num_taken)
+        num_taken += 1
+    assert sender.is_clean and receiver.is_clean
+
+
+def test_both_directions_of_a_pair_at_once(node: Make) -> None:
+    one, other = node("mixed-0"), node("mixed-1")
+    one.links.open("mixed-1", other.links.address, 10.0)
+    other.links.open("mixed-0", one.links.address, 10.0)
+    assert one.try_send("mixed-1", 1, 4096) and other.try_send("mixed-0", 2, 4096)
+    one.take_both(2, 4096), other.take_both(1, 4096)
+
+
+def test_a_full_receiver_holds_the_sender_back_and_drops_nothing(node: Make) -> None:
+    sender, receiver = node("prefill-0", num_slabs_out=4), node("decode-0")
+    connect(sender, receiver)
+    for index in range(4):
+        assert sender.try_send("decode-0", index, 4096)
+    assert not sender.try_send("decode-0", 4, 4096), "all buffers of the sender are in use"
+    held = [receiver.next(KVPart) for _ in range(2)]
+    assert [sender.next(KVPartAck).part_index for _ in range(2)] == [0, 1]
+    assert receiver.num_free[1] == 0 and receiver.mailbox.empty()
+    for _, arrived in held:
+        arrived.release()
+    for index in (2, 3):
+        receiver.take(index, 4096)
+        assert sender.next(KVPartAck).part_index == index
+    assert sender.is_clean
+
+
+def test_slabs_go_to_the_sender_that_asked_first(node: Make) -> None:
+    receiver = node("decode-0", num_slabs_in=1)
+    first, second = node("prefill-0"), node("prefill-1")
+    for sender in (first, second):
+        connect(sender, receiver)
+    assert first.try_send("decode-0", 0, 4096)
+    _, held = receiver.next(KVPart)
+    waiting = receiver.links._in.pool._waiting
+    for number, (sender, index) in enumerate([(second, 1), (first, 2), (second, 3)], start=1):
+        assert sender.try_send("decode-0", index, 4096)
+        until(lambda number=number: len(waiting) == number, 5.0)
+    held.release()
+    for index in (1, 2, 3):
+        receiver.take(index, 4096)
+
+
+def test_a_part_is_sent_only_when_the_device_has_packed_it(node: Make) -> None:
+    device = HostDevice()
+    sender, receiver = node("prefill-0", device), node("decode-0")
+    connect(sender, receiver)
+    device.packed = threading.Event()
+    assert sender.try_send("decode-0", 0, 4096)
+    until(lambda: receiver.num_free[1] == 1, 5.0)  # granted meanwhile
+    assert receiver.mailbox.empty()
+    device.packed.set()
+    receiver.take(0, 4096)
+    sender.next(KVPartAck)
+
+
+def test_a_receive_waits_on_the_device_for_the_last_use_of_its_slab(node: Make) -> None:
+    device = HostDevice()
+    sender, receiver = node("prefill-0"), node("decode-0", device)
+    connect(sender, receiver)
+    for index in range(2):
+        assert sender.try_send("decode-0", index, 4096)
+    arrived = [receiver.next(KVPart)[1] for _ in range(2)]
+    first = arrived[0].wire.clone()
+    device.packed = threading.Event()
+    arrived[0].release()
+    sender.next(KVPartAck)
+    assert sender.try_send("decode-0", 2, 4096)
+    until(lambda: receiver.num_free[1] == 0, 5.0)
+    assert receiver.mailbox.empty() and torch.equal(arrived[0].wire, first)
+    device.packed.set()
+    receiver.take(2, 4096)
+    arrived[1].release()
+
+
+def test_corrupted_bytes_are_told_and_cost_no_slab(node: Make) -> None:
+    def alter(part: int, data: bytearray) -> None:
+        if part == 1:
+            data[100] ^= 1
+
+    sender, receiver = node("prefill-0", HostDevice(alter=alter)), node("decode-0")
+    connect(sender, receiver)
+    for index in range(3):
+        assert sender.try_send("decode-0", index, 4096) or sender.next(KVPartAck)
+        if index == 1:
+            part, arrived = receiver.next(KVPart)
+            assert part.part_index == 1 and arrived.wire is None
+            arrived.release()
+        else:
+            receiver.take(index, 4096)
+        assert sender.next(KVPartAck).part_index == index
+
+
+# ---- what is refused before anything moves
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"fingerprint": "3 layers"}, "KV layout '2 layers' there, '3 layers' here"),
+        ({"device": HostDevice(kind="nccl 2.28")}, "wire 'host' there, 'nccl 2.28' here"),
+        ({"secret": "of another cluster"}, "is not of this cluster"),
+        ({"worker_id": "decode-1"}, "receiver 'decode-0' there, 'decode-1' here"),
+    ],
+)
+def test_ends_that_do_not_fit_refuse_each_other(node: Make, settings: dict[str, Any], reason: str) -> None:
+    sender = node("prefill-0")
+    receiver = node(settings.pop("worker_id", "decode-0"), **settings)
+    with pytest.raises(TransferFailed, match=reason):
+        connect(sender, receiver)
+    assert not sender.links.is_up("decode-0")
+    assert sender.mailbox.empty() and receiver.mailbox.empty()
+
+
+def test_another_version_is_refused(node: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    sender, receiver = node("prefill-0"), node("decode-0")
+    hello = direct_link.Hello
+    versions = iter([7, 1])
+    monkeypatch.setattr(direct_link, "Hello", lambda version, *rest: hello(next(versions), *rest))
+    with pytest.raises(TransferFailed, match="wire version 7 there, 1 here"):
+        connect(sender, receiver)
+
+
+def test_nobody_there_and_nobody_who_answers(node: Make) -> None:
+    sender = node("prefill-0")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        with pytest.raises(TransferFailed, match="not up in time"):
+            sender.links.open("decode-0", f"127.0.0.1:{port}", 0.3)
+    with pytest.raises(TransferFailed, match="cannot connect"):
+        sender.links.open("decode-0", f"127.0.0.1:{port}", 0.3)
+
+
+def test_a_receiver_that_dies_while_the_wire_connects_is_noticed_at_once(node: Make) -> None:
+    sender, failures = node("prefill-0"), []
+
+    def open_link() -> None:
+        with pytest.raises(TransferFailed, match="closed the connection") as failure:
+            sender.links.open("decode-0", f"127.0.0.1:{listener.getsockname()[1]}", 30.0)
+        failures.append(failure)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        opener = threading.Thread(target=open_link)
+        opener.start()
+        receiver = Channel(listener.accept()[0])
+        hello = receiver.receive()
+        receiver.send(hello)
+        assert isinstance(receiver.receive(), Token)
+        receiver.close()
+        opener.join(CLEAN_WITHIN_S)
+        assert failures
+
+
+def test_noise_on_the_port_harms_nobody(node: Make) -> None:
+    sender, receiver = node("prefill-0"), node("decode-0")
+    port = int(receiver.links.address.rpartition(":")[2])
+    for noise in (b"GET / HTTP/1.1\r\n\r\n", b"\0\0\0\2[]", b'\0\0\0\x0e["Grant",[{}]]', b"\0\0\0"):
+        with socket.create_connection(("127.0.0.1", port)) as stranger:
+            stranger.sendall(noise)
+            stranger.shutdown(socket.SHUT_WR)
+            assert stranger.recv(100) == b""
+    connect(sender, receiver)
+
+
+def test_an_epoch_that_is_over_is_refused(node: Make) -> None:
+    sender, receiver = node("prefill-0"), node("decode-0")
+    connect(sender, receiver)
+    sender.links.forget("decode-0")
+    sender.next(LinkLost), receiver.next(LinkLost)
+    with pytest.raises(TransferFailed, match="epoch 1 is over, 1 has begun"):
+        connect(sender, receiver)
+
+
+# ---- when something breaks
+
+
+def test_a_broken_link_is_opened_again_and_used(node: Make) -> None:
+    sender, receiver = node("prefill-0"), node("decode-0")
+    connect(sender, receiver)
+    for epoch in range(3):
+        assert sender.try_send("decode-0", epoch, 4096)
+        receiver.take(epoch, 4096)
+        sender.next(KVPartAck)
+        (sender if epoch % 2 else receiver).links._epochs.copy().pop().break_("of a test")
+        sender.next(LinkLost, CLEAN_WITHIN_S), receiver.next(LinkLost, CLEAN_WITHIN_S)
+        assert sender.is_clean and receiver.is_clean
+        until(lambda: sender.links.is_up("decode-0"), 5.0)
+
+
+def test_what_is_sent_while_the_link_is_down_is_told_lost(node: Make) -> None:
+    sender, receiver = node("prefill-0"), node("decode-0")
+    connect(sender, receiver)
+    receiver.close()
+    sender.next(LinkLost)
+    assert sender.try_send("decode-0", 0, 4096)
+    assert "not up" in sender.next(LinkLost).reason
+    assert sender.is_clean
+
+
+def test_an_error_of_the_wire_ends_both_ends(node: Make) -> None:
+    sender, receiver = node("prefill-0", stall_s=0.4), node("decode-0")
+    connect(sender, receiver)
+    (epoch,) = sender.links._epochs
+    epoch._wire.broken = "unhandled system error"
+    assert sender.next(LinkLost).reason == "unhandled system error"
+    receiver.next(LinkLost)
+
+
+@pytest.mark.parametrize("stage", ["sending", "received"])
+def test_a_part_that_stalls_ends_the_epoch(node: Make, stage: str) -> None:
+    def hook(at: str, part: int, wire: HostWire) -> None:
+        if at == stage and part == 1:
+            wire.aborted.wait(30.0)
+
+    device = HostDevice(hook=hook)
+    sender, receiver = node("prefill-0", device, stall_s=0.5), node("decode-0", device, stall_s=0.5)
+    connect(sender, receiver)
+    for index in range(2):
+        assert sender.try_send("decode-0", index, 4096)
+    receiver.take(0, 4096)
+    sender.next(KVPartAck)
+    reasons = {sender.next(LinkLost, CLEAN_WITHIN_S).reason, receiver.next(LinkLost, CLEAN_WITHIN_S).reason}
+    assert any("part 1" in reason for reason in reasons), reasons
+    assert sender.is_clean and receiver.is_clean
+    assert receiver.mailbox.empty(), "what an abort has torn is never handed over"
+
+
+def test_a_peer_may_be_forgotten_in_any_state(node: Make) -> None:
+    device = HostDevice()
+    sender, receiver = node("prefill-0", device), node("decode-0")
+    connect(sender, receiver)
+    assert sender.try_send("decode-0", 0, 4096)
+    _, held = receiver.next(KVPart)
+    sender.next(KVPartAck)
+    device.packed = threading.Event()
+    assert sender.try_send("decode-0", 1, 4096)
+    receiver.links.forget("prefill-0")
+    device.packed.set()
+    sender.next(LinkLost, CLEAN_WITHIN_S), receiver.next(LinkLost, CLEAN_WITHIN_S)
+    held.release()  # the part had arrived: it is the owner's
+    assert receiver.is_clean
+
+
+# ---- when a process is killed
+
+
+STATES = ["before grant", "granted", "sending", "received"]
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_receiver_killed(node: Make, process: Make, state: str) -> None:
+    """At the sender: one LinkLost, all slabs free, and a link to the worker's next life."""
+    reached = threading.Event()
+
+    def hook(stage: str, part: int, wire: HostWire) -> None:
+        if stage == state:
+            reached.set()
+            wire.aborted.wait(30.0)
+
+    device = HostDevice(hook=hook)
+    sender = node("prefill-0", device)
+    receiver = process("decode-0", stop_at="received" if state == "received" else "")
+    sender.links.open("decode-0", receiver.address, 20.0)
+    if state == "granted":
+        device.packed = threading.Event()
+    num_before = 2 if state == "before grant" else 0  # fill its slabs, which nobody empties
+    for index in range(num_before):
+        assert sender.try_send("decode-0", index, 4096)
+        sender.next(KVPartAck)
+    assert sender.try_send("decode-0", 9, 4096)
+    (epoch,) = sender.links._epochs
+    if state == "granted":
+        until(lambda: epoch._parts[0].is_granted, 5.0)
+    elif state == "sending":
+        assert reached.wait(5.0)
+    elif state == "received":
+        assert receiver.hear() == "received"
+    receiver.kill()
+    if device.packed is not None:
+        device.packed.set()
+    assert sender.next(LinkLost, CLEAN_WITHIN_S).peer == "decode-0"
+    assert sender.is_clean and not sender.links.is_up("decode-0")
+    sender.links.forget("decode-0")
+    device.hook, device.packed = HostDevice().hook, None
+    receiver = process("decode-0")
+    sender.links.open("decode-0", receiver.address, 20.0)
+    assert sender.try_send("decode-0", 0, SLAB_BYTES)
+    assert sender.next(KVPartAck) == KVPartAck("t", 0)
+    receiver.do("take", 0, SLAB_BYTES)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_sender_killed(node: Make, process: Make, state: str) -> None:
+    """At the receiver: one LinkLost, all slabs free, nothing torn handed over, and the worker's next life welcome."""
+    reached = threading.Event()
+
+    def hook(stage: str, part: int, wire: HostWire) -> None:
+        if stage == "received" and state == "received" and not reached.is_set():
+            reached.set()
+            wire.aborted.wait(30.0)
+
+    receiver = node("decode-0", HostDevice(hook=hook))
+    sender = process("prefill-0", stop_at="sending" if state == "sending" else "")
+    sender.do("open", "decode-0", receiver.links.address, 20.0)
+    if state == "granted":
+        sender.do("hold")
+    held = []
+    if state == "before grant":
+        for index in range(2):
+            assert sender.do("try_send", "decode-0", index, 4096)
+            held.append(receiver.next(KVPart)[1])
+    assert sender.do("try_send", "decode-0", 9, 4096)
+    if state == "before grant":
+        until(lambda: len(receiver.links._in.pool._waiting) == 1, 5.0)
+    elif state == "granted":
+        until(lambda: receiver.num_free[1] == 1, 5.0)
+    elif state == "sending":
+        assert sender.hear() == "sending"
+    else:
+        assert reached.wait(5.0)
+    sender.kill()
+    assert receiver.next(LinkLost, CLEAN_WITHIN_S).peer == "prefill-0"
+    assert receiver.mailbox.empty()
+    for arrived in held:
+        arrived.release()
+    assert receiver.is_clean
+    sender = process("prefill-0")
+    sender.do("open", "decode-0", receiver.links.address, 20.0)
+    assert sender.do("try_send", "decode-0", 0, SLAB_BYTES)
+    receiver.take(0, SLAB_BYTES)
+
+
+@pytest.mark.parametrize("is_sender", [True, False])
+def test_a_peer_that_is_stopped_is_lost_after_the_stall(node: Make, process: Make, is_sender: bool) -> None:
+    here, there = node("here", stall_s=0.8), process("there")
+    if is_sender:
+        there.do("open", "here", here.links.address, 20.0)
+    else:
+        here.links.open("there", there.address, 20.0)
+        assert here.try_send("there", 0, 4096)
+        here.next(KVPartAck)
+    there.signal(signal.SIGSTOP)
+    if not is_sender:
+        assert here.try_send("there", 1, 4096)
+    assert here.next(LinkLost, 0.8 + CLEAN_WITHIN_S).peer == "there"
+    assert here.is_clean
+    there.signal(signal.SIGCONT)  # it may go on writing; nobody listens
+    if is_sender:
+        there.do("next", LinkLost)
+        until(lambda: there.do("is_up", "here"), 10.0)  # and opens its next epoch
+        assert there.do("try_send", "here", 5, 4096)
+        here.take(5, 4096)
