@@ -29,7 +29,7 @@ from control_plane.metrics import GatewayMetrics
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.config import ServingConfig, split_address
 from phasewise.core.errors import ConfigError, DeadlineExceeded, Overloaded, ServingError, Unavailable
-from phasewise.core.links import LinkProbe, LinksReport
+from phasewise.core.links import LinkProbe, WorkerLinks
 from phasewise.core.logs import setup_logging
 from phasewise.core.mailboxes import ActorHandle, WorkerMailboxes
 from phasewise.core.messages import GatewayLost, PeerLost, WorkerInfo, WorkerLoad, WorkerOutput
@@ -190,7 +190,7 @@ class RemoteLinkAsker:
     def __init__(self, workers: WorkerMailboxes) -> None:
         self._workers = workers
 
-    async def links(self, worker_id: WorkerId, peers: Sequence[WorkerInfo]) -> LinksReport:
+    async def links(self, worker_id: WorkerId, peers: Sequence[WorkerInfo]) -> WorkerLinks:
         handle = self._handle(worker_id)
         return await _answer(handle.links.remote(peers), f"worker {worker_id}", _LINKS_TIMEOUT_S)
 

@@ -13,7 +13,7 @@ from typing import Protocol
 from phasewise.core.clock import Clock
 from phasewise.core.config import TransferConfig
 from phasewise.core.errors import InvalidRequest, Unavailable
-from phasewise.core.links import PROBE_ALIGNMENT, SMALLEST_PROBE_BYTES, LinkFacts, LinkProbe, LinksReport
+from phasewise.core.links import PROBE_ALIGNMENT, SMALLEST_PROBE_BYTES, LinkFacts, LinkProbe, WorkerLinks
 from phasewise.core.messages import WorkerInfo, WorkerLoad
 from phasewise.core.placement import WorkerId, WorkerRole, WorkerState
 
@@ -26,7 +26,7 @@ _REPEATS = 3  # the fastest counts: noise only ever slows one down
 class LinkAsker(Protocol):
     """How workers are reached."""
 
-    async def links(self, worker_id: WorkerId, peers: Sequence[WorkerInfo]) -> LinksReport:
+    async def links(self, worker_id: WorkerId, peers: Sequence[WorkerInfo]) -> WorkerLinks:
         """Raises Unavailable when the worker does not answer."""
 
     async def probe(self, worker_id: WorkerId, peer: WorkerId, num_bytes: int, timeout_s: float) -> LinkProbe:
@@ -49,7 +49,7 @@ class LinkSurvey:
 
     transfer: TransferConfig
     workers: tuple[tuple[WorkerInfo, WorkerLoad], ...]
-    sides: Mapping[WorkerId, LinksReport]
+    sides: Mapping[WorkerId, WorkerLinks]
     pairs: tuple[Pair, ...]
 
     def with_probes(self, probes: Mapping[tuple[WorkerId, WorkerId], tuple[LinkProbe, ...]]) -> LinkSurvey:

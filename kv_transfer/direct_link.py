@@ -20,7 +20,7 @@ import torch
 
 from kv_transfer.channel import Channel, Hello, differences
 from kv_transfer.link import Post
-from kv_transfer.link_epoch import ReceiveEpoch, Room, SendEpoch
+from kv_transfer.link_epoch import ReceiveEpoch, Room, SendEpoch, Trial
 from kv_transfer.plan import WIRE_VERSION
 from kv_transfer.slabs import Slab, SlabPool
 from kv_transfer.wire import Check, WireDevice, WireError
@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 _GREETING_S = 5.0  # for a stranger's first message
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0  # before another try
 _JOIN_S = 5.0
-_PART_S = 5e-5  # estimated: the launches of packing, sums and sending
 
 
 class _Peer:
@@ -43,7 +42,7 @@ class _Peer:
     def __init__(self, peer: WorkerId, address: str) -> None:
         self.peer = peer
         self.address = address
-        self.bytes_per_s = 0.0
+        self.trial = Trial(0.0, 0.0)
         self.epoch: SendEpoch | None = None
         self.failure = ""
         self.has_answer = threading.Event()  # of the first try: up, or `failure`
@@ -107,19 +106,19 @@ class DirectLinks:
 
     # ---- Link
 
-    def name(self, peer: WorkerId) -> str:
-        """`nccl`: the first word of the device's kind."""
-        return self._device.kind.partition(" ")[0]
-
-    def part_s(self, peer: WorkerId) -> float:
-        return _PART_S
-
     def max_part_bytes(self, peer: WorkerId) -> int:
         return self._out.pool.slab_bytes
 
     def bytes_per_s(self, peer: WorkerId) -> float:
         entry = self._peers.get(peer)
-        return entry.bytes_per_s if entry is not None else 0.0
+        return entry.trial.bytes_per_s if entry is not None else 0.0
+
+    def part_s(self, peer: WorkerId) -> float:
+        entry = self._peers.get(peer)
+        return entry.trial.part_s if entry is not None else 0.0
+
+    def name(self, peer: WorkerId) -> str:
+        return self._device.kind.partition(" ")[0]
 
     def is_up(self, peer: WorkerId) -> bool:
         """Whether parts can be sent to the peer now."""
@@ -218,7 +217,7 @@ class DirectLinks:
         if entry.is_forgotten.is_set():
             epoch.break_(f"worker {entry.peer} is gone")
         try:
-            entry.bytes_per_s = epoch.open(self._hello(self._worker_id, entry.peer, self._process, number, timeout_s))
+            entry.trial = epoch.open(self._hello(self._worker_id, entry.peer, self._process, number, timeout_s))
             entry.has_answer.set()
             epoch.serve()
         except Exception as error:

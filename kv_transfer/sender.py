@@ -51,11 +51,11 @@ class SendLimits:
     """
 
     window_bytes: int
-    codec: Codec
-    codec_bytes_per_s: float
-    num_groups: int
-    chunk_tokens: int
-    threshold_tokens: int | None
+    codec: Codec = Codec.NONE
+    codec_bytes_per_s: float = 0.0
+    num_groups: int = 1
+    chunk_tokens: int = 2**31
+    threshold_tokens: int | None = None
 
 
 class KVSender:

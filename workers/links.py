@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 _OPEN_TIMEOUT_S = 60.0
 
 
-class WorkerLinks:
+class Links:
     """Links of one worker. `link` is what its sender uses; `address` is where its direct link listens, "" for none.
 
     Raises:

@@ -34,7 +34,7 @@ from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
 from phasewise.core.clock import Clock
 from phasewise.core.errors import InternalError, Unavailable
-from phasewise.core.links import LinksReport
+from phasewise.core.links import WorkerLinks
 from phasewise.core.messages import (
     AbortRequest,
     GatewayLost,
@@ -156,11 +156,11 @@ class Worker:
         """Puts a message, and what came with the header of a part, into the mailbox."""
         self._mailbox.put((message, arrived))
 
-    def links(self, peers: Sequence[WorkerInfo]) -> LinksReport:
+    def links(self, peers: Sequence[WorkerInfo]) -> WorkerLinks:
         """The ways to other workers, as far as they are known."""
         facts = tuple(self._parts.sender.facts(peer.worker_id, peer.kv_spec) for peer in peers)
         layers = self._settings.layers_per_part or self.info.kv_spec.num_layers
-        return LinksReport(self.info.worker_id, WIRE_VERSION, layers, self._settings.token_budget, facts)
+        return WorkerLinks(self.info.worker_id, WIRE_VERSION, layers, self._settings.token_budget, facts)
 
     def stop(self) -> None:
         """Makes `run` return after the round that it is in."""

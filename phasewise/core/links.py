@@ -38,7 +38,7 @@ class LinkFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class LinksReport:
+class WorkerLinks:
     """A worker's side of all its handoffs. `layers_per_part` and `chunk_tokens` are those that it works with."""
 
     worker_id: WorkerId

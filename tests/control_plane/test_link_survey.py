@@ -14,7 +14,7 @@ from phasewise.core.clock import ManualClock
 from phasewise.core.config import TransferConfig
 from phasewise.core.errors import InvalidRequest, Unavailable
 from phasewise.core.kv_spec import KVCacheSpec
-from phasewise.core.links import LinkFacts, LinkProbe, LinksReport
+from phasewise.core.links import LinkFacts, LinkProbe, WorkerLinks
 from phasewise.core.messages import WorkerInfo, WorkerLoad
 from phasewise.core.placement import WorkerRole, WorkerState
 from phasewise.core.profile import DeviceProfile
@@ -43,13 +43,13 @@ class Workers:
             for name, role in ROLES.items()
         ]
 
-    async def links(self, worker_id: str, peers: Sequence[WorkerInfo]) -> LinksReport:
+    async def links(self, worker_id: str, peers: Sequence[WorkerInfo]) -> WorkerLinks:
         assert worker_id not in self.lost
         facts = tuple(
             LinkFacts(p.worker_id, "loopback", 0.0, 0.0, self.max_part_bytes, "float32", "none", 1024.0, True, "")
             for p in peers
         )
-        return LinksReport(worker_id, 2, 4, 128, facts)
+        return WorkerLinks(worker_id, 2, 4, 128, facts)
 
     async def probe(self, worker_id: str, peer: str, num_bytes: int, timeout_s: float) -> LinkProbe:
         self.probed.append((worker_id, peer, num_bytes))

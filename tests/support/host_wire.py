@@ -17,7 +17,7 @@ import torch
 
 from kv_transfer.wire import Check, WireError
 
-NUM_TRIALS = 10
+NUM_TRIALS = 11
 """Messages that open a link; parts are counted behind them."""
 
 Hook = Callable[[str, int, "HostWire"], None]

@@ -31,7 +31,7 @@ from kv_transfer.routed_link import RoutedLink
 from kv_transfer.staging import is_intact
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.config import ServingConfig, build_config
-from phasewise.core.links import LinkProbe, LinksReport
+from phasewise.core.links import LinkProbe, WorkerLinks
 from phasewise.core.messages import PeerLost, WorkerInfo, WorkerLoad, WorkerMessage, WorkerOutput
 from phasewise.core.model_source import model_facts, resolve_model
 from phasewise.core.placement import Placement, WorkerId
@@ -237,7 +237,7 @@ class _Asker:
     def __init__(self, workers: dict[WorkerId, Worker]) -> None:
         self._workers = workers
 
-    async def links(self, worker_id: WorkerId, peers: Sequence[WorkerInfo]) -> LinksReport:
+    async def links(self, worker_id: WorkerId, peers: Sequence[WorkerInfo]) -> WorkerLinks:
         return self._workers[worker_id].links(peers)
 
     async def probe(self, worker_id: WorkerId, peer: WorkerId, num_bytes: int, timeout_s: float) -> LinkProbe:
