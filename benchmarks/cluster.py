@@ -109,7 +109,7 @@ class Cluster:
         line = next((line for line in self._process.stdout if " and grpc " in line), None)
         if line is None:
             sys.exit("the cluster did not start; its log is above")
-        self.grpc = line.split(" and grpc ")[1].strip()
+        self.http, self.grpc = line.strip().rpartition(" at http://")[2].split(" and grpc ")
 
     def __enter__(self) -> Cluster:
         return self

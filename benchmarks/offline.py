@@ -172,6 +172,48 @@ def device_name(device: str) -> str:
     return f"{platform.machine()} CPU, {os.cpu_count()} cores"
 
 
+class Rows:
+    """The rows of a result, printed as they come and written each time, so that a run that is cut off leaves some."""
+
+    def __init__(self, output: Path | None, device: str, packages: Sequence[str]) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.more: dict[str, Any] = {}
+        self._output = output
+        self._device = device
+        self._packages = packages
+
+    def add(
+        self,
+        case: str,
+        unit: str,
+        ours: float,
+        *,
+        floor: float | None = None,
+        peer: float | None = None,
+        must: float | None = None,
+        goal: float | None = None,
+        better: str = "low",
+    ) -> None:
+        figures = {"ours": ours, "floor": floor, "peer": peer, "must": must, "goal": must if goal is None else goal}
+        rounded = {name: None if value is None else round(value, 4) for name, value in figures.items()}
+        self.rows.append({"case": case, "unit": unit, **rounded, "better": better})
+        print(row_line(self.rows[-1]), flush=True)
+        self.write()
+
+    def write(self) -> None:
+        if self._output is not None:
+            write_result(self._output, self._device, self._packages, self.rows, **self.more)
+
+
+def row_line(row: dict[str, Any]) -> str:
+    """A row as a line of a table; `MISSED` where it does not reach what it must."""
+    shown = [f"{name} {row[name]:g}" for name in ("floor", "peer", "must", "goal") if row[name] is not None]
+    is_met = row["must"] is None or (
+        row["ours"] <= row["must"] if row["better"] == "low" else row["ours"] >= row["must"]
+    )
+    return " ".join([f"{row['case']:72} {row['ours']:11.4g} {row['unit']:9}", *shown, *([] if is_met else ["MISSED"])])
+
+
 def write_result(file: Path, device: str, packages: Sequence[str], rows: Sequence[dict[str, Any]], **more: Any) -> None:
     """The one form of all results: where and with what it was measured, and rows."""
     versions = {}

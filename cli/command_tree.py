@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "generate": ("cli.talk", "generate_command", "Generate from a prompt and stream the answer to stdout."),
     "chat": ("cli.talk", "chat_command", "Talk with the model, line by line."),
     "status": ("cli.watch", "status_command", "Show the workers: role, state, load, KV use, handoffs."),
+    "doctor": ("cli.doctor", "doctor_command", "Measure the links, check the pools, predict handoffs."),
     "profile": ("cli.profile", "profile_command", "Measure a model on this device, for placement and planning."),
     "bench": ("cli.bench.command", "bench_command", "Measure a server under load: TTFT, TBT, E2E, goodput."),
 }

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.addresses import http_url
-from cli.errors import CommandError, no_cluster_at, one_line
+from cli.gateway_http import fetch
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-REQUEST_TIMEOUT_S = 10.0
 HANDOFF_COUNTERS = (("handoffs_out", "out"), ("handoffs_in", "in"))
 STATE_STYLES = {"ready": "green", "loading": "yellow", "draining": "yellow", "lost": "red", "stopped": "red"}
 
@@ -66,33 +64,8 @@ def _print_once(status: Mapping[str, Any], as_json: bool) -> None:
 
 
 def fetch_status(address: str) -> dict[str, Any]:
-    """GET /status of the gateway at HOST:PORT (or a URL). Raises CommandError when it cannot be had."""
-    import httpx
-
-    url = http_url(address, flag="--http")
-    try:
-        response = httpx.get(f"{url}/status", timeout=REQUEST_TIMEOUT_S, trust_env=False)
-    except httpx.ConnectError:
-        raise no_cluster_at(address, flag="--http") from None
-    except httpx.TimeoutException:
-        raise CommandError(
-            f"{address} did not answer within {REQUEST_TIMEOUT_S:g} s; it may be overloaded: try again"
-        ) from None
-    except httpx.TransportError as error:
-        raise CommandError(
-            f"{address} does not speak HTTP ({one_line(str(error))}); is --http the gateway's HTTP address?"
-        ) from None
-    if response.status_code != 200:
-        raise CommandError(
-            f"{address} answers HTTP {response.status_code} to /status; is --http the address of a Phasewise gateway?"
-        )
-    try:
-        status = response.json()
-    except ValueError:
-        status = None
-    if not isinstance(status, dict) or not isinstance(status.get("workers"), list):
-        raise CommandError(f"{address}/status is not that of Phasewise; is --http the address of a Phasewise gateway?")
-    return status
+    """GET /status. Raises CommandError when it cannot be had."""
+    return fetch(address, "/status")
 
 
 def status_view(status: Mapping[str, Any]) -> RenderableType:

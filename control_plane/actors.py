@@ -24,10 +24,12 @@ from control_plane.gateway.preparation import RequestLimits, RequestPreparer
 from control_plane.gateway.request_loop import RequestLoop
 from control_plane.gateway.service import ModelCard
 from control_plane.gateway.text import TextTokenizer, load_tokenizer
+from control_plane.link_survey import LinkSurvey, look, measure
 from control_plane.metrics import GatewayMetrics
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.config import ServingConfig, split_address
-from phasewise.core.errors import ConfigError, DeadlineExceeded, ServingError, Unavailable
+from phasewise.core.errors import ConfigError, DeadlineExceeded, Overloaded, ServingError, Unavailable
+from phasewise.core.links import LinkProbe, WorkerLinks
 from phasewise.core.logs import setup_logging
 from phasewise.core.mailboxes import ActorHandle, WorkerMailboxes
 from phasewise.core.messages import GatewayLost, PeerLost, WorkerInfo, WorkerLoad, WorkerOutput
@@ -35,6 +37,8 @@ from phasewise.core.model_source import resolve_model
 from phasewise.core.placement import Placement, WorkerId
 
 logger = logging.getLogger(__name__)
+
+_LINKS_TIMEOUT_S = 5.0  # for a worker to tell of its links
 
 
 class ControlPlaneActor:
@@ -45,10 +49,13 @@ class ControlPlaneActor:
             "control-plane", log_format=config.logging.format, level=config.logging.level, collector=log_collector
         )
         self._health = config.health
+        self._transfer = config.transfer
         self._scheduler = ClusterScheduler(
             MonotonicClock(), max_waiting=config.scheduler.max_waiting, overdue_s=config.health.overdue_s
         )
         self._workers = WorkerMailboxes()
+        self._link_asker = RemoteLinkAsker(self._workers)
+        self._is_probing = False
         self._gateways: dict[str, ActorHandle] = {}
         self._watches: set[asyncio.Task[None]] = set()
         self._is_stopping = False
@@ -98,6 +105,28 @@ class ControlPlaneActor:
 
     async def snapshot(self) -> list[tuple[WorkerInfo, WorkerLoad]]:
         return [(member.info, member.load) for member in self._scheduler.registry.members()]
+
+    async def links(self) -> LinkSurvey | ServingError:
+        """What workers know of the links between them. An error comes back as a value."""
+        try:
+            return await look(self._transfer, await self.snapshot(), self._link_asker)
+        except ServingError as error:
+            return error
+
+    async def probe_links(self, sizes: Sequence[int], timeout_s: float) -> LinkSurvey | ServingError:
+        """The same, measured. One at a time: two would measure each other."""
+        if self._is_probing:
+            return Overloaded("the links are being probed already; ask again later", retry_after_s=timeout_s)
+        self._is_probing = True
+        try:
+            before = await look(self._transfer, await self.snapshot(), self._link_asker)
+            probes = await measure(before.pairs, self._link_asker, sizes, timeout_s, MonotonicClock())
+            after = await look(self._transfer, await self.snapshot(), self._link_asker)  # with what links have learnt
+            return after.with_probes(probes)
+        except ServingError as error:
+            return error
+        finally:
+            self._is_probing = False
 
     async def stop(self) -> None:
         """From now on workers that end are not lost but stopped."""
@@ -153,6 +182,35 @@ class ControlPlaneActor:
             self._workers.send(other, PeerLost(worker_id))
         for handle in self._gateways.values():
             handle.worker_lost.remote(worker_id)
+
+
+class RemoteLinkAsker:
+    """LinkAsker (control_plane/link_survey.py) over the workers' actors."""
+
+    def __init__(self, workers: WorkerMailboxes) -> None:
+        self._workers = workers
+
+    async def links(self, worker_id: WorkerId, peers: Sequence[WorkerInfo]) -> WorkerLinks:
+        handle = self._handle(worker_id)
+        return await _answer(handle.links.remote(peers), f"worker {worker_id}", _LINKS_TIMEOUT_S)
+
+    async def probe(self, worker_id: WorkerId, peer: WorkerId, num_bytes: int, timeout_s: float) -> LinkProbe:
+        call = self._handle(worker_id).probe_link.remote(peer, num_bytes, timeout_s)
+        return await _answer(call, f"worker {worker_id}", timeout_s + _LINKS_TIMEOUT_S)
+
+    def _handle(self, worker_id: WorkerId) -> ActorHandle:
+        handle = self._workers.get(worker_id)
+        if handle is None:
+            raise Unavailable(f"worker {worker_id} was lost meanwhile", retry_after_s=1.0)
+        return handle
+
+
+async def _answer(call: Any, who: str, timeout_s: float) -> Any:
+    """What an actor's call returns. Raises Unavailable when `who` is gone or silent."""
+    try:
+        return await asyncio.wait_for(asyncio.wrap_future(call.future()), timeout_s)
+    except (RayError, TimeoutError):
+        raise Unavailable(f"{who} does not answer", retry_after_s=2.0) from None
 
 
 class RemotePlacer:
@@ -215,6 +273,19 @@ class RemotePlacer:
         except RayError:
             raise Unavailable("the control plane does not answer", retry_after_s=2.0) from None
         return workers
+
+    async def links(self) -> LinkSurvey:
+        return await self._survey(self._control_plane.links.remote(), 2 * _LINKS_TIMEOUT_S)
+
+    async def probe_links(self, sizes: Sequence[int], timeout_s: float) -> LinkSurvey:
+        call = self._control_plane.probe_links.remote(sizes, timeout_s)
+        return await self._survey(call, timeout_s + 4 * _LINKS_TIMEOUT_S)
+
+    async def _survey(self, call: Any, timeout_s: float) -> LinkSurvey:
+        answer: LinkSurvey | ServingError = await _answer(call, "the control plane", timeout_s)
+        if isinstance(answer, ServingError):
+            raise answer
+        return answer
 
 
 @dataclass(frozen=True, slots=True)

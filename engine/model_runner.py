@@ -47,7 +47,10 @@ class ModelRunner:
         others: OtherRanks | None = None,
     ) -> None:
         dtype = FP8 if kv_cache.spec.dtype == FP8 else "auto"
-        differences = kv_cache.spec.differences(loaded.kv_cache_spec(kv_cache.block_size, dtype))
+        wanted = loaded.kv_cache_spec(kv_cache.block_size, dtype)
+        differences = kv_cache.spec.differences(wanted)
+        if kv_cache.spec.dtype != wanted.dtype:
+            differences.append(f"dtype: {kv_cache.spec.dtype} here, {wanted.dtype} there")
         if differences or kv_cache.device != loaded.model.device:
             raise ValueError(f"the KV cache does not fit the model: {'; '.join(differences) or kv_cache.device}")
         self._others = others

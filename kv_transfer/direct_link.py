@@ -20,7 +20,7 @@ import torch
 
 from kv_transfer.channel import Channel, Hello, differences
 from kv_transfer.link import Post
-from kv_transfer.link_epoch import ReceiveEpoch, Room, SendEpoch
+from kv_transfer.link_epoch import ReceiveEpoch, Room, SendEpoch, Trial
 from kv_transfer.plan import WIRE_VERSION
 from kv_transfer.slabs import Slab, SlabPool
 from kv_transfer.wire import Check, WireDevice, WireError
@@ -42,7 +42,7 @@ class _Peer:
     def __init__(self, peer: WorkerId, address: str) -> None:
         self.peer = peer
         self.address = address
-        self.bytes_per_s = 0.0
+        self.trial = Trial(0.0, 0.0)
         self.epoch: SendEpoch | None = None
         self.failure = ""
         self.has_answer = threading.Event()  # of the first try: up, or `failure`
@@ -111,7 +111,14 @@ class DirectLinks:
 
     def bytes_per_s(self, peer: WorkerId) -> float:
         entry = self._peers.get(peer)
-        return entry.bytes_per_s if entry is not None else 0.0
+        return entry.trial.bytes_per_s if entry is not None else 0.0
+
+    def part_s(self, peer: WorkerId) -> float:
+        entry = self._peers.get(peer)
+        return entry.trial.part_s if entry is not None else 0.0
+
+    def name(self, peer: WorkerId) -> str:
+        return self._device.kind.partition(" ")[0]
 
     def is_up(self, peer: WorkerId) -> bool:
         """Whether parts can be sent to the peer now."""
@@ -214,7 +221,7 @@ class DirectLinks:
         if entry.is_forgotten.is_set():
             epoch.break_(f"worker {entry.peer} is gone")
         try:
-            entry.bytes_per_s = epoch.open(self._hello(self._worker_id, entry.peer, self._process, number, timeout_s))
+            entry.trial = epoch.open(self._hello(self._worker_id, entry.peer, self._process, number, timeout_s))
             entry.has_answer.set()
             epoch.serve()
         except Exception as error:

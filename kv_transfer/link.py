@@ -45,8 +45,15 @@ class Post(Protocol):
 class Link(Protocol):
     """Sends parts to other workers. Nothing here waits for a device or for a peer.
 
-    A part may be lost when the link breaks, and may overtake another; it is never silently altered.
+    A part may be lost when the link breaks, and may overtake another; it is never silently altered. The first four
+    methods may be called from any thread, to look.
     """
+
+    def name(self, peer: WorkerId) -> str:
+        """Where a part would go now: `nccl`, `object_store`, `loopback`."""
+
+    def part_s(self, peer: WorkerId) -> float:
+        """What each part costs its sender besides the time of its bytes, in seconds."""
 
     def max_part_bytes(self, peer: WorkerId) -> int:
         """The largest buffer that `buffer` gives out; the sender cuts parts to it."""

@@ -51,6 +51,14 @@ _OPENING = -1  # among the deadlines, which are those of parts otherwise
 
 
 @dataclass(frozen=True, slots=True)
+class Trial:
+    """What opening a link measured: its rate, and the time of a message of next to no bytes."""
+
+    bytes_per_s: float
+    part_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Room:
     """What the epochs of one worker share."""
 
@@ -178,8 +186,8 @@ class SendEpoch(_Epoch):
         self._unsent: deque[_Outgoing] = deque()
         self._pusher = threading.Thread(target=self._push, daemon=True, name=f"kv-link-push-{peer}")
 
-    def open(self, hello: Hello) -> float:
-        """Greets, makes the wire and tries it. Gives its rate in bytes/s. Raises OSError or WireError."""
+    def open(self, hello: Hello) -> Trial:
+        """Greets, makes the wire and tries it; gives what the trial measured. Raises OSError or WireError."""
         channel, room = self._channel, self._room
         channel.send(hello)
         answer = channel.receive()
@@ -198,6 +206,9 @@ class SendEpoch(_Epoch):
         wire.send(self._trial[:_SMALL_TRIAL_BYTES]).wait()
         wire.send(self._trial).wait()
         start_s = room.clock.now_s()
+        wire.send(self._trial[:_SMALL_TRIAL_BYTES]).wait()
+        part_s = room.clock.now_s() - start_s
+        start_s = room.clock.now_s()
         for _ in range(_NUM_TRIALS):
             mark = wire.send(self._trial)
         mark.wait()
@@ -207,7 +218,7 @@ class SendEpoch(_Epoch):
             raise WireError(answer.reason if isinstance(answer, Refused) else f"{answer} where Ready was due")
         self._up()
         self._pusher.start()
-        return rate
+        return Trial(rate, part_s)
 
     def put(self, part: KVPart, slab: Slab, packed: Mark) -> bool:
         """Takes a part; False when the epoch is over."""
@@ -320,7 +331,8 @@ class ReceiveEpoch(_Epoch):
         def matches(data: torch.Tensor) -> torch.Tensor:
             return (data.view(torch.int64) == pattern[: data.numel()].view(torch.int64)).all()
 
-        sizes = [_SMALL_TRIAL_BYTES] + [room.trial_bytes] * (1 + _NUM_TRIALS)
+        small, large = _SMALL_TRIAL_BYTES, room.trial_bytes
+        sizes = [small, large, small] + [large] * _NUM_TRIALS
         receipts = [wire.receive(trial[:size], None, matches) for size in sizes]
         if not all(receipt.wait() for receipt in receipts):
             self.refuse("a trial message came with wrong content")

@@ -28,12 +28,20 @@ class LoopbackLink:
         *,
         max_part_bytes: int = 2**62,
         rate: float = 0.0,
+        part_s: float = 0.0,
     ) -> None:
         self._worker_id = worker_id
         self._mailboxes = mailboxes
         self._fault: Fault = fault or (lambda part, wire: wire)
         self._max_part_bytes = max_part_bytes
         self._rate = rate
+        self._part_s = part_s
+
+    def name(self, peer: WorkerId) -> str:
+        return "loopback"
+
+    def part_s(self, peer: WorkerId) -> float:
+        return self._part_s
 
     def max_part_bytes(self, peer: WorkerId) -> int:
         return self._max_part_bytes

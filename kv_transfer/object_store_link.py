@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 _LARGEST_PART_BYTES = 128 * 2**20
 _RATE_FROM_BYTES = 2**20  # smaller parts measure the call, not the bytes
 _SMOOTHING = 0.2
+_PART_S = 0.0003  # until an actor's call returns to its caller, Ray 2.60
 
 
 class ObjectStoreLink:
@@ -45,6 +46,12 @@ class ObjectStoreLink:
         if device.type == "cuda":
             self._threads = [ThreadPoolExecutor(1, name) for name in ("kv-to-host", "kv-from-host")]
             self._streams = [torch.cuda.Stream(device) for _ in self._threads]
+
+    def name(self, peer: WorkerId) -> str:
+        return "object_store"
+
+    def part_s(self, peer: WorkerId) -> float:
+        return _PART_S
 
     def max_part_bytes(self, peer: WorkerId) -> int:
         return _LARGEST_PART_BYTES

@@ -79,9 +79,15 @@ class KVReceiver:
         self._peers.send(offer.sender, KVAccepted(offer.transfer_id, num_cached_tokens, self._spec.dtype))
 
     def on_part(self, part: KVPart, arrived: ArrivedPart) -> None:
-        """Checks a part and writes it. A wrong sum fails the whole handoff; nothing of it is ever decoded."""
+        """Checks a part and writes it. A wrong sum fails the whole handoff; nothing of it is ever decoded.
+
+        Of a probe (kv_transfer/prober.py) nothing is written.
+        """
         try:
-            self._take_part(part, arrived)
+            if part.is_probe:
+                self.counters.checksum_failures += arrived.wire is None
+            else:
+                self._take_part(part, arrived)
         finally:
             arrived.release()
 

@@ -19,12 +19,18 @@ class DirectLink(Link, Protocol):
 
 
 class RoutedLink:
-    """One link out of two. Used by the step loop's thread alone, except `close`."""
+    """One link out of two. Used by the step loop's thread alone, except `close` and what only looks."""
 
     def __init__(self, direct: DirectLink, other: Link) -> None:
         self._direct = direct
         self._other = other
         self._given_out: Link = other  # for the buffer that is being filled
+
+    def name(self, peer: WorkerId) -> str:
+        return self._route(peer).name(peer)
+
+    def part_s(self, peer: WorkerId) -> float:
+        return self._route(peer).part_s(peer)
 
     def max_part_bytes(self, peer: WorkerId) -> int:
         """Of both: a part that was cut for one may go over the other."""

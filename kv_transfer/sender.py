@@ -10,12 +10,14 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from kv_transfer.cache_port import CachePort
-from kv_transfer.codec import Codec, choose, wire_dtype
+from kv_transfer.codec import Codec, WireLayout, choose, is_lossless, wire_dtype
 from kv_transfer.link import Link
 from kv_transfer.plan import WIRE_VERSION, PartSpan, clip_tokens, cut
 from kv_transfer.state import SendStatus, check_send
 from phasewise.core.clock import Clock
-from phasewise.core.kv_spec import FP8
+from phasewise.core.handoff_cost import HandoffPath
+from phasewise.core.kv_spec import FP8, KVCacheSpec
+from phasewise.core.links import LinkFacts
 from phasewise.core.messages import KVAbort, KVAccepted, KVCommit, KVOffer, KVPart
 from phasewise.core.placement import WorkerId
 from phasewise.core.ports import PeerPort
@@ -45,11 +47,15 @@ class SendLimits:
         window_bytes: bounds what is in flight for the whole worker; one part may always go.
         codec: the one that may be used on a link which is slower than it.
         codec_bytes_per_s: at which this worker encodes, measured; 0.0: not known, and none is used.
+        num_groups, chunk_tokens, threshold_tokens: how prompts are pushed layer by layer, as HandoffPath has it.
     """
 
     window_bytes: int
     codec: Codec = Codec.NONE
     codec_bytes_per_s: float = 0.0
+    num_groups: int = 1
+    chunk_tokens: int = 2**31
+    threshold_tokens: int | None = None
 
 
 class KVSender:
@@ -88,6 +94,30 @@ class KVSender:
     def reason(self, transfer_id: str) -> str:
         """Why a transfer failed, or ""."""
         return self._transfers[transfer_id].reason
+
+    def is_layerwise(self, transfer_id: str, num_tokens: int) -> bool:
+        """Whether a prompt should be pushed layer by layer, by what the link is now. For an accepted transfer."""
+        transfer = self._transfers[transfer_id]
+        return self._path(transfer.peer, transfer.dtype).is_layerwise(num_tokens)
+
+    def facts(self, peer: WorkerId, spec: KVCacheSpec) -> LinkFacts:
+        """What is known of the way to a worker whose cache is `spec`. May be called from any thread."""
+        ours = self._cache.spec
+        dtype = wire_dtype(ours.dtype, spec.dtype)
+        layout = self._layout(peer, self._one_token, dtype)
+        fits = ours.content_fingerprint == spec.content_fingerprint
+        return LinkFacts(
+            peer,
+            self._link.name(peer),
+            self._link.bytes_per_s(peer),
+            self._link.part_s(peer),
+            self._link.max_part_bytes(peer),
+            dtype,
+            layout.codec.value,
+            layout.content_bytes,
+            is_lossless(layout.codec, ours.dtype, spec.dtype),
+            "" if fits else "; ".join(ours.differences(spec)),
+        )
 
     def push(self, transfer_id: str, span: PartSpan, block_table: list[int]) -> None:
         """Sends KV that is computed, or queues it behind the window. Tokens that the receiver has are left out.
@@ -197,20 +227,14 @@ class KVSender:
 
     def _send(self, transfer_id: str, transfer: _Transfer, span: PartSpan, block_table: list[int]) -> bool:
         """False when there is no room for the part now."""
-        peer, cache, limits = transfer.peer, self._cache, self._limits
-        layout = cache.layout(span, transfer.dtype, Codec.NONE)
-        if limits.codec is not Codec.NONE and transfer.dtype != FP8:
-            encoded = cache.layout(span, transfer.dtype, limits.codec)
-            rates = self._link.bytes_per_s(peer), limits.codec_bytes_per_s
-            if choose(limits.codec, layout.num_bytes, encoded.num_bytes, *rates) is limits.codec:
-                layout = encoded
+        peer, layout = transfer.peer, self._layout(transfer.peer, span, transfer.dtype)
         num_bytes = layout.num_bytes
-        if self._bytes_in_flight and self._bytes_in_flight + num_bytes > limits.window_bytes:
+        if self._bytes_in_flight and self._bytes_in_flight + num_bytes > self._limits.window_bytes:
             return False
         wire = self._link.buffer(peer, num_bytes)
         if wire is None:
             return False
-        cache.pack(block_table, span, layout, wire)
+        self._cache.pack(block_table, span, layout, wire)
         part = KVPart(
             transfer_id,
             transfer.num_parts,
@@ -229,6 +253,33 @@ class KVSender:
         self.num_parts_stored += self._link.uses_store
         self._link.send_part(peer, part, wire)
         return True
+
+    def _layout(self, peer: WorkerId, span: PartSpan, dtype: str) -> WireLayout:
+        """With the codec where that is worth it on the link as it is now."""
+        cache, limits = self._cache, self._limits
+        layout = cache.layout(span, dtype, Codec.NONE)
+        if limits.codec is not Codec.NONE and dtype != FP8:
+            encoded = cache.layout(span, dtype, limits.codec)
+            rates = self._link.bytes_per_s(peer), limits.codec_bytes_per_s
+            if choose(limits.codec, layout.num_bytes, encoded.num_bytes, *rates) is limits.codec:
+                return encoded
+        return layout
+
+    def _path(self, peer: WorkerId, dtype: str) -> HandoffPath:
+        link, limits = self._link, self._limits
+        return HandoffPath(
+            self._layout(peer, self._one_token, dtype).content_bytes,
+            link.bytes_per_s(peer),
+            link.part_s(peer),
+            link.max_part_bytes(peer),
+            limits.num_groups,
+            limits.chunk_tokens,
+            limits.threshold_tokens,
+        )
+
+    @property
+    def _one_token(self) -> PartSpan:
+        return PartSpan(0, self._cache.spec.num_layers, 0, 1)
 
     def _send_commit(self, transfer: _Transfer) -> None:
         assert transfer.commit is not None

@@ -6,9 +6,10 @@ One prompt's life here (queues in prefill_workers/scheduler.py):
       ├─ stays here: the decode phase adopts the sequence with its blocks
       └─ is handed off: first token out, commit sent → HANDOFF; blocks are kept until the receiver says done
 
-Long prompts are pushed layer group by layer group while later layers compute (Splitwise, section 4.3: from 512
-tokens); short ones as one part behind their last layer, before the first token is known. A failed handoff is offered
-once more to the same worker, from the KV that is still here; a second failure ends the request with `TransferFailed`.
+Long prompts are pushed layer group by layer group while later layers compute (Splitwise, section 4.3; the sender says
+which are long for its link); short ones as one part behind their last layer, before the first token is known. A failed
+handoff is offered once more to the same worker, from the KV that is still here; a second failure ends the request here
+with `TransferFailed`, and its gateway may try other workers.
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ class PrefillLimits:
     """What the phase needs of the configuration."""
 
     max_waiting: int
-    layerwise_threshold_tokens: int
     handoff_timeout_s: float
     num_layers: int
 
@@ -186,7 +186,7 @@ class PrefillPhase:
             job = self._jobs.get(item.sequence.request_id)
             if job is None or not job.transfer_id:
                 continue
-            if self._is_layerwise(job):
+            if job.is_layerwise:
                 self._push(job, PartSpan(first_layer, num_layers, item.start, item.num_tokens))
             elif is_last_group and item.num_samples:  # its last chunk
                 self._push_all(job)
@@ -226,7 +226,9 @@ class PrefillPhase:
         if job.sequence.sampling.prompt_logprobs is None:
             self.counters["prefix_query_tokens"] += job.sequence.num_prompt_tokens
             self.counters["prefix_hit_tokens"] += job.num_cached_tokens
-        if job.transfer_id and self._is_layerwise(job) and job.num_cached_tokens:
+        if job.transfer_id:
+            job.is_layerwise = self._sender.is_layerwise(job.transfer_id, job.sequence.num_prompt_tokens)
+        if job.is_layerwise and job.num_cached_tokens:
             # What the prefix cache had is not computed again, so no layer hook will push it.
             self._push(job, PartSpan(0, self._limits.num_layers, 0, job.num_cached_tokens))
 
@@ -290,9 +292,6 @@ class PrefillPhase:
         """True for a computed prompt whose first handoff failed, until its second is accepted."""
         again = job.status is RequestStatus.HANDOFF and job.num_offers > 1
         return again and self._sender.status(job.transfer_id) is SendStatus.OFFERED
-
-    def _is_layerwise(self, job: PrefillJob) -> bool:
-        return job.sequence.num_prompt_tokens >= self._limits.layerwise_threshold_tokens
 
     def _may_start(self, job: PrefillJob) -> bool:
         """Is there room to decode what this prompt leads to? Never needed when its first token is its last."""

@@ -34,6 +34,7 @@ class PrefillJob:
     transfer_id: str = ""
     num_offers: int = 0
     num_cached_tokens: int = 0  # of the prompt, found in this worker's prefix cache
+    is_layerwise: bool = False  # KV is pushed while it is computed: decided once, when the prompt begins
     has_pushed: bool = False
     prompt_logprobs: list[SampledToken] = field(default_factory=list)
     first_tokens: tuple[SampledToken | None, ...] = ()  # known once the prompt is computed

@@ -31,7 +31,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 PROMPT = tuple(random.Random(5).randrange(256) for _ in range(45))
 GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
-DRAWN: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "seed": 77, "ignore_eos": True}
+DRAWN: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "top_k": 8, "seed": 77, "ignore_eos": True}
 REQUESTS: dict[str, SamplingInput] = {
     "greedy": SamplingInput(max_tokens=60, **GREEDY),
     "greedy, penalties": SamplingInput(

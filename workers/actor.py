@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from kv_transfer.link import ArrivedPart
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.errors import ServingError
+from phasewise.core.links import LinkProbe, WorkerLinks
 from phasewise.core.logs import setup_logging
 from phasewise.core.mailboxes import ActorHandle, GatewayMailboxes, WorkerMailboxes
 from phasewise.core.messages import GatewayLost, KVPart, PeerLost, WorkerInfo, WorkerLoad, WorkerMessage
 from phasewise.core.placement import WorkerId
 from workers.build import LoadedEngine, Ports, assemble, load_engine, worker_info
-from workers.links import WorkerLinks
+from workers.links import Links
+from workers.probing import probe_link
 from workers.settings import WorkerSettings
 from workers.worker import Worker
 
@@ -40,7 +42,7 @@ class WorkerActor:
         self._gateways = GatewayMailboxes()
         self._control_plane: ActorHandle = None
         self._engine: LoadedEngine | None = None
-        self._links: WorkerLinks | None = None
+        self._links: Links | None = None
         self._worker: Worker | None = None
         self._loop_task: asyncio.Task[None] | None = None
 
@@ -53,7 +55,7 @@ class WorkerActor:
         return self._info()
 
     def _load(self) -> None:
-        self._links = WorkerLinks(self._settings, self._peers, self._post_from_link)
+        self._links = Links(self._settings, self._peers, self._post_from_link)
         self._engine = load_engine(self._settings, self._set_progress, MonotonicClock())
         self._links.agree_on(self._engine.port.spec)
 
@@ -109,6 +111,16 @@ class WorkerActor:
         """A part of a handoff, with its bytes in shared memory."""
         if self._links is not None:
             self._links.receive(sender, part, array)
+
+    async def links(self, peers: Sequence[WorkerInfo]) -> WorkerLinks:
+        """What this worker knows of its ways to others."""
+        assert self._worker is not None
+        return self._worker.links(peers)
+
+    async def probe_link(self, peer: WorkerId, num_bytes: int, timeout_s: float) -> LinkProbe:
+        """Measures the way to another worker with one part."""
+        assert self._worker is not None
+        return await probe_link(self._worker, peer, num_bytes, timeout_s)
 
     async def stop(self) -> None:
         """Ends the loop after the round that it is in."""

@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import ceil
 
 import torch
 
@@ -24,6 +25,7 @@ from engine.tensor_parallel import Group, OtherRanks
 from kv_transfer.cache_port import CachePort
 from kv_transfer.codec import Codec
 from kv_transfer.link import Link
+from kv_transfer.prober import LinkProber
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender, SendLimits
 from phasewise.core.clock import Clock
@@ -106,13 +108,15 @@ def load_engine(settings: WorkerSettings, progress: Callable[[float], None], clo
         else:
             warm_up(engine, grid, clock)
             profile = written
+        codec = Codec(config.transfer.codec)
+        engine.port.warm_up(cache_dtypes(settings), codec)
+        codec_rate = measure_codec(engine.port, codec, clock)
     except BaseException:
         if ranks is not None:
             ranks.close()
         raise
     progress(1.0)
     dtype = resolve_dtype(config.model.dtype, settings.device)
-    codec_rate = measure_codec(engine.port, Codec(config.transfer.codec), clock)
     return LoadedEngine(
         engine.runner, engine.cache, engine.port, engine.max_model_len, profile, dtype, ranks, codec_rate
     )
@@ -234,6 +238,14 @@ def profile_facts(
     )
 
 
+def cache_dtypes(settings: WorkerSettings) -> set[str]:
+    """Those of the KV caches that this worker may hand over to, or take over from, its own among them."""
+    config = settings.config
+    pools = (config.pools.prefill, config.pools.decode, config.pools.mixed)
+    named = {config.cache.dtype, *(pool.cache_dtype or "auto" for pool in pools)}
+    return {resolve_dtype(config.model.dtype, settings.device) if dtype == "auto" else dtype for dtype in named}
+
+
 def token_budget(config: ServingConfig, device: str) -> int:
     """Most tokens in one step."""
     return config.scheduler.token_budget or (CPU_TOKEN_BUDGET if device == "cpu" else GPU_TOKEN_BUDGET)
@@ -317,7 +329,18 @@ def assemble(
     budget = token_budget(config, info.device)
     blocks = BlockManager(info.num_kv_blocks, spec.block_size, prefix_caching=config.cache.prefix_caching)
     outbox = Outbox(info.worker_id, ports.gateways, clock)
-    sending = SendLimits(transfer.window_mib * 2**20, Codec(transfer.codec), codec_bytes_per_s)
+    is_alone = not isinstance(port, LeadingCachePort)
+    loop = LoopSettings(
+        budget, transfer.layers_per_part if is_alone else 0, config.health.heartbeat_s, pushes_within_steps=is_alone
+    )
+    sending = SendLimits(
+        transfer.window_mib * 2**20,
+        Codec(transfer.codec),
+        codec_bytes_per_s,
+        num_groups=ceil(spec.num_layers / (loop.layers_per_part or spec.num_layers)),
+        chunk_tokens=budget,
+        threshold_tokens=transfer.layerwise_threshold_tokens,
+    )
     sender = KVSender(info.worker_id, port, ports.link, ports.peers, clock, sending)
     receiver = KVReceiver(port, ports.peers, clock)
     prompts = PrefillScheduler(blocks, lookahead_tokens=2 * budget)
@@ -339,13 +362,10 @@ def assemble(
         sender,
         outbox,
         clock,
-        PrefillLimits(scheduler.max_waiting, transfer.layerwise_threshold_tokens, transfer.timeout_s, spec.num_layers),
+        PrefillLimits(scheduler.max_waiting, transfer.timeout_s, spec.num_layers),
         decode.adopt,
         decode.has_room,
     )
-    parts = WorkerParts(runner, blocks, prefill, decode, sender, receiver, outbox)
-    is_alone = not isinstance(port, LeadingCachePort)
-    loop = LoopSettings(
-        budget, transfer.layers_per_part if is_alone else 0, config.health.heartbeat_s, pushes_within_steps=is_alone
-    )
+    prober = LinkProber(info.worker_id, ports.link, clock)
+    parts = WorkerParts(runner, blocks, prefill, decode, sender, receiver, prober, outbox)
     return Worker(info, parts, ports.peers, ports.loads, clock, loop)

@@ -6,7 +6,6 @@ when all workers are loaded and know each other's addresses, before any of them 
 
 from __future__ import annotations
 
-import logging
 import socket
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -28,12 +27,10 @@ from phasewise.core.messages import KVPart
 from phasewise.core.placement import WorkerId, WorkerRole
 from workers.settings import WorkerSettings
 
-logger = logging.getLogger(__name__)
-
 _OPEN_TIMEOUT_S = 60.0
 
 
-class WorkerLinks:
+class Links:
     """Links of one worker. `link` is what its sender uses; `address` is where its direct link listens, "" for none.
 
     Raises:
@@ -41,7 +38,6 @@ class WorkerLinks:
     """
 
     def __init__(self, settings: WorkerSettings, workers: WorkerMailboxes, post: Post) -> None:
-        self._is_required = settings.config.transfer.link not in ("auto", "object_store")
         device = torch.device("cuda" if settings.device != "cpu" else "cpu")
         self._direct = _direct_links(settings, post)
         self._object_store = ObjectStoreLink(settings.worker_id, workers, device, post)
@@ -56,24 +52,16 @@ class WorkerLinks:
             self._direct.fingerprint = spec.content
 
     def open(self, peers: Mapping[WorkerId, str]) -> ServingError | None:
-        """Opens the links to these workers, by address, all at once.
-
-        A link that cannot be opened is an error where `transfer.link` asks for it, else a warning: the object store
-        serves that pair then.
-        """
+        """Opens the links to these workers, by address, all at once. Gives the first error."""
         direct = self._direct
         if direct is None or not peers:
             return None
         with ThreadPoolExecutor(len(peers), "open-links") as pool:
-            tries = {peer: pool.submit(direct.open, peer, address, _OPEN_TIMEOUT_S) for peer, address in peers.items()}
-        for attempt in tries.values():
-            error = attempt.exception()
-            if error is None:
-                continue
-            if self._is_required or not isinstance(error, ServingError):
-                return ConfigError(f"transfer.link: {error}", field="transfer.link")
-            logger.warning("%s; the object store is used instead", error)
-        return None
+            tries = [pool.submit(direct.open, peer, address, _OPEN_TIMEOUT_S) for peer, address in peers.items()]
+        errors = [str(error) for error in (attempt.exception() for attempt in tries) if error is not None]
+        if not errors:
+            return None
+        return ConfigError(f"transfer.link: {errors[0]}; or use transfer.link object_store", field="transfer.link")
 
     def receive(self, sender: WorkerId, part: KVPart, array: np.ndarray) -> None:
         """A part that came through the object store. From one thread."""
@@ -88,12 +76,9 @@ def _direct_links(settings: WorkerSettings, post: Post) -> DirectLinks | None:
     if transfer.link == "object_store" or settings.role is WorkerRole.MIXED:
         return None
     host = own_address(settings.head or "127.0.0.1")
-    device = _wire_device(settings, host)
-    if device is None:
-        return None
     return DirectLinks(
         settings.worker_id,
-        device,
+        _wire_device(settings, host),
         post,
         is_intact,
         fingerprint="",
@@ -113,24 +98,21 @@ def own_address(head: str) -> str:
         return str(probe.getsockname()[0])
 
 
-def _wire_device(settings: WorkerSettings, host: str) -> WireDevice | None:
-    """What moves the bytes of a direct link; None where there is nothing and nobody insists on it."""
-    transfer = settings.config.transfer
-    if settings.device == "cpu":
-        if transfer.link == "nccl":
-            raise ConfigError("transfer.link nccl needs GPUs; use auto, tcp or object_store", field="transfer.link")
-        return TcpDevice(host) if transfer.link == "tcp" else None
-    if transfer.link == "tcp":
-        raise ConfigError(
-            "transfer.link tcp is for KV in host memory; use auto, nccl or object_store, or set model.device to cpu",
-            field="transfer.link",
-        )
+def _wire_device(settings: WorkerSettings, host: str) -> WireDevice:
+    """What moves the bytes of a direct link."""
+    is_cpu, link = settings.device == "cpu", settings.config.transfer.link
+    if link == "tcp":
+        if not is_cpu:
+            raise ConfigError(
+                "transfer.link tcp is for KV in host memory; use nccl or object_store, or set model.device to cpu",
+                field="transfer.link",
+            )
+        return TcpDevice(host)
+    if is_cpu:
+        raise ConfigError("transfer.link nccl needs GPUs; use tcp or object_store", field="transfer.link")
     try:
         from kv_transfer.nccl_wire import NcclDevice  # needs CuPy, which CPU machines do not have
 
-        return NcclDevice(torch.cuda.current_device(), transfer.nccl_channels)
+        return NcclDevice(torch.cuda.current_device(), settings.config.transfer.nccl_channels)
     except (ImportError, ConfigError) as error:
-        if transfer.link == "nccl":
-            raise ConfigError(f"transfer.link nccl: {error}; install phasewise[gpu]", field="transfer.link") from None
-        logger.warning("no direct links, the object store is used instead: %s", error)
-        return None
+        raise ConfigError(f"transfer.link nccl: {error}; install phasewise[gpu]", field="transfer.link") from None

@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 import queue
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,10 +28,13 @@ from decode_workers.phase import DecodePhase
 from engine.batch import DeviceLost, PendingStep, ScheduledBatch, ScheduledSequence
 from engine.block_manager import BlockManager
 from kv_transfer.link import ArrivedPart
+from kv_transfer.plan import WIRE_VERSION
+from kv_transfer.prober import LinkProber, ProbeLink
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
 from phasewise.core.clock import Clock
 from phasewise.core.errors import InternalError, Unavailable
+from phasewise.core.links import WorkerLinks
 from phasewise.core.messages import (
     AbortRequest,
     GatewayLost,
@@ -102,6 +105,7 @@ class WorkerParts:
     decode: DecodePhase
     sender: KVSender
     receiver: KVReceiver
+    prober: LinkProber
     outbox: Outbox
 
 
@@ -132,7 +136,8 @@ class Worker:
         self._loads = loads
         self._clock = clock
         self._settings = settings
-        self._mailbox: queue.SimpleQueue[tuple[WorkerMessage, ArrivedPart | None] | None] = queue.SimpleQueue()
+        self._mailbox: queue.SimpleQueue[tuple[WorkerMessage | ProbeLink, ArrivedPart | None] | None]
+        self._mailbox = queue.SimpleQueue()
         self._role = info.role
         self._state = WorkerState.READY
         self._stopping = False
@@ -147,9 +152,15 @@ class Worker:
 
     # ---- from any thread
 
-    def post(self, message: WorkerMessage, arrived: ArrivedPart | None = None) -> None:
+    def post(self, message: WorkerMessage | ProbeLink, arrived: ArrivedPart | None = None) -> None:
         """Puts a message, and what came with the header of a part, into the mailbox."""
         self._mailbox.put((message, arrived))
+
+    def links(self, peers: Sequence[WorkerInfo]) -> WorkerLinks:
+        """The ways to other workers, as far as they are known."""
+        facts = tuple(self._parts.sender.facts(peer.worker_id, peer.kv_spec) for peer in peers)
+        layers = self._settings.layers_per_part or self.info.kv_spec.num_layers
+        return WorkerLinks(self.info.worker_id, WIRE_VERSION, layers, self._settings.token_budget, facts)
 
     def stop(self) -> None:
         """Makes `run` return after the round that it is in."""
@@ -173,6 +184,7 @@ class Worker:
         parts = self._parts
         parts.prefill.poll()
         parts.decode.poll()
+        parts.prober.poll()  # behind the parts of handoffs
         decodes = parts.decode.plan()
         prompts = parts.prefill.plan(self._settings.token_budget - len(decodes))
         has_work = bool(decodes or prompts)
@@ -284,6 +296,7 @@ class Worker:
             parts.prefill.next_deadline_s(),
             parts.decode.next_deadline_s(),
             parts.sender.next_deadline_s(),
+            parts.prober.next_deadline_s(),
             now_s + self._settings.heartbeat_s,
         )
         try:
@@ -293,7 +306,7 @@ class Worker:
         if entry is not None:
             self._dispatch(*entry)
 
-    def _dispatch(self, message: WorkerMessage, arrived: ArrivedPart | None) -> None:
+    def _dispatch(self, message: WorkerMessage | ProbeLink, arrived: ArrivedPart | None) -> None:
         parts = self._parts
         match message:
             case PrefillTask():
@@ -316,7 +329,8 @@ class Worker:
                 assert arrived is not None
                 parts.receiver.on_part(message, arrived)
             case KVPartAck(transfer_id, part_index):
-                parts.sender.on_part_ack(transfer_id, part_index)
+                parts.prober.on_part_ack(transfer_id)
+                parts.sender.on_part_ack(transfer_id, part_index)  # even a probe's: its buffer has come back
             case KVCommit():
                 parts.receiver.on_commit(message)
             case KVAbort(transfer_id, reason):
@@ -328,9 +342,13 @@ class Worker:
                 self._gone.add(worker_id)
                 parts.prefill.on_peer_lost(worker_id)
                 parts.decode.on_peer_lost(worker_id)
+                parts.prober.on_peer_lost(worker_id)
             case LinkLost(peer, reason):
                 parts.sender.on_link_lost(peer, reason)
                 parts.receiver.on_link_lost(peer, reason)
+                parts.prober.on_link_lost(peer, reason)
+            case ProbeLink():
+                parts.prober.start(message)
             case GatewayLost(gateway_id):
                 self._gone.add(gateway_id)
                 parts.prefill.on_gateway_lost(gateway_id)

@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from control_plane.gateway.openai_errors import ParameterNames
 from control_plane.gateway.service import GenerateInput, SamplingInput
+from control_plane.link_survey import DEFAULT_SIZES, DEFAULT_TIMEOUT_S
 from phasewise.core.errors import InvalidRequest
 
 MAX_CHOICES = 1024
@@ -218,6 +219,13 @@ class DetokenizeBody(_Body):
 
     model: str | None = None
     tokens: list[int]
+
+
+class ProbeLinksBody(_Body):
+    """POST /links/probe"""
+
+    sizes: list[int] = list(DEFAULT_SIZES)
+    timeout_s: float = DEFAULT_TIMEOUT_S
 
 
 def split_prompts(prompt: object) -> list[str | list[int]]:

@@ -35,7 +35,7 @@ from control_plane.gateway.openai_errors import (
 )
 from control_plane.gateway.openai_generation import Answer, ClientLeft, open_answer, until_disconnect
 from control_plane.gateway.openai_responses import ChatForm, ChunkWriter, CompletionForm, Envelope, dumps
-from control_plane.gateway.openai_schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from control_plane.gateway.openai_schema import ChatBody, CompletionBody, DetokenizeBody, ProbeLinksBody, TokenizeBody
 from control_plane.gateway.service import GenerateInput, InferenceService, ModelCard
 from phasewise.core.clock import Clock, MonotonicClock
 from phasewise.core.errors import InternalError, InvalidRequest, ModelNotFound, ServingError, Unavailable
@@ -58,6 +58,8 @@ def build_app(service: InferenceService, *, max_body_bytes: int, clock: Clock | 
         Route("/detokenize", api.answering(api.detokenize), methods=["POST"]),
         Route("/health", api.answering(api.health), methods=["GET"]),
         Route("/status", api.answering(api.status), methods=["GET"]),
+        Route("/links", api.answering(api.links), methods=["GET"]),
+        Route("/links/probe", api.answering(api.probe_links), methods=["POST"]),
         Route("/metrics", api.answering(api.metrics), methods=["GET"]),
     ]
     return Starlette(routes=routes, exception_handlers={HTTPException: _unknown_route})
@@ -173,6 +175,13 @@ class _Api:
     async def status(self, call: _Call) -> Response:
         return call.json(await self._service.status())
 
+    async def links(self, call: _Call) -> Response:
+        return call.json(await self._service.links())
+
+    async def probe_links(self, call: _Call) -> Response:
+        body = await self._read(call, ProbeLinksBody, empty=b"{}")
+        return call.json(await self._service.probe_links(body.sizes, body.timeout_s))
+
     async def metrics(self, call: _Call) -> Response:
         body, content_type = await self._service.metrics_text()
         return Response(body, headers={**call.headers, "content-type": content_type})
@@ -205,8 +214,9 @@ class _Api:
     def _prompt_text(self, given: GenerateInput) -> str:
         return given.text if given.text is not None else self._service.detokenize(given.token_ids or (), given.model)
 
-    async def _read(self, call: _Call, schema: type[_Schema]) -> _Schema:
-        raw = await self._read_body(call.request)
+    async def _read(self, call: _Call, schema: type[_Schema], empty: bytes = b"") -> _Schema:
+        """The body as `schema`; `empty` stands for one without content."""
+        raw = await self._read_body(call.request) or empty
         try:
             return schema.model_validate_json(raw)
         except ValidationError as error:

@@ -16,16 +16,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 from control_plane.gateway.detokenizer import SampleText, token_info
+from control_plane.gateway.link_report import link_report
 from control_plane.gateway.open_requests import Attempt, OpenRequest, OpenSample, stage_durations
 from control_plane.gateway.open_stream import OpenStream
 from control_plane.gateway.preparation import PreparedRequest, RequestPreparer
 from control_plane.gateway.service import GenerateInput, ModelCard
 from control_plane.gateway.text import TextTokenizer
+from control_plane.link_survey import LinkSurvey, check_probes
 from control_plane.metrics import GatewayMetrics
 from phasewise.core.clock import Clock
 from phasewise.core.errors import (
@@ -90,6 +92,12 @@ class Placer(Protocol):
 
     async def snapshot(self) -> list[tuple[WorkerInfo, WorkerLoad]]:
         """All workers and what they last said."""
+
+    async def links(self) -> LinkSurvey:
+        """The links between workers, as far as they are known. Raises Unavailable."""
+
+    async def probe_links(self, sizes: Sequence[int], timeout_s: float) -> LinkSurvey:
+        """The same, measured. Raises Unavailable, or Overloaded while somebody else measures."""
 
 
 class RequestLoop:
@@ -186,6 +194,13 @@ class RequestLoop:
                 "waiting": sum(s.record.first_token_s is None for s in self._open.values()),
             },
         }
+
+    async def links(self) -> dict[str, Any]:
+        return link_report(await self._placer.links(), self.model.context_length)
+
+    async def probe_links(self, sizes: Sequence[int], timeout_s: float) -> dict[str, Any]:
+        check_probes(sizes, timeout_s)
+        return link_report(await self._placer.probe_links(sizes, timeout_s), self.model.context_length)
 
     async def metrics_text(self) -> tuple[bytes, str]:
         return self._metrics.render(await self._placer.snapshot())

@@ -6,7 +6,7 @@ translate what comes out, errors included. They decide nothing.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -162,6 +162,12 @@ class InferenceService(Protocol):
 
     async def status(self) -> dict[str, Any]:
         """The cluster's state as JSON: {"workers": [{"id", "pid", "role", "state", …}], "gateway": {…}, …}."""
+
+    async def links(self) -> dict[str, Any]:
+        """The links between workers as JSON (control_plane/gateway/link_report.py). Raises Unavailable."""
+
+    async def probe_links(self, sizes: Sequence[int], timeout_s: float) -> dict[str, Any]:
+        """The same, measured with parts of these sizes. Raises InvalidRequest, Unavailable, Overloaded."""
 
     async def metrics_text(self) -> tuple[bytes, str]:
         """(body, content type) in Prometheus' text format."""

@@ -122,9 +122,9 @@ class SchedulerConfig(_Section):
 class TransferConfig(_Section):
     """How KV moves from prefill to decode workers."""
 
-    link: Literal["auto", "nccl", "tcp", "object_store"] = Field(
-        "auto",
-        description="auto: nccl between GPUs, else object_store; nccl (GPUs), tcp (CPUs): refuse to start without it",
+    link: Literal["object_store", "nccl", "tcp"] = Field(
+        "object_store",
+        description="object_store: Ray's shared memory; nccl: between GPUs; tcp: between CPU workers",
     )
     codec: Literal["none", "fp8", "int8"] = Field(
         "none", description="How KV may be compressed on a link that is slower than compressing it; both lose precision"
@@ -132,11 +132,13 @@ class TransferConfig(_Section):
     nccl_channels: int = Field(
         16, ge=1, le=32, description="NCCL channels of a link: more are faster and take more GPU memory"
     )
-    slab_mib: int = Field(128, ge=1, description="Device memory of a part on its way over a direct link, in MiB")
+    slab_mib: int = Field(128, ge=1, description="Staging memory of a part on its way over a direct link, in MiB")
     num_slabs: int = Field(2, ge=2, description="Such parts at once, in each direction of a worker")
     stall_s: float = Field(5.0, gt=0, description="A part on its way over a direct link for longer means a broken link")
-    layerwise_threshold_tokens: int = Field(
-        512, ge=1, description="Prompts from this length are pushed layer group by layer group"
+    layerwise_threshold_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Prompts from this length are pushed layer group by layer group; default: where that pays",
     )
     layers_per_part: int = Field(8, ge=1, description="Layers in one part of a layer-wise push")
     window_mib: int = Field(256, ge=1, description="Most bytes in flight per sending worker, in MiB")

@@ -47,8 +47,8 @@ class KVCacheSpec:
         return hashlib.sha256(self.content.encode()).hexdigest()[:16]
 
     def differences(self, other: KVCacheSpec) -> list[str]:
-        """What differs, in words. A handoff may differ in dtype and block size, of which the latter is not named."""
-        names = ("num_layers", "num_kv_heads", "head_dim", "dtype", "model_fingerprint")
+        """What makes a handoff impossible, in words; empty when it is possible."""
+        names = ("num_layers", "num_kv_heads", "head_dim", "model_fingerprint")
         return [
             f"{name}: {getattr(self, name)} here, {getattr(other, name)} there"
             for name in names

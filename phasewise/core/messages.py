@@ -24,6 +24,8 @@ from phasewise.core.placement import Placement, WorkerId, WorkerRole, WorkerStat
 from phasewise.core.profile import DeviceProfile
 from phasewise.core.request import FinishReason, Request, SampledToken
 
+PROBE_DTYPE = "probe"
+
 # ---- to a worker, from a gateway
 
 
@@ -85,7 +87,8 @@ class KVRefused:
 class KVPart:
     """Header of one part: KV of some layers and tokens. `num_bytes` travel beside it (kv_transfer/codec.py).
 
-    `dtype` is that of the values before the codec: of the two caches' dtypes the narrower one.
+    `dtype` is that of the values before the codec: of the two caches' dtypes the narrower one. A part with the dtype
+    "probe" is of no handoff: it only measures the link (kv_transfer/prober.py).
     """
 
     transfer_id: str
@@ -97,6 +100,10 @@ class KVPart:
     num_bytes: int
     dtype: str
     codec: str
+
+    @property
+    def is_probe(self) -> bool:
+        return self.dtype == PROBE_DTYPE
 
 
 @dataclass(frozen=True, slots=True)

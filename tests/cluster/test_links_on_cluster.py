@@ -145,7 +145,7 @@ def test_an_orderly_end_leaves_no_process_and_no_shared_memory(linked: Served, m
 
 
 @pytest.mark.parametrize(
-    ("device", "link", "message"), [("cpu", "nccl", "transfer.link nccl needs GPUs; use auto, tcp or object_store")]
+    ("device", "link", "message"), [("cpu", "nccl", "transfer.link nccl needs GPUs; use tcp or object_store")]
 )
 def test_a_link_that_the_workers_cannot_have_is_one_clear_line(
     tmp_path: Path, tiny_model: tuple[Path, Any], device: str, link: str, message: str

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -169,6 +169,12 @@ class ScriptedService:
 
     async def status(self) -> dict[str, Any]:
         return {"workers": [], "gateway": {}}
+
+    async def links(self) -> dict[str, Any]:
+        return {"workers": [], "pairs": []}
+
+    async def probe_links(self, sizes: Sequence[int], timeout_s: float) -> dict[str, Any]:
+        return {"workers": [], "pairs": []}
 
     async def metrics_text(self) -> tuple[bytes, str]:
         return b"", "text/plain"

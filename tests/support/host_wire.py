@@ -14,7 +14,7 @@ import torch
 from kv_transfer.tcp_wire import TcpDevice, TcpWire
 from kv_transfer.wire import Check, Mark
 
-NUM_TRIALS = 10
+NUM_TRIALS = 11
 """Messages that open a link; parts are counted behind them."""
 
 Hook = Callable[[str, int, "HostWire"], None]

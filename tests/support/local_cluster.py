@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import threading
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,22 @@ from control_plane.gateway.preparation import RequestLimits, RequestPreparer
 from control_plane.gateway.request_loop import RequestLoop
 from control_plane.gateway.service import ModelCard
 from control_plane.gateway.text import TextTokenizer, load_tokenizer
+from control_plane.link_survey import LinkSurvey, look, measure
 from control_plane.metrics import GatewayMetrics
 from kv_transfer.direct_link import DirectLinks
 from kv_transfer.link import Link
 from kv_transfer.loopback_link import LoopbackLink
 from kv_transfer.routed_link import RoutedLink
 from kv_transfer.staging import is_intact
+from kv_transfer.tcp_wire import TcpDevice
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.config import ServingConfig, build_config
+from phasewise.core.links import LinkProbe, WorkerLinks
 from phasewise.core.messages import PeerLost, WorkerInfo, WorkerLoad, WorkerMessage, WorkerOutput
 from phasewise.core.model_source import model_facts, resolve_model
 from phasewise.core.placement import Placement, WorkerId
-from tests.support.host_wire import HostDevice
 from workers.build import LoadedEngine, Ports, assemble, load_engine, worker_info
+from workers.probing import probe_link
 from workers.worker import Worker
 
 
@@ -106,7 +109,7 @@ class LocalCluster:
 
         return DirectLinks(
             info.worker_id,
-            HostDevice(),
+            TcpDevice("127.0.0.1"),
             post,
             is_intact,
             fingerprint=info.kv_spec.content,
@@ -143,7 +146,7 @@ class LocalCluster:
         """As if its process was killed: it hears nothing, what it says is not heard, and everybody else is told."""
         self.lost.add(worker_id)
         self.workers[worker_id].stop()
-        del self._mailboxes[worker_id]
+        self._mailboxes[worker_id] = lambda message, arrived=None: None
         self.scheduler.worker_lost(worker_id)
         for other in self.workers.keys() - self.lost:
             self.send(other, PeerLost(worker_id))
@@ -218,6 +221,27 @@ class LocalCluster:
 
     async def snapshot(self) -> list[tuple[WorkerInfo, WorkerLoad]]:
         return [(m.info, m.load) for m in self.scheduler.registry.members()]
+
+    async def links(self) -> LinkSurvey:
+        return await look(self.config.transfer, await self.snapshot(), _Asker(self.workers))
+
+    async def probe_links(self, sizes: Sequence[int], timeout_s: float) -> LinkSurvey:
+        before = await self.links()
+        probes = await measure(before.pairs, _Asker(self.workers), sizes, timeout_s, self._clock)
+        return (await self.links()).with_probes(probes)
+
+
+class _Asker:
+    """LinkAsker over workers of this process."""
+
+    def __init__(self, workers: dict[WorkerId, Worker]) -> None:
+        self._workers = workers
+
+    async def links(self, worker_id: WorkerId, peers: Sequence[WorkerInfo]) -> WorkerLinks:
+        return self._workers[worker_id].links(peers)
+
+    async def probe(self, worker_id: WorkerId, peer: WorkerId, num_bytes: int, timeout_s: float) -> LinkProbe:
+        return await probe_link(self._workers[worker_id], peer, num_bytes, timeout_s)
 
 
 @contextlib.asynccontextmanager

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from kv_transfer.sender import SendLimits
 from phasewise.core.errors import ERROR_BY_CODE
 from phasewise.core.lifecycle import Stage
 from phasewise.core.messages import (
@@ -120,7 +120,7 @@ def test_a_window_freed_by_a_failure_is_used_at_once() -> None:
 
     box = WorkerBox({**PAIR, "decode-1": "decode"}, fault=fault)
     sender = box.workers["prefill-0"]._parts.sender
-    sender._limits = SendLimits(7000)
+    sender._limits = replace(sender._limits, window_bytes=7000)
     box.submit("a", prompt_of(100, 1), "prefill-0", "decode-1", max_tokens=5)
     box.run_until(lambda: lost)
     box.submit("b", prompt_of(100, 2), "prefill-0", "decode-0", max_tokens=5)

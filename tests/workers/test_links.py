@@ -51,8 +51,9 @@ class LinkedBox(WorkerBox):
         mailboxes = {name: worker.post for name, worker in self.workers.items()}
         self.direct = Direct("prefill-0", mailboxes)
         self.parts_beside = 0
-        sender = self.workers["prefill-0"]._parts.sender
-        sender._link = RoutedLink(self.direct, LoopbackLink("prefill-0", mailboxes, self._count))
+        parts = self.workers["prefill-0"]._parts
+        routed = RoutedLink(self.direct, LoopbackLink("prefill-0", mailboxes, self._count))
+        parts.sender._link = parts.prober._link = routed
 
         def post(message: Any, arrived: Any = None) -> None:
             if isinstance(message, KVPartAck):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from kv_transfer.codec import CHECKSUM_BYTES
-from kv_transfer.sender import SendLimits
 from phasewise.core.lifecycle import Stage
 from phasewise.core.messages import GatewayLost, KVCommit, KVDone, KVOffer, KVPart, PeerLost
 from phasewise.core.request import FinishReason
@@ -351,7 +351,7 @@ def test_window_holds_parts_back_and_drops_none() -> None:
 
     box = WorkerBox(PAIR, num_blocks=512, fault=watch)
     sender = box.workers["prefill-0"]._parts.sender
-    sender._limits = SendLimits(20_000)
+    sender._limits = replace(sender._limits, window_bytes=20_000)
     for i in range(6):
         box.submit(f"r{i}", prompt_of(200, seed=i), "prefill-0", "decode-0", max_tokens=5)
     box.run()

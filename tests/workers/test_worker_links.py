@@ -16,21 +16,21 @@ from phasewise.core.mailboxes import WorkerMailboxes
 from phasewise.core.messages import KVPartAck
 from phasewise.core.placement import WorkerRole
 from tests.support.link_node import content, header
-from workers.links import WorkerLinks, own_address
+from workers.links import Links, own_address
 from workers.settings import WorkerSettings
 
 SPEC = KVCacheSpec(2, 2, 8, 16, "float32", "tiny")
-Make = Callable[..., WorkerLinks]
+Make = Callable[..., Links]
 
 
 @pytest.fixture
 def links() -> Iterator[Make]:
-    made: list[WorkerLinks] = []
+    made: list[Links] = []
 
-    def make(role: WorkerRole, link: str = "tcp", device: str = "cpu", head: str = "", post: Any = None) -> WorkerLinks:
+    def make(role: WorkerRole, link: str = "tcp", device: str = "cpu", head: str = "", post: Any = None) -> Links:
         config = build_config({"transfer": {"link": link, "slab_mib": 1}}, source="test")
         settings = WorkerSettings(f"{role.value}-0", role, device, 1, config, secret="s", head=head)
-        made.append(WorkerLinks(settings, WorkerMailboxes(), post or (lambda message, arrived=None: None)))
+        made.append(Links(settings, WorkerMailboxes(), post or (lambda message, arrived=None: None)))
         made[-1].agree_on(SPEC)
         return made[-1]
 
@@ -56,7 +56,7 @@ def test_a_pair_hands_over_across_tcp(links: Make) -> None:
     assert sender.link.bytes_per_s("decode-0") > 0
 
 
-@pytest.mark.parametrize(("link", "role"), [("auto", WorkerRole.PREFILL), ("tcp", WorkerRole.MIXED)])
+@pytest.mark.parametrize(("link", "role"), [("object_store", WorkerRole.PREFILL), ("tcp", WorkerRole.MIXED)])
 def test_without_direct_links_there_is_no_address(links: Make, link: str, role: WorkerRole) -> None:
     made = links(role, link)
     assert made.address == "" and not isinstance(made.link, RoutedLink)
@@ -71,8 +71,8 @@ def test_a_worker_listens_where_its_road_to_the_cluster_begins(links: Make) -> N
 @pytest.mark.parametrize(
     ("link", "device", "message"),
     [
-        ("nccl", "cpu", "transfer.link nccl needs GPUs; use auto, tcp or object_store"),
-        ("tcp", "cuda", "transfer.link tcp is for KV in host memory; use auto, nccl or object_store"),
+        ("nccl", "cpu", "transfer.link nccl needs GPUs; use tcp or object_store"),
+        ("tcp", "cuda", "transfer.link tcp is for KV in host memory; use nccl or object_store"),
     ],
 )
 def test_a_link_that_the_device_cannot_have_is_refused(links: Make, link: str, device: str, message: str) -> None:

@@ -12,7 +12,7 @@ import math
 import socket
 import threading
 import warnings
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ from control_plane.gateway.openai_server import build_app
 from control_plane.gateway.preparation import PreparedRequest, RequestLimits, RequestPreparer
 from control_plane.gateway.service import GenerateInput, InferenceService, ModelCard, SampleDelta, TokenInfo, Usage
 from control_plane.gateway.text import TextTokenizer, load_tokenizer
+from control_plane.link_survey import check_probes
 from phasewise.core.errors import DuplicateRequest, ServingError, Unavailable
 from phasewise.core.lifecycle import Stage
 from phasewise.core.messages import TimelineEvent
@@ -136,6 +137,13 @@ class HashService:
 
     async def status(self) -> dict[str, Any]:
         return {"workers": [], "gateway": {"open_requests": len(self.open)}}
+
+    async def links(self) -> dict[str, Any]:
+        return {"workers": [], "pairs": []}
+
+    async def probe_links(self, sizes: Sequence[int], timeout_s: float) -> dict[str, Any]:
+        check_probes(sizes, timeout_s)
+        return {"workers": [], "pairs": [], "asked": [*sizes, timeout_s]}
 
     async def metrics_text(self) -> tuple[bytes, str]:
         body = f"# TYPE phasewise_open_requests gauge\nphasewise_open_requests {len(self.open)}\n"

@@ -1,0 +1,425 @@
+"""Processes for the benchmarks of handoffs: each has a device of its own and one end of direct links, and does what its
+parent says.
+
+    LinkEnd     links, and a bare wire to compare them with
+    CacheEnd    a KV cache with both halves of a handoff, without an engine
+
+One with an engine is in benchmarks/link_worker.py.
+
+Where there is no GPU the device is the host, and wires are sockets. Control messages of handoffs go through pipes.
+Times are those of `time.perf_counter`, which on Linux is one clock for all processes of a host.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import random
+import threading
+import time
+import traceback
+import zlib
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.offline import local_device
+from engine.kv_cache import PagedKVCache
+from kv_transfer.cache_port import CachePort
+from kv_transfer.codec import CHECKSUM_BYTES, Codec
+from kv_transfer.direct_link import DirectLinks
+from kv_transfer.link import ArrivedPart
+from kv_transfer.plan import PartSpan
+from kv_transfer.receiver import KVReceiver
+from kv_transfer.sender import KVSender, SendLimits
+from kv_transfer.staging import is_intact
+from kv_transfer.state import ReceiveStatus, SendStatus
+from kv_transfer.wire import Wire, WireDevice
+from phasewise.core.clock import MonotonicClock
+from phasewise.core.kv_spec import KVCacheSpec
+from phasewise.core.messages import (
+    KVAbort,
+    KVAccepted,
+    KVCommit,
+    KVDone,
+    KVFailed,
+    KVOffer,
+    KVPart,
+    KVPartAck,
+    KVRefused,
+    LinkLost,
+)
+from phasewise.core.request import Request, SampledToken, SamplingParams
+
+MIB = 2**20
+TIMEOUT_S = 120.0  # of whatever a process was told to do
+OPEN_S = 60.0
+NUM_AHEAD = 16  # offers of pushes that are paced
+
+
+# ---- in the parent
+
+
+class Node:
+    """A process that holds `kind(*arguments)`; `call` runs a method there. `begin` and `end` are its two halves.
+
+    The first `end` returns when it is up.
+    """
+
+    def __init__(self, kind: type, gpus: Sequence[int], *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, kind, arguments), daemon=True)
+        before = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))  # the process has it from the start
+        try:
+            self._process.start()
+        finally:
+            if before is None:
+                del os.environ["CUDA_VISIBLE_DEVICES"]
+            else:
+                os.environ["CUDA_VISIBLE_DEVICES"] = before
+        theirs.close()
+
+    def begin(self, name: str, *arguments: Any) -> None:
+        self._pipe.send((name, arguments))
+
+    def end(self) -> Any:
+        """Raises RuntimeError with what the process raised, or that it says nothing."""
+        if not self._pipe.poll(TIMEOUT_S):
+            raise RuntimeError(f"a process says nothing for {TIMEOUT_S:.0f} s")
+        try:
+            is_right, result = self._pipe.recv()
+        except EOFError:
+            raise RuntimeError("a process is gone") from None
+        if not is_right:
+            raise RuntimeError(result)
+        return result
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        self.begin(name, *arguments)
+        return self.end()
+
+    def leave(self) -> None:
+        """Lets the process end."""
+        self._pipe.close()
+
+    def close(self) -> None:
+        """Waits for its end; kills it when it takes long."""
+        self.leave()
+        self._process.join(20.0)
+        self._process.kill()
+        self._process.join()
+
+
+def _serve(pipe: Connection, kind: type, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    try:
+        end = kind(*arguments)
+    except Exception:
+        pipe.send((False, traceback.format_exc()))
+        return
+    pipe.send((True, None))
+    while True:
+        try:
+            name, arguments = pipe.recv()
+        except EOFError:
+            end.close()
+            return
+        try:
+            answer = (True, getattr(end, name)(*arguments))
+        except Exception:
+            answer = (False, traceback.format_exc())
+        pipe.send(answer)
+
+
+def pipes(*pairs: tuple[str, str]) -> dict[str, dict[str, Connection]]:
+    """Control connections between ends: name → peer → connection."""
+    found: dict[str, dict[str, Connection]] = defaultdict(dict)
+    for one, other in pairs:
+        found[one][other], found[other][one] = multiprocessing.get_context("spawn").Pipe()
+    return found
+
+
+def open_links(nodes: Mapping[str, Node], *links: tuple[str, str]) -> dict[tuple[str, str], float]:
+    """From the first to the second of each; their rates in bytes/s."""
+    addresses = {name: node.call("address") for name, node in nodes.items()}
+    return {(one, other): nodes[one].call("open", other, addresses[other]) for one, other in links}
+
+
+# ---- in a node's process
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSettings:
+    """As transfer.* of the configuration."""
+
+    channels: int = 16
+    num_slabs_out: int = 2
+    num_slabs_in: int = 2
+    slab_bytes: int = 128 * MIB
+
+
+def link_device(channels: int) -> WireDevice:
+    """The GPU, or the host where there is none."""
+    if torch.cuda.is_available():
+        from kv_transfer.nccl_wire import NcclDevice
+
+        torch.cuda.init()
+        return NcclDevice(0, channels)
+    from kv_transfer.tcp_wire import TcpDevice
+
+    return TcpDevice("127.0.0.1")
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class LinkEnd:
+    """Links to others, and the mailbox that they post to."""
+
+    def __init__(self, name: str, controls: Mapping[str, Connection], settings: LinkSettings) -> None:
+        self.name = name
+        self.mailbox: queue.SimpleQueue[tuple[Any, ArrivedPart | None]] = queue.SimpleQueue()
+        self._controls = controls
+        self._device = link_device(settings.channels)
+        self._wire: Wire | None = None
+        self._memory_before = memory()
+        self.links = DirectLinks(
+            name,
+            self._device,
+            self.post,
+            is_intact,
+            fingerprint="benchmark",
+            host="127.0.0.1",
+            num_slabs_out=settings.num_slabs_out,
+            num_slabs_in=settings.num_slabs_in,
+            slab_bytes=settings.slab_bytes,
+            stall_s=20.0,
+        )
+        for control in controls.values():
+            threading.Thread(target=self._listen, args=(control,), daemon=True).start()
+
+    def address(self) -> str:
+        return self.links.address
+
+    def open(self, peer: str, address: str) -> float:
+        """The link's rate in bytes/s."""
+        self.links.open(peer, address, OPEN_S)
+        return self.links.bytes_per_s(peer)
+
+    def memory(self) -> dict[str, float]:
+        """MiB beyond what this process had before its first link."""
+        synchronize()
+        return {name: value - self._memory_before[name] for name, value in memory().items()}
+
+    def close(self) -> None:
+        self.links.close()
+        if self._wire is not None:
+            self._wire.abort()
+
+    def post(self, message: Any, arrived: ArrivedPart | None = None) -> None:
+        self.mailbox.put((message, arrived))
+
+    def send(self, worker_id: str, message: Any) -> None:
+        """PeerPort."""
+        self._controls[worker_id].send(message)
+
+    # ---- the bare wire
+
+    def raw_token(self) -> bytes:
+        return self._device.token()
+
+    def raw_open(self, token: bytes, rank: int) -> None:
+        self._wire = self._device.make(token, rank)
+        self._wire.connect()
+
+    def raw_send(self, num_bytes: int, count: int) -> float:
+        """When the first of `count` messages began: once the other end has posted all its receives."""
+        assert self._wire is not None
+        data = self._device.allocate(num_bytes)
+        synchronize()
+        while self.mailbox.get(timeout=TIMEOUT_S)[0] != "posted":
+            pass  # an acknowledgement that came behind the end of its handoff
+        start_s = time.perf_counter()
+        marks = [self._wire.send(data) for _ in range(count)]
+        marks[-1].wait()
+        return start_s
+
+    def raw_receive(self, sender: str, num_bytes: int, count: int) -> float:
+        """When the last message was in."""
+        assert self._wire is not None
+        data = self._device.allocate(num_bytes)
+        right = torch.ones((), dtype=torch.bool, device=data.device)
+        synchronize()
+        receipts = [self._wire.receive(data, None, lambda _: right) for _ in range(count)]
+        self.send(sender, "posted")
+        for receipt in receipts:
+            receipt.wait()
+        return time.perf_counter()
+
+    def _listen(self, control: Connection) -> None:
+        while True:
+            try:
+                self.post(control.recv())
+            except (EOFError, OSError):
+                return
+
+
+class CacheEnd(LinkEnd):
+    """A cache of random values; prompts of any length lie in the same scattered blocks of it."""
+
+    def __init__(
+        self,
+        name: str,
+        controls: Mapping[str, Connection],
+        settings: LinkSettings,
+        spec: KVCacheSpec,
+        num_blocks: int,
+        window_bytes: int,
+    ) -> None:
+        super().__init__(name, controls, settings)
+        cache = PagedKVCache(spec, num_blocks, local_device())
+        torch.manual_seed(zlib.crc32(name.encode()))
+        for layer in cache.storage:
+            layer.copy_(torch.randn(layer.shape, device=layer.device))
+        self._port = CachePort(cache, spec)
+        self._table = random.Random(name).sample(range(num_blocks), num_blocks)
+        clock = MonotonicClock()
+        self._sender = KVSender(name, self._port, self.links, self, clock, SendLimits(window_bytes))
+        self._receiver = KVReceiver(self._port, self, clock)
+        self._num_offers = 0
+        self._num_taken = 0
+
+    def give(self, peer: str, length: int, count: int) -> float:
+        """Hands a prompt over so often, all at once; the moment at which the first push began."""
+        return self.give_all(peer, [length] * count)
+
+    def give_all(self, peer: str, lengths: Sequence[int]) -> float:
+        offers = [(self._offer(peer, length), length) for length in lengths]
+        self._until(lambda: all(self._sender.status(t) is SendStatus.ACCEPTED for t, _ in offers))
+        synchronize()
+        start_s = time.perf_counter()
+        for transfer_id, length in offers:
+            self._push(transfer_id, length)
+            self._sender.commit(transfer_id, length, (SampledToken(1),), TIMEOUT_S)
+        self._until(lambda: all(self._sender.status(t) is SendStatus.DONE for t, _ in offers))
+        for transfer_id, _ in offers:
+            self._sender.forget(transfer_id)
+        return start_s
+
+    def take(self, count: int) -> float:
+        """Receives `count` handoffs; the moment at which the last was in the cache."""
+        self._num_taken = 0
+        self._until(lambda: self._num_taken == count)
+        synchronize()
+        return time.perf_counter()
+
+    def push_at(self, peer: str, length: int, bytes_per_s: float, duration_s: float) -> tuple[int, float]:
+        """Pushes prompts that are given up when they have left, at that rate or as fast as they go: bytes, seconds."""
+        period_s = length * self._port.spec.bytes_per_token / bytes_per_s
+        offered: deque[str] = deque()
+        pushed: list[str] = []
+        before, start_s = self._sender.num_bytes_sent, time.perf_counter()
+        next_s = start_s
+        while (now_s := time.perf_counter()) < start_s + duration_s:
+            while len(offered) + len(pushed) < NUM_AHEAD:
+                offered.append(self._offer(peer, length))
+            if offered and now_s >= next_s and self._sender.status(offered[0]) is SendStatus.ACCEPTED:
+                self._push(offered[0], length)
+                pushed.append(offered.popleft())
+                next_s = max(next_s + period_s, now_s - 10 * period_s)
+            self._handle(max(next_s - now_s, 0.001))
+            for transfer_id in [t for t in pushed if not self._is_leaving(t)]:
+                self._give_up(transfer_id)
+                pushed.remove(transfer_id)
+        elapsed_s, num_bytes = time.perf_counter() - start_s, self._sender.num_bytes_sent - before
+        self._until(lambda: not any(map(self._is_leaving, pushed)))
+        for transfer_id in (*pushed, *offered):
+            self._give_up(transfer_id)
+        return num_bytes, elapsed_s
+
+    def content(self, length: int) -> list[int]:
+        """The checksum of a prompt's KV in the cache's own dtype."""
+        spec = self._port.spec
+        span = PartSpan(0, spec.num_layers, 0, length)
+        layout = self._port.layout(span, spec.dtype, Codec.NONE)
+        wire = self._device.allocate(layout.num_bytes)
+        self._port.pack(self._table, span, layout, wire)
+        return wire[-CHECKSUM_BYTES:].tolist()
+
+    def num_checksum_failures(self) -> int:
+        return self._receiver.counters.checksum_failures
+
+    def _offer(self, peer: str, length: int) -> str:
+        self._num_offers += 1
+        request = Request(f"{self.name}-{self._num_offers}", (0,) * length, SamplingParams(max_tokens=2))
+        return self._sender.offer(peer, request, "gateway", TIMEOUT_S)
+
+    def _push(self, transfer_id: str, length: int) -> None:
+        self._sender.push(transfer_id, PartSpan(0, self._port.spec.num_layers, 0, length), self._table)
+
+    def _is_leaving(self, transfer_id: str) -> bool:
+        transfer = self._sender._transfers[transfer_id]
+        return bool(transfer.waiting or transfer.in_flight)
+
+    def _give_up(self, transfer_id: str) -> None:
+        self._sender.abort(transfer_id, "a benchmark's")
+        self._sender.forget(transfer_id)
+
+    def _until(self, condition: Callable[[], bool]) -> None:
+        end_s = time.perf_counter() + TIMEOUT_S
+        while not condition():
+            if time.perf_counter() > end_s:
+                raise TimeoutError(f"a handoff did not end within {TIMEOUT_S:.0f} s")
+            self._handle(1.0)
+
+    def _handle(self, timeout_s: float) -> None:
+        """One message, if it comes in time."""
+        try:
+            message, arrived = self.mailbox.get(timeout=timeout_s)
+        except queue.Empty:
+            return
+        sender, receiver = self._sender, self._receiver
+        match message:
+            case KVOffer():
+                refusal = receiver.refusal(message)
+                assert not refusal, refusal
+                receiver.accept(message, self._table, 0, float("inf"))
+            case KVAccepted():
+                sender.on_accepted(message)
+            case KVPart():
+                assert arrived is not None
+                receiver.on_part(message, arrived)
+            case KVPartAck(transfer_id, part_index):
+                sender.on_part_ack(transfer_id, part_index)
+            case KVCommit():
+                receiver.on_commit(message)
+            case KVDone(transfer_id):
+                sender.on_done(transfer_id)
+            case KVAbort(transfer_id, reason):
+                receiver.on_abort(transfer_id, reason)
+            case KVRefused() | KVFailed() | LinkLost():
+                raise RuntimeError(f"{self.name}: {message}")
+        for ended in receiver.pop_ended():
+            if ended.status is not ReceiveStatus.DONE:
+                raise RuntimeError(f"{self.name}: {ended.reason}")
+            self._num_taken += 1
+
+
+def memory() -> dict[str, float]:
+    """MiB: of this process on the host, of its device as the driver counts, and of that what torch has reserved."""
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    found = {"resident": resident / MIB, "device": 0.0, "reserved": 0.0}
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        found |= {"device": (total - free) / MIB, "reserved": torch.cuda.memory_reserved() / MIB}
+    return found
