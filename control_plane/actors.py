@@ -165,19 +165,22 @@ class ControlPlaneActor:
         while not self._is_stopping:
             await asyncio.sleep(self._health.heartbeat_s)
             for worker_id in self._scheduler.tick():
-                handle = self._workers.get(worker_id)
                 self._tell_lost(worker_id, f"silent for {self._health.overdue_s} s")
-                if handle is not None:
-                    ray.kill(handle)  # nobody listens to it any more
 
     def _on_worker_lost(self, worker_id: WorkerId, reason: str) -> None:
         if not self._is_stopping and self._scheduler.worker_lost(worker_id):
             self._tell_lost(worker_id, reason)
 
     def _tell_lost(self, worker_id: WorkerId, reason: str) -> None:
-        """Everybody hears once: peers free what it held, gateways move its requests."""
+        """Everybody hears once: peers free what it held, gateways move its requests.
+
+        Its process may be there still, hanging or without its loop: it ends, so that it holds neither device nor links.
+        """
         logger.error("worker was lost: %s", reason, extra={"worker_id": worker_id})
+        handle = self._workers.get(worker_id)
         self._workers.forget(worker_id)
+        if handle is not None:
+            ray.kill(handle)
         for other in self._workers.ids():
             self._workers.send(other, PeerLost(worker_id))
         for handle in self._gateways.values():

@@ -188,6 +188,15 @@ class HealthConfig(_Section):
     heartbeat_s: float = Field(1.0, gt=0, description="A worker reports at least this often")
     overdue_s: float = Field(30.0, gt=0, description="A worker silent for this long is lost")
 
+    @model_validator(mode="after")
+    def _leaves_room(self) -> HealthConfig:
+        if self.overdue_s < 2 * self.heartbeat_s:
+            raise ValueError(
+                f"overdue_s {self.overdue_s:g} is less than two heartbeats of {self.heartbeat_s:g} s: workers with "
+                "nothing to do would be killed; raise health.overdue_s or lower health.heartbeat_s"
+            )
+        return self
+
 
 class LoggingConfig(_Section):
     format: Literal["text", "json"] = "text"

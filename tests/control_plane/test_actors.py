@@ -6,11 +6,17 @@ import asyncio
 from typing import Any
 
 import pytest
+from ray.exceptions import RayError
 
+from control_plane import actors
 from control_plane.actors import ControlPlaneActor, RemotePlacer
 from control_plane.link_survey import LinkSurvey
 from phasewise.core.config import ServingConfig
 from phasewise.core.errors import Overloaded, Unavailable
+from phasewise.core.kv_spec import KVCacheSpec
+from phasewise.core.messages import PeerLost, WorkerInfo
+from phasewise.core.placement import WorkerRole
+from phasewise.core.profile import DeviceProfile
 from tests.control_plane.test_link_survey import Workers
 
 
@@ -78,3 +84,47 @@ async def test_a_worker_that_does_not_answer_is_an_error_of_the_look(monkeypatch
     answers = await actor.links(), await actor.probe_links([32], 1.0)
     assert [type(answer) for answer in answers] == [Unavailable, Unavailable]
     assert not actor._is_probing
+
+
+class WorkerHandle(RecordingHandle):
+    """A worker's handle; `wait_closed` raises what `ends` gets, as a call to an actor whose loop broke does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ends: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def wait_closed(self) -> Any:
+        return self
+
+    def remote(self) -> asyncio.Future[None]:
+        return self.ends
+
+
+async def test_a_worker_whose_loop_broke_is_ended_and_its_peers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process lives on, with its memory of the device and its ends of the links."""
+    killed: list[Any] = []
+    is_killed = asyncio.Event()
+
+    def kill(handle: Any) -> None:
+        killed.append(handle)
+        is_killed.set()
+
+    monkeypatch.setattr(actors, "setup_logging", lambda *args, **options: None)
+    monkeypatch.setattr(actors.ray, "kill", kill)
+    control_plane = ControlPlaneActor(ServingConfig(), None)
+    handles = {name: WorkerHandle() for name in ("prefill-0", "decode-0")}
+    profile = DeviceProfile.linear(0.0, 0.001, 0.0, 0.001)
+    for name, handle in handles.items():
+        role, spec = WorkerRole(name.split("-")[0]), KVCacheSpec(2, 1, 4, 16, "float32")
+        await control_plane.join(WorkerInfo(name, role, 1, "h", "cpu", "float32", 1, spec, 8, 128, profile), handle)
+    await asyncio.sleep(0)
+    handles["decode-0"].ends.set_exception(RayError("the device was lost"))
+    await asyncio.wait_for(is_killed.wait(), 5)
+    assert killed == [handles["decode-0"]]
+    assert handles["prefill-0"].calls == [("post", (PeerLost("decode-0"),))]
+    assert [load.state.value for _, load in await control_plane.snapshot()] == ["ready", "lost"]
+    await control_plane.stop()
+    handles["prefill-0"].ends.set_result(None)
+    await asyncio.gather(*control_plane._watches)
+    assert len(killed) == 1, "a worker that was stopped is not lost"
