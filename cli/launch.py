@@ -100,7 +100,9 @@ class Launcher:
         self._connect(cluster.workers)
         card = self._model_card(cluster, source, facts)
         cluster.context_length = card.context_length
-        cluster.addresses["grpc"] = self._ask(self._gateway.serve.remote(card, self._workers, self._control_plane))
+        cluster.addresses["grpc"] = self._ask(
+            self._gateway.serve.remote(card, cluster.workers, self._workers, self._control_plane)
+        )
         self._is_up = True
         self._watch(cluster)
         return cluster
@@ -118,7 +120,7 @@ class Launcher:
         for step in (
             lambda: self._ask(self._gateway.drain.remote(drain_s), drain_s + 10.0),
             lambda: self._ask(self._control_plane.stop.remote(), 10.0),
-            lambda: self._ask_all([w.stop.remote() for w in self._workers.values()], 15.0),
+            lambda: self._wait_all([w.stop.remote() for w in self._workers.values()], 15.0),
             lambda: self._ask(self._gateway.stop.remote(), 15.0),
         ):
             try:
@@ -278,6 +280,13 @@ class Launcher:
 
         for value in ray.get(refs, timeout=timeout_s):
             self._value(value)
+
+    @staticmethod
+    def _wait_all(refs: list[Any], timeout_s: float) -> None:
+        """Waits for all answers, also where some are errors: a worker that is lost must not hurry the others."""
+        import ray
+
+        ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
 
     @staticmethod
     def _value(value: Any) -> Any:

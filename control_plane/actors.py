@@ -341,17 +341,25 @@ class GatewayActor:
         return self._tokenizer.chat_template is not None
 
     async def serve(
-        self, card: ModelCard, workers: Mapping[WorkerId, ActorHandle], control_plane: ActorHandle
+        self,
+        card: ModelCard,
+        infos: Sequence[WorkerInfo],
+        workers: Mapping[WorkerId, ActorHandle],
+        control_plane: ActorHandle,
     ) -> str | ServingError:
         """Starts both servers and admits requests; the gRPC address, or what is wrong."""
         assert self._tokenizer is not None
         assert self._socket is not None
         config, tokenizer = self._settings.config.gateway, self._tokenizer
         self._workers.connect(workers)
+        decoding = (info for info in infos if info.role.can_decode)
+        smallest = min(decoding, key=lambda info: info.num_kv_blocks)
         limits = RequestLimits(
             config.default_timeout_s,
             default_max_tokens=config.default_max_tokens,
             max_samples=self._settings.config.scheduler.max_running,
+            num_kv_blocks=smallest.num_kv_blocks,
+            block_size=smallest.kv_spec.block_size,
         )
         addresses = {"http": format_address(self._socket), "grpc": config.grpc}
         loop = RequestLoop(

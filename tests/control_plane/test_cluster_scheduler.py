@@ -246,3 +246,11 @@ def test_workers_to_avoid_are_the_last_resort(
     scheduler = make(dict.fromkeys(workers, FAST))
     placed = [scheduler.place(f"r{i}", 100, 1, 64, attempt=1, avoid=avoid) for i in range(6)]
     assert {(p.prefill_worker, p.decode_worker) for p in placed} == pairs
+
+
+def test_a_report_that_a_newer_one_overtook_is_ignored() -> None:
+    scheduler = make({"prefill-0": FAST, "decode-0": FAST})
+    scheduler.worker_load(WorkerLoad("decode-0", WorkerRole.DECODE, WorkerState.READY, num_running=3, number=7))
+    scheduler.worker_load(WorkerLoad("decode-0", WorkerRole.DECODE, WorkerState.READY, num_running=9, number=6))
+    loads = {member.load.worker_id: member.load for member in scheduler.registry.members()}
+    assert loads["decode-0"].num_running == 3
