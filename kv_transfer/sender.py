@@ -160,8 +160,17 @@ class KVSender:
 
     def pump(self) -> None:
         """Sends what the window allows, in the order in which the transfers began; then commits that are due."""
+        is_full = False
         for transfer_id, transfer in self._transfers.items():
-            while transfer.waiting and self._send(transfer_id, transfer, *transfer.waiting[0]):
+            while transfer.waiting and not is_full:
+                span, block_table = transfer.waiting[0]
+                layout = self._layout(transfer.peer, span, transfer.dtype)
+                # Nobody passes a part that the window is too full for: smaller ones would keep it out for ever.
+                is_full = self._bytes_in_flight > 0 and (
+                    self._bytes_in_flight + layout.num_bytes > self._limits.window_bytes
+                )
+                if is_full or not self._send(transfer_id, transfer, span, block_table, layout):
+                    break
                 transfer.waiting.popleft()
             due = transfer.commit is not None and not transfer.waiting
             if due and transfer.status in (SendStatus.ACCEPTED, SendStatus.SENDING):
@@ -222,12 +231,11 @@ class KVSender:
 
     # ---- inside
 
-    def _send(self, transfer_id: str, transfer: _Transfer, span: PartSpan, block_table: list[int]) -> bool:
-        """False when there is no room for the part now."""
-        peer, layout = transfer.peer, self._layout(transfer.peer, span, transfer.dtype)
-        num_bytes = layout.num_bytes
-        if self._bytes_in_flight and self._bytes_in_flight + num_bytes > self._limits.window_bytes:
-            return False
+    def _send(
+        self, transfer_id: str, transfer: _Transfer, span: PartSpan, block_table: list[int], layout: WireLayout
+    ) -> bool:
+        """False when the link has no room for the part now."""
+        peer, num_bytes = transfer.peer, layout.num_bytes
         wire = self._link.buffer(peer, num_bytes)
         if wire is None:
             return False

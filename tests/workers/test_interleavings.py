@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from kv_transfer.loopback_link import LoopbackLink
 from phasewise.core.errors import ERROR_BY_CODE
 from phasewise.core.lifecycle import Stage
 from phasewise.core.messages import (
@@ -219,6 +220,52 @@ def test_a_lost_done_repeats_no_token_and_frees_prefill() -> None:
     assert box.output("r") == expected_tokens(prompt_of(60), 300)
     assert box.failures == {}
     box.assert_empty()
+
+
+def test_a_second_offer_behind_the_commit_in_one_drain() -> None:
+    """The sender gave up what had just become whole, while the receiver was inside a step."""
+    box = WorkerBox(PAIR)
+    kept, _ = hold_first(box, KVDone)
+    box.submit("r", prompt_of(60), "prefill-0", "decode-0", max_tokens=50, time_left_s=600)
+    prefill, decode = box.workers["prefill-0"], box.workers["decode-0"]
+    prefill.round()
+    decode.round()
+    while not any(isinstance(m, KVCommit) for _, m in box.sent):
+        assert prefill.round()
+    box.clock.advance(31)  # transfer.timeout_s
+    prefill.round()
+    assert sum(isinstance(m, KVOffer) for _, m in box.sent) == 2
+    box.run()
+    assert kept and box.output("r") == expected_tokens(prompt_of(60), 50)
+    assert box.loads["decode-0"].counters["handoffs_in"] == 1
+    box.assert_empty()
+
+
+def test_small_parts_do_not_keep_a_large_one_out_of_the_window() -> None:
+    box = WorkerBox(PAIR, num_blocks=512)
+    sender, decode = box.workers["prefill-0"]._parts.sender, box.workers["decode-0"]
+    on_the_way: list[tuple[Any, Any]] = []
+    names: list[str] = []
+
+    def post(part: KVPart, arrived: Any) -> None:
+        on_the_way.append((part, arrived))
+        names.append(part.transfer_id.partition("#")[0])
+
+    assert isinstance(sender._link, LoopbackLink)
+    sender._link._mailboxes["decode-0"] = post  # type: ignore[assignment]
+    sender._limits = replace(sender._limits, window_bytes=130 * box.workers["prefill-0"].info.kv_spec.bytes_per_token)
+
+    def submit(name: str, length: int) -> None:
+        box.submit(name, prompt_of(length, len(names)), "prefill-0", "decode-0", max_tokens=2)
+        for _ in range(6):
+            box.round()
+
+    submit("small0", 40), submit("small1", 40), submit("large", 100)
+    for i in range(2, 8):  # there is always a small one that would fit where one has arrived
+        submit(f"small{i}", 40)
+        decode.post(*on_the_way.pop(0))
+        box.round()
+    assert names[2] == "large", names
 
 
 def test_what_can_never_fit_is_offered_once_and_is_not_retry_safe() -> None:
