@@ -252,14 +252,18 @@ class SendEpoch(_Epoch):
             else:
                 raise ConnectionError(f"{message} is not expected")
 
-    def tear_down(self) -> None:
-        """After `break_`: waits for the abort, ends the second thread, gives all slabs back."""
+    def tear_down(self) -> frozenset[str]:
+        """After `break_`: waits for the abort, ends the second thread, gives all slabs back.
+
+        Returns the transfers whose parts were on their way.
+        """
         self._is_aborted.wait()
         if self._pusher.ident is not None:
             self._pusher.join()
         self._trial = self._wire = None
         for entry in self._parts.values():
             self._room.pool.give_back(entry.slab)
+        return frozenset(entry.part.transfer_id for entry in self._parts.values())
 
     def _push(self) -> None:
         """Second thread: sends parts in their order, each when it is granted and packed."""
@@ -349,8 +353,11 @@ class ReceiveEpoch(_Epoch):
             else:
                 raise ConnectionError(f"{message} is not expected")
 
-    def tear_down(self) -> None:
-        """After `break_`: waits for the abort, ends the second thread, gives all slabs back."""
+    def tear_down(self) -> frozenset[str]:
+        """After `break_`: waits for the abort, ends the second thread, gives all slabs back.
+
+        Returns the transfers whose parts were on their way.
+        """
         self._room.pool.withdraw(self)
         self._is_aborted.wait()
         self._arriving.put(None)
@@ -360,6 +367,7 @@ class ReceiveEpoch(_Epoch):
         for entry in self._parts.values():
             if entry.slab is not None:
                 self._room.pool.give_back(entry.slab)
+        return frozenset(entry.part.transfer_id for entry in self._parts.values())
 
     def _grant(self, entry: _Incoming, slab: Slab) -> bool:
         with self._lock:

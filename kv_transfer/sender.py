@@ -18,7 +18,7 @@ from phasewise.core.clock import Clock
 from phasewise.core.handoff_cost import HandoffPath
 from phasewise.core.kv_spec import FP8, KVCacheSpec
 from phasewise.core.links import LinkFacts
-from phasewise.core.messages import KVAbort, KVAccepted, KVCommit, KVOffer, KVPart
+from phasewise.core.messages import KVAbort, KVAccepted, KVCommit, KVOffer, KVPart, LinkLost
 from phasewise.core.placement import WorkerId
 from phasewise.core.ports import PeerPort
 from phasewise.core.request import Request, SampledToken
@@ -221,12 +221,11 @@ class KVSender:
                 self._fail(transfer, f"worker {peer} was lost")
         self._link.forget(peer)
 
-    def on_link_lost(self, peer: WorkerId, reason: str) -> None:
-        """Gives up the transfers with parts on that link. Another attempt takes another road."""
+    def on_link_lost(self, lost: LinkLost) -> None:
+        """Gives up the transfers whose parts were on that link. Another attempt takes another road."""
         self.num_links_lost += 1
-        for transfer_id, transfer in list(self._transfers.items()):
-            if transfer.peer == peer and transfer.in_flight:
-                self.abort(transfer_id, f"the link to {peer} broke: {reason}")
+        for transfer_id in lost.transfer_ids:
+            self.abort(transfer_id, f"the link to {lost.peer} broke: {lost.reason}")
         self.pump()  # its buffers are free
 
     # ---- inside

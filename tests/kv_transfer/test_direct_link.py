@@ -271,7 +271,8 @@ def test_a_broken_link_is_opened_again_and_used(node: Make) -> None:
         receiver.take(epoch, 4096)
         sender.next(KVPartAck)
         (sender if epoch % 2 else receiver).links._epochs.copy().pop().break_("of a test")
-        sender.next(LinkLost, CLEAN_WITHIN_S), receiver.next(LinkLost, CLEAN_WITHIN_S)
+        assert not sender.next(LinkLost, CLEAN_WITHIN_S).transfer_ids
+        assert not receiver.next(LinkLost, CLEAN_WITHIN_S).transfer_ids
         assert sender.is_clean and receiver.is_clean
         until(lambda: sender.links.is_up("decode-0"), 5.0)
 
@@ -282,7 +283,8 @@ def test_what_is_sent_while_the_link_is_down_is_told_lost(node: Make) -> None:
     receiver.close()
     sender.next(LinkLost)
     assert sender.try_send("decode-0", 0, 4096)
-    assert "not up" in sender.next(LinkLost).reason
+    lost = sender.next(LinkLost)
+    assert "not up" in lost.reason and lost.transfer_ids == {"t"}
     assert sender.is_clean
 
 
@@ -308,8 +310,9 @@ def test_a_part_that_stalls_ends_the_epoch(node: Make, stage: str) -> None:
         assert sender.try_send("decode-0", index, 4096)
     receiver.take(0, 4096)
     sender.next(KVPartAck)
-    reasons = {sender.next(LinkLost, CLEAN_WITHIN_S).reason, receiver.next(LinkLost, CLEAN_WITHIN_S).reason}
-    assert any("part 1" in reason for reason in reasons), reasons
+    lost = [end.next(LinkLost, CLEAN_WITHIN_S) for end in (sender, receiver)]
+    assert any("part 1" in end.reason for end in lost), lost
+    assert all(end.transfer_ids == {"t"} for end in lost)
     assert sender.is_clean and receiver.is_clean
     assert receiver.mailbox.empty(), "what an abort has torn is never handed over"
 

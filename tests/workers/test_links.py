@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ class Direct(LoopbackLink):
         self.num_sent = 0
         self.num_out = 0
         self.most_out = 0
+        self.kept: set[str] = set()
 
     def is_up(self, peer: str) -> bool:
         return self.up
@@ -41,6 +43,8 @@ class Direct(LoopbackLink):
         self.most_out = max(self.most_out, self.num_out)
         if self.num_sent <= self.num_delivered:
             super().send_part(peer, part, wire)
+        else:
+            self.kept.add(part.transfer_id)
 
 
 class LinkedBox(WorkerBox):
@@ -71,7 +75,7 @@ class LinkedBox(WorkerBox):
         self.direct.up = False
         for side in sides:
             other = "decode-0" if side == "prefill-0" else "prefill-0"
-            self.workers[side].post(LinkLost(other, "the test broke it"))
+            self.workers[side].post(LinkLost(other, "the test broke it", frozenset(self.direct.kept)))
 
 
 def committed(box: WorkerBox) -> bool:
@@ -109,6 +113,46 @@ def test_a_link_that_breaks_with_nothing_on_it_costs_nothing() -> None:
     assert box.output("a") == expected_tokens(prompt_of(100), 8)
     assert box.output("b") == expected_tokens(prompt_of(90), 8)
     assert box.parts_beside == 1
+    assert box.workers["prefill-0"].load().counters["handoff_failures"] == 0
+    box.assert_empty()
+
+
+@pytest.mark.parametrize("late", ["prefill-0", "decode-0"])
+def test_news_of_a_break_that_come_twice_or_late_leave_the_second_attempt_alone(late: str) -> None:
+    """An abort takes its time on each side, and `send_part` tells at once what the end of the epoch tells again."""
+    box = LinkedBox(transfer=LAYERWISE)
+    box.direct.num_delivered = 0
+    box.submit("r", prompt_of(300), "prefill-0", "decode-0", max_tokens=8)
+    box.run_until(lambda: committed(box))
+    box.break_link("prefill-0")
+    prefill, decode = box.workers["prefill-0"], box.workers["decode-0"]
+    sender = prefill._parts.sender
+    sender._limits = replace(sender._limits, window_bytes=1)  # a part at a time
+    for _ in range(10):
+        prefill.round()
+        if box.parts_beside:
+            break
+        decode.round()
+    assert sender._bytes_in_flight
+    for _ in range(3):
+        box.break_link(late)
+        box.round()
+    box.run()
+    assert not box.failures
+    assert prefill.load().counters["handoff_failures"] == 1
+    assert box.output("r") == expected_tokens(prompt_of(300), 8)
+    box.assert_empty()
+
+
+def test_parts_that_took_another_road_outlive_the_link() -> None:
+    box = LinkedBox()
+    box.direct.up = False  # broken, but its end is not told yet
+    box.submit("r", prompt_of(100), "prefill-0", "decode-0", max_tokens=8)
+    sender = box.workers["prefill-0"]._parts.sender
+    box.run_until(lambda: sender._bytes_in_flight)
+    box.break_link("prefill-0", "decode-0")
+    box.run()
+    assert box.output("r") == expected_tokens(prompt_of(100), 8)
     assert box.workers["prefill-0"].load().counters["handoff_failures"] == 0
     box.assert_empty()
 
