@@ -323,6 +323,7 @@ class ReceiveEpoch(_Epoch):
         pattern = self._pattern()
         trial = self._trial = room.device.allocate(room.trial_bytes)
         room.check(trial)  # compiles what it needs
+        room.device.mark().wait()  # the wire's stream must not write to what the last owner's kernels still use
         channel.send(answer)
         token = channel.receive()
         if not isinstance(token, Token):

@@ -162,6 +162,28 @@ def test_a_receive_waits_on_the_device_for_the_last_use_of_its_slab(node: Make) 
     arrived[1].release()
 
 
+def test_nothing_is_received_into_new_memory_before_the_device_is_done_with_its_last_owner(node: Make) -> None:
+    seen: list[str] = []
+
+    class Device(HostDevice):
+        def allocate(self, num_bytes: int) -> torch.Tensor:
+            seen.append("allocate")
+            return super().allocate(num_bytes)
+
+        def mark(self) -> Any:
+            seen.append("mark")
+            return super().mark()
+
+        def make(self, token: bytes, rank: int) -> HostWire:
+            seen.append("make")
+            return super().make(token, rank)
+
+    sender, receiver = node("prefill-0"), node("decode-0", Device())
+    connect(sender, receiver)
+    before = seen[: seen.index("make")]
+    assert before[-1] == "mark" and "allocate" in before, before
+
+
 def test_corrupted_bytes_are_told_and_cost_no_slab(node: Make) -> None:
     def alter(part: int, data: bytearray) -> None:
         if part == 1:
