@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+import torch
+
 from kv_transfer.cache_port import CachePort
 from kv_transfer.codec import Codec, WireLayout, choose, is_lossless, wire_dtype
 from kv_transfer.link import Link
@@ -235,7 +237,13 @@ class KVSender:
     ) -> bool:
         """False when the link has no room for the part now."""
         peer, num_bytes = transfer.peer, layout.num_bytes
-        wire = self._link.buffer(peer, num_bytes)
+        try:
+            wire = self._link.buffer(peer, num_bytes)
+        except torch.OutOfMemoryError:  # a full device must not end the worker
+            if not self._bytes_in_flight:  # else memory comes back with what is on its way
+                remedy = "lower transfer.window_mib or cache.gpu_memory_utilization"
+                self.abort(transfer_id, f"the device has no {num_bytes} bytes left for a part; {remedy}")
+            return False
         if wire is None:
             return False
         self._cache.pack(block_table, span, layout, wire)

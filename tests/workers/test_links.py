@@ -183,6 +183,32 @@ def test_a_full_link_holds_parts_back_and_drops_none() -> None:
     box.assert_empty()
 
 
+@pytest.mark.parametrize("is_full_for_ever", [False, True])
+def test_a_full_device_fails_a_handoff_and_not_the_worker(
+    is_full_for_ever: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = LinkedBox(transfer=LAYERWISE)
+    buffer = box.direct.buffer
+
+    def full(peer: str, num_bytes: int) -> torch.Tensor | None:
+        if is_full_for_ever or box.direct.num_out:
+            raise torch.OutOfMemoryError
+        return buffer(peer, num_bytes)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(box.direct, "buffer", full)
+        box.submit("a", prompt_of(300), "prefill-0", "decode-0", max_tokens=4)
+        box.run()
+    if is_full_for_ever:
+        assert "bytes left for a part; lower transfer.window_mib" in box.failures["a"].message
+    else:
+        assert box.output("a") == expected_tokens(prompt_of(300), 4)
+    box.submit("b", prompt_of(50), "prefill-0", "decode-0", max_tokens=4)
+    box.run()
+    assert box.output("b") == expected_tokens(prompt_of(50), 4)
+    box.assert_empty()
+
+
 def test_large_parts_are_cut_to_what_the_link_takes() -> None:
     box = LinkedBox(num_blocks=512)
     box.direct._max_part_bytes = 1000
