@@ -279,8 +279,8 @@ class SendEpoch(_Epoch):
                 self._channel.send(Go(entry.seq))
                 assert self._wire is not None
                 self._wire.send(entry.slab.buffer[: entry.part.num_bytes])
-        except (OSError, WireError) as error:
-            self.break_(str(error))
+        except Exception as error:  # whatever it is, such as one of the device: nobody else would notice
+            self.break_(str(error) or type(error).__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -406,8 +406,8 @@ class ReceiveEpoch(_Epoch):
                     self._room.pool.give_back(slab)
                     self._room.post(entry.part, ArrivedPart(None, lambda: None))
                 self._channel.send(Left(entry.seq))
-        except (OSError, WireError) as error:
-            self.break_(str(error))
+        except Exception as error:  # whatever it is, such as one of the device: nobody else would notice
+            self.break_(str(error) or type(error).__name__)
 
     def _release(self, slab: Slab) -> None:
         slab.last_use = self._room.device.mark()

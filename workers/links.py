@@ -89,19 +89,26 @@ def _direct_links(settings: WorkerSettings, post: Post) -> DirectLinks | None:
     device = _wire_device(settings)
     if device is None:
         return None
-    return DirectLinks(
-        settings.worker_id,
-        device,
-        post,
-        is_intact,
-        fingerprint="",
-        host=settings.host or socket.gethostbyname(socket.gethostname()),
-        secret=settings.secret,
-        num_slabs_out=transfer.num_slabs if settings.role.can_prefill else 0,
-        num_slabs_in=transfer.num_slabs if settings.role.can_decode else 0,
-        slab_bytes=transfer.slab_mib * 2**20,
-        stall_s=transfer.stall_s,
-    )
+    try:
+        return DirectLinks(
+            settings.worker_id,
+            device,
+            post,
+            is_intact,
+            fingerprint="",
+            host=settings.host or socket.gethostbyname(socket.gethostname()),
+            secret=settings.secret,
+            num_slabs_out=transfer.num_slabs if settings.role.can_prefill else 0,
+            num_slabs_in=transfer.num_slabs if settings.role.can_decode else 0,
+            slab_bytes=transfer.slab_mib * 2**20,
+            stall_s=transfer.stall_s,
+        )
+    except torch.OutOfMemoryError:
+        raise ConfigError(
+            f"transfer.slab_mib: the GPU has no room for {transfer.num_slabs} slabs of {transfer.slab_mib} MiB; "
+            "lower transfer.slab_mib or transfer.num_slabs, or end other processes on it",
+            field="transfer.slab_mib",
+        ) from None
 
 
 def _wire_device(settings: WorkerSettings) -> WireDevice | None:

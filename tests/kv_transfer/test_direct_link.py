@@ -17,6 +17,7 @@ from kv_transfer import direct_link
 from kv_transfer.channel import Channel, Token
 from phasewise.core.errors import TransferFailed
 from phasewise.core.messages import KVPart, KVPartAck, LinkLost
+from tests.support import host_wire
 from tests.support.host_wire import HostDevice, HostWire
 from tests.support.link_node import SLAB_BYTES, LinkNode, NodeProcess
 from tests.support.served import until
@@ -317,6 +318,28 @@ def test_an_error_of_the_wire_ends_both_ends(node: Make) -> None:
     epoch._wire.broken = "unhandled system error"
     assert sender.next(LinkLost).reason == "unhandled system error"
     receiver.next(LinkLost)
+
+
+@pytest.mark.parametrize("side", ["sender", "receiver"])
+def test_an_error_of_the_device_ends_both_ends(node: Make, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes to the thread that waits for the device, which nobody waits for."""
+
+    def fail(self: object) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    sender, receiver = node("prefill-0"), node("decode-0")
+    connect(sender, receiver)
+    wire = host_wire.HostWire.receive
+    if side == "sender":
+        monkeypatch.setattr(sender.device, "mark", lambda: type("Mark", (), {"wait": fail})())
+    else:
+        broken = type("Receipt", (), {"wait": fail})()
+        monkeypatch.setattr(host_wire.HostWire, "receive", lambda *given: wire(*given) and broken)
+    assert sender.try_send("decode-0", 0, 4096)
+    reasons = {end.next(LinkLost, CLEAN_WITHIN_S).reason for end in (sender, receiver)}
+    monkeypatch.undo()
+    assert "an illegal memory access was encountered" in reasons
+    assert sender.is_clean and receiver.is_clean
 
 
 @pytest.mark.parametrize("stage", ["sending", "received"])

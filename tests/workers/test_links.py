@@ -10,10 +10,18 @@ import torch
 
 from kv_transfer.loopback_link import LoopbackLink
 from kv_transfer.routed_link import RoutedLink
+from phasewise.core.config import build_config
+from phasewise.core.errors import ConfigError
+from phasewise.core.mailboxes import WorkerMailboxes
 from phasewise.core.messages import KVCommit, KVPart, KVPartAck, LinkLost
+from phasewise.core.placement import WorkerRole
+from tests.support.host_wire import HostDevice
 from tests.support.scripted_engine import expected_tokens
 from tests.support.worker_box import WorkerBox
 from tests.workers.test_request_life import PAIR, prompt_of
+from workers import links
+from workers.links import Links
+from workers.settings import WorkerSettings
 
 LAYERWISE = {"layerwise_threshold_tokens": 16, "layers_per_part": 1}
 
@@ -218,3 +226,17 @@ def test_large_parts_are_cut_to_what_the_link_takes() -> None:
     kv_bytes = 300 * box.workers["prefill-0"].info.kv_spec.bytes_per_token
     assert box.direct.num_sent >= kv_bytes // 1000
     box.assert_empty()
+
+
+def test_slabs_that_do_not_fit_are_said_with_their_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(HostDevice):
+        def allocate(self, num_bytes: int) -> torch.Tensor:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(links, "_wire_device", lambda settings: Full())
+    config = build_config({"transfer": {"slab_mib": 4096}}, source="test")
+    settings = WorkerSettings("decode-0", WorkerRole.DECODE, "cpu", 1, config, secret="of the cluster")
+    with pytest.raises(ConfigError, match="no room for 2 slabs of 4096 MiB") as caught:
+        Links(settings, WorkerMailboxes(), lambda *_: None)
+    assert caught.value.field == "transfer.slab_mib"
+    assert "of the cluster" not in repr(settings)
