@@ -78,11 +78,16 @@ class KVSender:
         self.num_bytes_sent = 0
         self.num_links_lost = 0
 
-    def offer(self, peer: WorkerId, request: Request, gateway_id: str, time_left_s: float) -> str:
-        """Asks `peer` to set blocks aside. The transfer's id is never used twice: a late part finds nothing."""
+    def offer(
+        self, peer: WorkerId, request: Request, gateway_id: str, time_left_s: float, timeout_s: float = float("inf")
+    ) -> str:
+        """Asks `peer` to set blocks aside. The transfer's id is never used twice: a late part finds nothing.
+
+        `time_left_s` is the request's; `timeout_s` bounds the transfer, where that is less.
+        """
         self._num_offers += 1
         transfer_id = f"{request.request_id}#{self._worker_id}.{self._num_offers}"
-        self._transfers[transfer_id] = _Transfer(peer, self._clock.now_s() + time_left_s)
+        self._transfers[transfer_id] = _Transfer(peer, self._clock.now_s() + min(time_left_s, timeout_s))
         self._peers.send(
             peer,
             KVOffer(transfer_id, WIRE_VERSION, self._worker_id, self._cache.spec, request, gateway_id, time_left_s),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kv_transfer.loopback_link import LoopbackLink
-from phasewise.core.errors import ERROR_BY_CODE
+from phasewise.core.errors import ERROR_BY_CODE, TransferFailed
 from phasewise.core.lifecycle import Stage
 from phasewise.core.messages import (
     AbortRequest,
@@ -140,6 +140,22 @@ def test_a_retry_and_a_reservation_do_not_wait_for_each_other() -> None:
     box.run()
     assert box.output("x") == expected_tokens(prompt_of(100, 1), 5)
     assert box.output("y") == expected_tokens(prompt_of(100, 2), 5)
+    box.assert_empty()
+
+
+def test_a_retry_that_nobody_answers_does_not_hold_other_prompts_back_for_ever() -> None:
+    """While a computed prompt is offered again, no other asks for room; so that has an end."""
+    box = WorkerBox({**PAIR, "decode-1": "decode"}, fault=corrupt_once())
+    box.submit("x", prompt_of(100, 1), "prefill-0", "decode-0", max_tokens=5, time_left_s=600)
+    box.run_until(lambda: box.workers["decode-0"].load().counters["checksum_failures"])
+    box.lost.add("decode-0")  # it hangs, and nobody has noticed yet
+    box.submit("y", prompt_of(100, 2), "prefill-0", "decode-1", max_tokens=5, time_left_s=600)
+    for _ in range(10):
+        box.round()
+    box.clock.advance(31)  # transfer.timeout_s
+    box.run()
+    assert box.output("y") == expected_tokens(prompt_of(100, 2), 5)
+    assert box.failures["x"].code == TransferFailed.code
     box.assert_empty()
 
 
