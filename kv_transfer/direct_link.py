@@ -52,7 +52,7 @@ class _Peer:
 class DirectLinks:
     """A `Link` (kv_transfer/link.py) to every worker that `open` was called for, and the receiving end of others'.
 
-    Every part that `send_part` took ends with its KVPartAck, or is covered by a LinkLost that is posted behind it.
+    Every part that `send_part` took ends with its KVPartAck, or with a LinkLost that names its transfer.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class DirectLinks:
         epoch = entry.epoch if entry is not None else None
         if epoch is None or not epoch.is_up or not epoch.put(part, slab, self._device.mark()):
             self._out.pool.give_back(slab)
-            self._post(LinkLost(peer, f"the link to {peer} is not up"), None)
+            self._post(LinkLost(peer, f"the link to {peer} is not up", frozenset({part.transfer_id})), None)
 
     def forget(self, peer: WorkerId) -> None:
         with self._lock:
@@ -287,12 +287,12 @@ class DirectLinks:
         epoch.break_(str(error) or type(error).__name__)
 
     def _end(self, epoch: SendEpoch | ReceiveEpoch, channel: Channel) -> None:
-        epoch.tear_down()
+        lost = epoch.tear_down()
         with self._lock:
             self._epochs.discard(epoch)
         channel.close()
         if epoch.is_up and not self._is_closed.is_set():
-            self._post(LinkLost(epoch.peer, epoch.reason), None)
+            self._post(LinkLost(epoch.peer, epoch.reason, lost), None)
         epoch.is_gone.set()
 
     def _watch(self) -> None:

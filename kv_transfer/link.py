@@ -6,7 +6,7 @@ worker what happened through its mailbox, too:
 
     KVPart, with an ArrivedPart    a part has come in
     KVPartAck                      a part that was sent has arrived, or was given up there
-    LinkLost                       the link to a worker broke, and what was on its way over it will not arrive
+    LinkLost                       the link to a worker broke; parts of these transfers will not arrive
 
 Control messages (offer, commit, …) do not go this way.
 """

@@ -254,14 +254,18 @@ class SendEpoch(_Epoch):
             else:
                 raise ConnectionError(f"{message} is not expected")
 
-    def tear_down(self) -> None:
-        """After `break_`: waits for the abort, ends the second thread, gives all slabs back."""
+    def tear_down(self) -> frozenset[str]:
+        """After `break_`: waits for the abort, ends the second thread, gives all slabs back.
+
+        Returns the transfers whose parts were on their way.
+        """
         self._is_aborted.wait()
         if self._pusher.ident is not None:
             self._pusher.join()
         self._trial = self._wire = None
         for entry in self._parts.values():
             self._room.pool.give_back(entry.slab)
+        return frozenset(entry.part.transfer_id for entry in self._parts.values())
 
     def _push(self) -> None:
         """Second thread: sends parts in their order, each when it is granted and packed."""
@@ -277,8 +281,8 @@ class SendEpoch(_Epoch):
                 self._channel.send(Go(entry.seq))
                 assert self._wire is not None
                 self._wire.send(entry.slab.buffer[: entry.part.num_bytes])
-        except (OSError, WireError) as error:
-            self.break_(str(error))
+        except Exception as error:  # whatever it is, such as one of the device: nobody else would notice
+            self.break_(str(error) or type(error).__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -321,6 +325,7 @@ class ReceiveEpoch(_Epoch):
         pattern = self._pattern()
         trial = self._trial = room.device.allocate(room.trial_bytes)
         room.check(trial)  # compiles what it needs
+        room.device.mark().wait()  # the wire's stream must not write to what the last owner's kernels still use
         channel.send(answer)
         token = channel.receive()
         if not isinstance(token, Token):
@@ -352,8 +357,11 @@ class ReceiveEpoch(_Epoch):
             else:
                 raise ConnectionError(f"{message} is not expected")
 
-    def tear_down(self) -> None:
-        """After `break_`: waits for the abort, ends the second thread, gives all slabs back."""
+    def tear_down(self) -> frozenset[str]:
+        """After `break_`: waits for the abort, ends the second thread, gives all slabs back.
+
+        Returns the transfers whose parts were on their way.
+        """
         self._room.pool.withdraw(self)
         self._is_aborted.wait()
         self._arriving.put(None)
@@ -363,6 +371,7 @@ class ReceiveEpoch(_Epoch):
         for entry in self._parts.values():
             if entry.slab is not None:
                 self._room.pool.give_back(entry.slab)
+        return frozenset(entry.part.transfer_id for entry in self._parts.values())
 
     def _grant(self, entry: _Incoming, slab: Slab) -> bool:
         with self._lock:
@@ -400,8 +409,8 @@ class ReceiveEpoch(_Epoch):
                     self._room.pool.give_back(slab)
                     self._room.post(entry.part, ArrivedPart(None, lambda: None))
                 self._channel.send(Left(entry.seq))
-        except (OSError, WireError) as error:
-            self.break_(str(error))
+        except Exception as error:  # whatever it is, such as one of the device: nobody else would notice
+            self.break_(str(error) or type(error).__name__)
 
     def _release(self, slab: Slab) -> None:
         slab.last_use = self._room.device.mark()

@@ -13,7 +13,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -71,21 +71,19 @@ class ObjectStoreLink:
         if handle is None:
             return
         if not self._threads:
-            self._call(peer, handle, part, wire)
+            self._run(0, peer, part, lambda: self._call(peer, handle, part, wire))
             return
-        event = torch.cuda.Event()
+        event = torch.cuda.Event(blocking=True)
         event.record()
-        self._run(0, peer, lambda: self._send_from_device(peer, handle, part, wire, event))
+        self._run(0, peer, part, lambda: self._send_from_device(peer, handle, part, wire, event))
 
     def receive(self, sender: WorkerId, part: KVPart, array: np.ndarray) -> None:
         """What came by a call: checked, brought to the device, and put into the mailbox. From one thread."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             wire = torch.from_numpy(array)
-        if self._threads:
-            self._run(1, sender, lambda: self._receive_on_device(sender, part, wire))
-        else:
-            self._arrived(sender, part, wire)
+        receive = self._receive_on_device if self._threads else self._arrived
+        self._run(1, sender, part, lambda: receive(sender, part, wire))
 
     def forget(self, peer: WorkerId) -> None:
         self._rates.pop(peer, None)
@@ -101,13 +99,16 @@ class ObjectStoreLink:
         started_s = time.perf_counter()
         ref = handle.post_part.remote(self._worker_id, part, wire.numpy())
 
-        def measure(future: object) -> None:
-            rate = part.num_bytes / max(time.perf_counter() - started_s, 1e-9)
-            known = self._rates.get(peer, rate)
-            self._rates[peer] = known + _SMOOTHING * (rate - known)
+        def ended(future: Future[None]) -> None:
+            error = future.exception()
+            if error is not None:
+                self._lost(peer, part, error)
+            elif part.num_bytes >= _RATE_FROM_BYTES:
+                rate = part.num_bytes / max(time.perf_counter() - started_s, 1e-9)
+                known = self._rates.get(peer, rate)
+                self._rates[peer] = known + _SMOOTHING * (rate - known)
 
-        if part.num_bytes >= _RATE_FROM_BYTES:
-            ref.future().add_done_callback(measure)
+        ref.future().add_done_callback(ended)
 
     def _send_from_device(
         self, peer: WorkerId, handle: ActorHandle, part: KVPart, wire: torch.Tensor, event: torch.cuda.Event
@@ -132,13 +133,21 @@ class ObjectStoreLink:
 
         self._post(part, ArrivedPart(wire if is_intact(wire).item() else None, release))
 
-    def _run(self, thread: int, peer: WorkerId, work: Callable[[], None]) -> None:
+    def _run(self, thread: int, peer: WorkerId, part: KVPart, work: Callable[[], None]) -> None:
         def guarded() -> None:
             try:
                 work()
             except Exception as error:
-                logger.exception("a part was lost on its way through host memory", extra={"worker_id": self._worker_id})
-                if not self._is_closed:
-                    self._post(LinkLost(peer, f"{type(error).__name__}: {error}"))
+                self._lost(peer, part, error)
 
-        self._threads[thread].submit(guarded)
+        if self._threads:
+            self._threads[thread].submit(guarded)
+        else:
+            guarded()
+
+    def _lost(self, peer: WorkerId, part: KVPart, error: BaseException) -> None:
+        if not self._is_closed:
+            about = {"worker_id": self._worker_id}
+            logger.error("a part was lost on its way through host memory", exc_info=error, extra=about)
+            reason = f"{type(error).__name__}: {error}"
+            self._post(LinkLost(peer, reason, frozenset({part.transfer_id})))

@@ -14,7 +14,7 @@ import torch
 from kv_transfer.link import Link
 from phasewise.core.clock import Clock
 from phasewise.core.links import PROBE_ALIGNMENT, SMALLEST_PROBE_BYTES, LinkProbe
-from phasewise.core.messages import PROBE_DTYPE, KVPart
+from phasewise.core.messages import PROBE_DTYPE, KVPart, LinkLost
 from phasewise.core.placement import WorkerId
 
 
@@ -79,11 +79,10 @@ class LinkProber:
         if probe is not None and probe.started_s is not None:
             self._end(probe_id, self._clock.now_s() - probe.started_s, "")
 
-    def on_link_lost(self, peer: WorkerId, reason: str) -> None:
-        """What was on its way has been lost; what was not sent yet goes where the link now leads."""
-        for probe_id, probe in list(self._probes.items()):
-            if probe.order.peer == peer and probe.started_s is not None:
-                self._end(probe_id, None, f"the link to {peer} broke: {reason}")
+    def on_link_lost(self, lost: LinkLost) -> None:
+        """What was not sent yet goes where the link now leads."""
+        for probe_id in lost.transfer_ids & self._probes.keys():
+            self._end(probe_id, None, f"the link to {lost.peer} broke: {lost.reason}")
 
     def on_peer_lost(self, peer: WorkerId) -> None:
         for probe_id, probe in list(self._probes.items()):

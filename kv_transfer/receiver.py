@@ -15,7 +15,7 @@ from kv_transfer.link import ArrivedPart
 from kv_transfer.plan import WIRE_VERSION, PartSpan
 from kv_transfer.state import ReceiveStatus, check_receive
 from phasewise.core.clock import Clock
-from phasewise.core.messages import KVAccepted, KVCommit, KVDone, KVFailed, KVOffer, KVPart
+from phasewise.core.messages import KVAccepted, KVCommit, KVDone, KVFailed, KVOffer, KVPart, LinkLost
 from phasewise.core.placement import WorkerId
 from phasewise.core.ports import PeerPort
 
@@ -120,11 +120,10 @@ class KVReceiver:
             if reservation.offer.sender == peer:
                 self._end(reservation, ReceiveStatus.FAILED, f"worker {peer} was lost")
 
-    def on_link_lost(self, peer: WorkerId, reason: str) -> None:
-        """Parts from that worker may have been lost on their way: the handoffs that had begun cannot become whole."""
-        for reservation in self.reservations:
-            if reservation.offer.sender == peer and reservation.status is ReceiveStatus.RECEIVING:
-                self.fail(reservation.offer.transfer_id, f"the link from {peer} broke: {reason}")
+    def on_link_lost(self, lost: LinkLost) -> None:
+        """Handoffs that lost parts cannot become whole."""
+        for transfer_id in lost.transfer_ids:
+            self.fail(transfer_id, f"the link from {lost.peer} broke: {lost.reason}")
 
     def expire(self) -> None:
         """Ends reservations whose lease is over."""

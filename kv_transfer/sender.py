@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+import torch
+
 from kv_transfer.cache_port import CachePort
 from kv_transfer.codec import Codec, WireLayout, choose, is_lossless, wire_dtype
 from kv_transfer.link import Link
@@ -18,7 +20,7 @@ from phasewise.core.clock import Clock
 from phasewise.core.handoff_cost import HandoffPath
 from phasewise.core.kv_spec import FP8, KVCacheSpec
 from phasewise.core.links import LinkFacts
-from phasewise.core.messages import KVAbort, KVAccepted, KVCommit, KVOffer, KVPart
+from phasewise.core.messages import KVAbort, KVAccepted, KVCommit, KVOffer, KVPart, LinkLost
 from phasewise.core.placement import WorkerId
 from phasewise.core.ports import PeerPort
 from phasewise.core.request import Request, SampledToken
@@ -77,11 +79,16 @@ class KVSender:
         self.num_parts_stored = 0
         self.num_links_lost = 0
 
-    def offer(self, peer: WorkerId, request: Request, gateway_id: str, time_left_s: float) -> str:
-        """Asks `peer` to set blocks aside. The transfer's id is never used twice: a late part finds nothing."""
+    def offer(
+        self, peer: WorkerId, request: Request, gateway_id: str, time_left_s: float, timeout_s: float = float("inf")
+    ) -> str:
+        """Asks `peer` to set blocks aside. The transfer's id is never used twice: a late part finds nothing.
+
+        `time_left_s` is the request's; `timeout_s` bounds the transfer, where that is less.
+        """
         self._num_offers += 1
         transfer_id = f"{request.request_id}#{self._worker_id}.{self._num_offers}"
-        self._transfers[transfer_id] = _Transfer(peer, self._clock.now_s() + time_left_s)
+        self._transfers[transfer_id] = _Transfer(peer, self._clock.now_s() + min(time_left_s, timeout_s))
         self._peers.send(
             peer,
             KVOffer(transfer_id, WIRE_VERSION, self._worker_id, self._cache.spec, request, gateway_id, time_left_s),
@@ -163,8 +170,17 @@ class KVSender:
 
     def pump(self) -> None:
         """Sends what the window allows, in the order in which the transfers began; then commits that are due."""
+        is_full = False
         for transfer_id, transfer in self._transfers.items():
-            while transfer.waiting and self._send(transfer_id, transfer, *transfer.waiting[0]):
+            while transfer.waiting and not is_full:
+                span, block_table = transfer.waiting[0]
+                layout = self._layout(transfer.peer, span, transfer.dtype)
+                # Nobody passes a part that the window is too full for: smaller ones would keep it out for ever.
+                is_full = self._bytes_in_flight > 0 and (
+                    self._bytes_in_flight + layout.num_bytes > self._limits.window_bytes
+                )
+                if is_full or not self._send(transfer_id, transfer, span, block_table, layout):
+                    break
                 transfer.waiting.popleft()
             due = transfer.commit is not None and not transfer.waiting
             if due and transfer.status in (SendStatus.ACCEPTED, SendStatus.SENDING):
@@ -215,23 +231,27 @@ class KVSender:
                 self._fail(transfer, f"worker {peer} was lost")
         self._link.forget(peer)
 
-    def on_link_lost(self, peer: WorkerId, reason: str) -> None:
-        """Gives up the transfers with parts on that link. Another attempt takes another road."""
+    def on_link_lost(self, lost: LinkLost) -> None:
+        """Gives up the transfers whose parts were on that link. Another attempt takes another road."""
         self.num_links_lost += 1
-        for transfer_id, transfer in list(self._transfers.items()):
-            if transfer.peer == peer and transfer.in_flight:
-                self.abort(transfer_id, f"the link to {peer} broke: {reason}")
+        for transfer_id in lost.transfer_ids:
+            self.abort(transfer_id, f"the link to {lost.peer} broke: {lost.reason}")
         self.pump()  # its buffers are free
 
     # ---- inside
 
-    def _send(self, transfer_id: str, transfer: _Transfer, span: PartSpan, block_table: list[int]) -> bool:
-        """False when there is no room for the part now."""
-        peer, layout = transfer.peer, self._layout(transfer.peer, span, transfer.dtype)
-        num_bytes = layout.num_bytes
-        if self._bytes_in_flight and self._bytes_in_flight + num_bytes > self._limits.window_bytes:
+    def _send(
+        self, transfer_id: str, transfer: _Transfer, span: PartSpan, block_table: list[int], layout: WireLayout
+    ) -> bool:
+        """False when the link has no room for the part now."""
+        peer, num_bytes = transfer.peer, layout.num_bytes
+        try:
+            wire = self._link.buffer(peer, num_bytes)
+        except torch.OutOfMemoryError:  # a full device must not end the worker
+            if not self._bytes_in_flight:  # else memory comes back with what is on its way
+                remedy = "lower transfer.window_mib or cache.gpu_memory_utilization"
+                self.abort(transfer_id, f"the device has no {num_bytes} bytes left for a part; {remedy}")
             return False
-        wire = self._link.buffer(peer, num_bytes)
         if wire is None:
             return False
         self._cache.pack(block_table, span, layout, wire)

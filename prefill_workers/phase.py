@@ -286,7 +286,10 @@ class PrefillPhase:
         task = job.task
         job.num_offers += 1
         time_left_s = job.deadline_s - self._clock.now_s()
-        job.transfer_id = self._sender.offer(task.placement.decode_worker, task.request, task.gateway_id, time_left_s)
+        # Other prompts ask for nothing while a computed one is offered again: that may not last.
+        timeout_s = self._limits.handoff_timeout_s if job.status is RequestStatus.HANDOFF else float("inf")
+        peer = task.placement.decode_worker
+        job.transfer_id = self._sender.offer(peer, task.request, task.gateway_id, time_left_s, timeout_s)
 
     def _is_offered_again(self, job: PrefillJob) -> bool:
         """True for a computed prompt whose first handoff failed, until its second is accepted."""

@@ -76,19 +76,27 @@ def _direct_links(settings: WorkerSettings, post: Post) -> DirectLinks | None:
     if transfer.link == "object_store" or settings.role is WorkerRole.MIXED:
         return None
     host = own_address(settings.head or "127.0.0.1")
-    return DirectLinks(
-        settings.worker_id,
-        _wire_device(settings, host),
-        post,
-        is_intact,
-        fingerprint="",
-        host=host,
-        secret=settings.secret,
-        num_slabs_out=transfer.num_slabs if settings.role.can_prefill else 0,
-        num_slabs_in=transfer.num_slabs if settings.role.can_decode else 0,
-        slab_bytes=transfer.slab_mib * 2**20,
-        stall_s=transfer.stall_s,
-    )
+    device = _wire_device(settings, host)
+    try:
+        return DirectLinks(
+            settings.worker_id,
+            device,
+            post,
+            is_intact,
+            fingerprint="",
+            host=host,
+            secret=settings.secret,
+            num_slabs_out=transfer.num_slabs if settings.role.can_prefill else 0,
+            num_slabs_in=transfer.num_slabs if settings.role.can_decode else 0,
+            slab_bytes=transfer.slab_mib * 2**20,
+            stall_s=transfer.stall_s,
+        )
+    except torch.OutOfMemoryError:
+        raise ConfigError(
+            f"transfer.slab_mib: the GPU has no room for {transfer.num_slabs} slabs of {transfer.slab_mib} MiB; "
+            "lower transfer.slab_mib or transfer.num_slabs, or end other processes on it",
+            field="transfer.slab_mib",
+        ) from None
 
 
 def own_address(head: str) -> str:

@@ -7,8 +7,10 @@ came, over the group that computes the model.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -20,6 +22,8 @@ from kv_transfer.plan import PartSpan
 from kv_transfer.staging import DTYPES, decode, encode, pack, slots_of, unpack, values_of
 from phasewise.core.kv_spec import KVCacheSpec
 from workers.ranks import Ranks
+
+logger = logging.getLogger(__name__)
 
 
 class LeadingKVCache(PagedKVCache):
@@ -63,17 +67,29 @@ class LeadingCachePort(CachePort):
         self._ranks = ranks
 
     def pack(self, block_table: Sequence[int], span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:
-        self._ranks.tell(("pack", list(block_table), span, layout.dtype))
-        parts = self._heads.gather(block_table, span, layout.dtype)
-        assert parts is not None
-        step = max(self._num_ranks // layout.num_kv_heads, 1)  # so many ranks have the same head
-        values = torch.cat([part.view(torch.uint8) for part in parts[::step]], dim=3)
-        encode(values.view(parts[0].dtype), layout, wire)
+        with self._together(("pack", list(block_table), span, layout.dtype)):
+            parts = self._heads.gather(block_table, span, layout.dtype)
+            assert parts is not None
+            step = max(self._num_ranks // layout.num_kv_heads, 1)  # so many ranks have the same head
+            values = torch.cat([part.view(torch.uint8) for part in parts[::step]], dim=3)
+            encode(values.view(parts[0].dtype), layout, wire)
 
     def unpack(self, block_table: Sequence[int], span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:
-        self._ranks.tell(("unpack", list(block_table), span, layout))
-        values = decode(wire.to(self.device), layout, DTYPES[layout.dtype])
-        self._heads.scatter(block_table, span, layout, values)
+        with self._together(("unpack", list(block_table), span, layout)):
+            values = decode(wire.to(self.device), layout, DTYPES[layout.dtype])
+            self._heads.scatter(block_table, span, layout, values)
+
+    @contextlib.contextmanager
+    def _together(self, command: Command) -> Iterator[None]:
+        """Around what all ranks do at this command: where rank 0 fails, the others would wait in vain, and what they
+        wait for would be taken from the next step."""
+        self._ranks.tell(command)
+        try:
+            yield
+        except Exception as error:
+            logger.exception("a part of a handoff failed on one rank of several")
+            self._ranks.broken(f"{type(error).__name__} in a handoff: {error}")
+            raise
 
 
 class RankHeads:

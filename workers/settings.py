@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from phasewise.core.config import ServingConfig
 from phasewise.core.placement import WorkerId, WorkerRole
@@ -24,5 +24,5 @@ class WorkerSettings:
     config: ServingConfig
     log_collector: str | None = None
     tensor_parallel: int = 1
-    secret: str = ""
+    secret: str = field(default="", repr=False)
     head: str = ""

@@ -344,10 +344,10 @@ class Worker:
                 parts.prefill.on_peer_lost(worker_id)
                 parts.decode.on_peer_lost(worker_id)
                 parts.prober.on_peer_lost(worker_id)
-            case LinkLost(peer, reason):
-                parts.sender.on_link_lost(peer, reason)
-                parts.receiver.on_link_lost(peer, reason)
-                parts.prober.on_link_lost(peer, reason)
+            case LinkLost():
+                parts.sender.on_link_lost(message)
+                parts.receiver.on_link_lost(message)
+                parts.prober.on_link_lost(message)
             case ProbeLink():
                 parts.prober.start(message)
             case GatewayLost(gateway_id):

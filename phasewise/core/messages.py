@@ -294,10 +294,14 @@ class PeerLost:
 
 @dataclass(frozen=True, slots=True)
 class LinkLost:
-    """The link between this worker and `peer` broke; what was on its way over it will not arrive."""
+    """The link between this worker and `peer` broke, and took with it parts of the transfers `transfer_ids`.
+
+    Others are not concerned: their parts have arrived, or went another road.
+    """
 
     peer: WorkerId
     reason: str
+    transfer_ids: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)

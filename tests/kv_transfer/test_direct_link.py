@@ -17,6 +17,7 @@ from kv_transfer import direct_link
 from kv_transfer.channel import Channel, Token
 from phasewise.core.errors import TransferFailed
 from phasewise.core.messages import KVPart, KVPartAck, LinkLost
+from tests.support import host_wire
 from tests.support.host_wire import HostDevice, HostWire
 from tests.support.link_node import SLAB_BYTES, LinkNode, NodeProcess
 from tests.support.served import until
@@ -165,6 +166,28 @@ def test_a_receive_waits_on_the_device_for_the_last_use_of_its_slab(node: Make) 
     arrived[1].release()
 
 
+def test_nothing_is_received_into_new_memory_before_the_device_is_done_with_its_last_owner(node: Make) -> None:
+    seen: list[str] = []
+
+    class Device(HostDevice):
+        def allocate(self, num_bytes: int) -> torch.Tensor:
+            seen.append("allocate")
+            return super().allocate(num_bytes)
+
+        def mark(self) -> Any:
+            seen.append("mark")
+            return super().mark()
+
+        def make(self, token: bytes, rank: int) -> HostWire:
+            seen.append("make")
+            return super().make(token, rank)
+
+    sender, receiver = node("prefill-0"), node("decode-0", Device())
+    connect(sender, receiver)
+    before = seen[: seen.index("make")]
+    assert before[-1] == "mark" and "allocate" in before, before
+
+
 def test_corrupted_bytes_are_told_and_cost_no_slab(node: Make) -> None:
     def alter(part: int, data: bytearray) -> None:
         if part == 1:
@@ -288,7 +311,8 @@ def test_a_broken_link_is_opened_again_and_used(node: Make) -> None:
         receiver.take(epoch, 4096)
         sender.next(KVPartAck)
         (sender if epoch % 2 else receiver).links._epochs.copy().pop().break_("of a test")
-        sender.next(LinkLost, CLEAN_WITHIN_S), receiver.next(LinkLost, CLEAN_WITHIN_S)
+        assert not sender.next(LinkLost, CLEAN_WITHIN_S).transfer_ids
+        assert not receiver.next(LinkLost, CLEAN_WITHIN_S).transfer_ids
         assert sender.is_clean and receiver.is_clean
         until(lambda: sender.links.is_up("decode-0"), 5.0)
 
@@ -299,7 +323,8 @@ def test_what_is_sent_while_the_link_is_down_is_told_lost(node: Make) -> None:
     receiver.close()
     sender.next(LinkLost)
     assert sender.try_send("decode-0", 0, 4096)
-    assert "not up" in sender.next(LinkLost).reason
+    lost = sender.next(LinkLost)
+    assert "not up" in lost.reason and lost.transfer_ids == {"t"}
     assert sender.is_clean
 
 
@@ -310,6 +335,28 @@ def test_an_error_of_the_wire_ends_both_ends(node: Make) -> None:
     epoch._wire._broken = "unhandled system error"
     assert sender.next(LinkLost).reason == "unhandled system error"
     receiver.next(LinkLost)
+
+
+@pytest.mark.parametrize("side", ["sender", "receiver"])
+def test_an_error_of_the_device_ends_both_ends(node: Make, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes to the thread that waits for the device, which nobody waits for."""
+
+    def fail(self: object) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    sender, receiver = node("prefill-0"), node("decode-0")
+    connect(sender, receiver)
+    wire = host_wire.HostWire.receive
+    if side == "sender":
+        monkeypatch.setattr(sender.device, "mark", lambda: type("Mark", (), {"wait": fail})())
+    else:
+        broken = type("Receipt", (), {"wait": fail})()
+        monkeypatch.setattr(host_wire.HostWire, "receive", lambda *given: wire(*given) and broken)
+    assert sender.try_send("decode-0", 0, 4096)
+    reasons = {end.next(LinkLost, CLEAN_WITHIN_S).reason for end in (sender, receiver)}
+    monkeypatch.undo()
+    assert "an illegal memory access was encountered" in reasons
+    assert sender.is_clean and receiver.is_clean
 
 
 @pytest.mark.parametrize("stage", ["sending", "received"])
@@ -325,8 +372,9 @@ def test_a_part_that_stalls_ends_the_epoch(node: Make, stage: str) -> None:
         assert sender.try_send("decode-0", index, 4096)
     receiver.take(0, 4096)
     sender.next(KVPartAck)
-    reasons = {sender.next(LinkLost, CLEAN_WITHIN_S).reason, receiver.next(LinkLost, CLEAN_WITHIN_S).reason}
-    assert any("part 1" in reason for reason in reasons), reasons
+    lost = [end.next(LinkLost, CLEAN_WITHIN_S) for end in (sender, receiver)]
+    assert any("part 1" in end.reason for end in lost), lost
+    assert all(end.transfer_ids == {"t"} for end in lost)
     assert sender.is_clean and receiver.is_clean
     assert receiver.mailbox.empty(), "what an abort has torn is never handed over"
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from phasewise.core.errors import ERROR_BY_CODE
+from kv_transfer.loopback_link import LoopbackLink
+from phasewise.core.errors import ERROR_BY_CODE, TransferFailed
 from phasewise.core.lifecycle import Stage
 from phasewise.core.messages import (
     AbortRequest,
@@ -144,6 +145,22 @@ def test_a_retry_and_a_reservation_do_not_wait_for_each_other() -> None:
     box.assert_empty()
 
 
+def test_a_retry_that_nobody_answers_does_not_hold_other_prompts_back_for_ever() -> None:
+    """While a computed prompt is offered again, no other asks for room; so that has an end."""
+    box = WorkerBox({**PAIR, "decode-1": "decode"}, fault=corrupt_once())
+    box.submit("x", prompt_of(100, 1), "prefill-0", "decode-0", max_tokens=5, time_left_s=600)
+    box.run_until(lambda: box.workers["decode-0"].load().counters["checksum_failures"])
+    box.lost.add("decode-0")  # it hangs, and nobody has noticed yet
+    box.submit("y", prompt_of(100, 2), "prefill-0", "decode-1", max_tokens=5, time_left_s=600)
+    for _ in range(10):
+        box.round()
+    box.clock.advance(31)  # transfer.timeout_s
+    box.run()
+    assert box.output("y") == expected_tokens(prompt_of(100, 2), 5)
+    assert box.failures["x"].code == TransferFailed.code
+    box.assert_empty()
+
+
 def test_a_retry_remembers_samples_that_ended() -> None:
     box = WorkerBox(PAIR, fault=corrupt_once())
     box.submit("r", prompt_of(60), "prefill-0", "decode-0", max_tokens=50, n=2)
@@ -221,6 +238,52 @@ def test_a_lost_done_repeats_no_token_and_frees_prefill() -> None:
     assert box.output("r") == expected_tokens(prompt_of(60), 300)
     assert box.failures == {}
     box.assert_empty()
+
+
+def test_a_second_offer_behind_the_commit_in_one_drain() -> None:
+    """The sender gave up what had just become whole, while the receiver was inside a step."""
+    box = WorkerBox(PAIR)
+    kept, _ = hold_first(box, KVDone)
+    box.submit("r", prompt_of(60), "prefill-0", "decode-0", max_tokens=50, time_left_s=600)
+    prefill, decode = box.workers["prefill-0"], box.workers["decode-0"]
+    prefill.round()
+    decode.round()
+    while not any(isinstance(m, KVCommit) for _, m in box.sent):
+        assert prefill.round()
+    box.clock.advance(31)  # transfer.timeout_s
+    prefill.round()
+    assert sum(isinstance(m, KVOffer) for _, m in box.sent) == 2
+    box.run()
+    assert kept and box.output("r") == expected_tokens(prompt_of(60), 50)
+    assert box.loads["decode-0"].counters["handoffs_in"] == 1
+    box.assert_empty()
+
+
+def test_small_parts_do_not_keep_a_large_one_out_of_the_window() -> None:
+    box = WorkerBox(PAIR, num_blocks=512)
+    sender, decode = box.workers["prefill-0"]._parts.sender, box.workers["decode-0"]
+    on_the_way: list[tuple[Any, Any]] = []
+    names: list[str] = []
+
+    def post(part: KVPart, arrived: Any) -> None:
+        on_the_way.append((part, arrived))
+        names.append(part.transfer_id.partition("#")[0])
+
+    assert isinstance(sender._link, LoopbackLink)
+    sender._link._mailboxes["decode-0"] = post  # type: ignore[assignment]
+    sender._limits = replace(sender._limits, window_bytes=130 * box.workers["prefill-0"].info.kv_spec.bytes_per_token)
+
+    def submit(name: str, length: int) -> None:
+        box.submit(name, prompt_of(length, len(names)), "prefill-0", "decode-0", max_tokens=2)
+        for _ in range(6):
+            box.round()
+
+    submit("small0", 40), submit("small1", 40), submit("large", 100)
+    for i in range(2, 8):  # there is always a small one that would fit where one has arrived
+        submit(f"small{i}", 40)
+        decode.post(*on_the_way.pop(0))
+        box.round()
+    assert names[2] == "large", names
 
 
 def test_what_can_never_fit_is_offered_once_and_is_not_retry_safe() -> None:

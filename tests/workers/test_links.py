@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +10,18 @@ import torch
 
 from kv_transfer.loopback_link import LoopbackLink
 from kv_transfer.routed_link import RoutedLink
+from phasewise.core.config import build_config
+from phasewise.core.errors import ConfigError
+from phasewise.core.mailboxes import WorkerMailboxes
 from phasewise.core.messages import KVCommit, KVPart, KVPartAck, LinkLost
+from phasewise.core.placement import WorkerRole
+from tests.support.host_wire import HostDevice
 from tests.support.scripted_engine import expected_tokens
 from tests.support.worker_box import WorkerBox
 from tests.workers.test_request_life import PAIR, prompt_of
+from workers import links
+from workers.links import Links
+from workers.settings import WorkerSettings
 
 LAYERWISE = {"layerwise_threshold_tokens": 16, "layers_per_part": 1}
 
@@ -28,6 +37,7 @@ class Direct(LoopbackLink):
         self.num_sent = 0
         self.num_out = 0
         self.most_out = 0
+        self.kept: set[str] = set()
 
     def is_up(self, peer: str) -> bool:
         return self.up
@@ -41,6 +51,8 @@ class Direct(LoopbackLink):
         self.most_out = max(self.most_out, self.num_out)
         if self.num_sent <= self.num_delivered:
             super().send_part(peer, part, wire)
+        else:
+            self.kept.add(part.transfer_id)
 
 
 class LinkedBox(WorkerBox):
@@ -71,7 +83,7 @@ class LinkedBox(WorkerBox):
         self.direct.up = False
         for side in sides:
             other = "decode-0" if side == "prefill-0" else "prefill-0"
-            self.workers[side].post(LinkLost(other, "the test broke it"))
+            self.workers[side].post(LinkLost(other, "the test broke it", frozenset(self.direct.kept)))
 
 
 def committed(box: WorkerBox) -> bool:
@@ -113,6 +125,46 @@ def test_a_link_that_breaks_with_nothing_on_it_costs_nothing() -> None:
     box.assert_empty()
 
 
+@pytest.mark.parametrize("late", ["prefill-0", "decode-0"])
+def test_news_of_a_break_that_come_twice_or_late_leave_the_second_attempt_alone(late: str) -> None:
+    """An abort takes its time on each side, and `send_part` tells at once what the end of the epoch tells again."""
+    box = LinkedBox(transfer=LAYERWISE)
+    box.direct.num_delivered = 0
+    box.submit("r", prompt_of(300), "prefill-0", "decode-0", max_tokens=8)
+    box.run_until(lambda: committed(box))
+    box.break_link("prefill-0")
+    prefill, decode = box.workers["prefill-0"], box.workers["decode-0"]
+    sender = prefill._parts.sender
+    sender._limits = replace(sender._limits, window_bytes=1)  # a part at a time
+    for _ in range(10):
+        prefill.round()
+        if box.parts_beside:
+            break
+        decode.round()
+    assert sender._bytes_in_flight
+    for _ in range(3):
+        box.break_link(late)
+        box.round()
+    box.run()
+    assert not box.failures
+    assert prefill.load().counters["handoff_failures"] == 1
+    assert box.output("r") == expected_tokens(prompt_of(300), 8)
+    box.assert_empty()
+
+
+def test_parts_that_took_another_road_outlive_the_link() -> None:
+    box = LinkedBox()
+    box.direct.up = False  # broken, but its end is not told yet
+    box.submit("r", prompt_of(100), "prefill-0", "decode-0", max_tokens=8)
+    sender = box.workers["prefill-0"]._parts.sender
+    box.run_until(lambda: sender._bytes_in_flight)
+    box.break_link("prefill-0", "decode-0")
+    box.run()
+    assert box.output("r") == expected_tokens(prompt_of(100), 8)
+    assert box.workers["prefill-0"].load().counters["handoff_failures"] == 0
+    box.assert_empty()
+
+
 def test_the_link_is_used_again_when_it_is_up_again() -> None:
     box = LinkedBox()
     box.direct.up = False
@@ -139,6 +191,32 @@ def test_a_full_link_holds_parts_back_and_drops_none() -> None:
     box.assert_empty()
 
 
+@pytest.mark.parametrize("is_full_for_ever", [False, True])
+def test_a_full_device_fails_a_handoff_and_not_the_worker(
+    is_full_for_ever: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = LinkedBox(transfer=LAYERWISE)
+    buffer = box.direct.buffer
+
+    def full(peer: str, num_bytes: int) -> torch.Tensor | None:
+        if is_full_for_ever or box.direct.num_out:
+            raise torch.OutOfMemoryError
+        return buffer(peer, num_bytes)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(box.direct, "buffer", full)
+        box.submit("a", prompt_of(300), "prefill-0", "decode-0", max_tokens=4)
+        box.run()
+    if is_full_for_ever:
+        assert "bytes left for a part; lower transfer.window_mib" in box.failures["a"].message
+    else:
+        assert box.output("a") == expected_tokens(prompt_of(300), 4)
+    box.submit("b", prompt_of(50), "prefill-0", "decode-0", max_tokens=4)
+    box.run()
+    assert box.output("b") == expected_tokens(prompt_of(50), 4)
+    box.assert_empty()
+
+
 def test_large_parts_are_cut_to_what_the_link_takes() -> None:
     box = LinkedBox(num_blocks=512)
     box.direct._max_part_bytes = 1000
@@ -148,3 +226,17 @@ def test_large_parts_are_cut_to_what_the_link_takes() -> None:
     kv_bytes = 300 * box.workers["prefill-0"].info.kv_spec.bytes_per_token
     assert box.direct.num_sent >= kv_bytes // 1000
     box.assert_empty()
+
+
+def test_slabs_that_do_not_fit_are_said_with_their_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(HostDevice):
+        def allocate(self, num_bytes: int) -> torch.Tensor:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(links, "_wire_device", lambda settings, host: Full())
+    config = build_config({"transfer": {"link": "tcp", "slab_mib": 4096}}, source="test")
+    settings = WorkerSettings("decode-0", WorkerRole.DECODE, "cpu", 1, config, secret="of the cluster")
+    with pytest.raises(ConfigError, match="no room for 2 slabs of 4096 MiB") as caught:
+        Links(settings, WorkerMailboxes(), lambda *_: None)
+    assert caught.value.field == "transfer.slab_mib"
+    assert "of the cluster" not in repr(settings)

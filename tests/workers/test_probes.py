@@ -146,7 +146,7 @@ def test_a_broken_link_fails_what_was_on_it_and_the_next_probe_takes_the_other_r
     answers = probe(box)
     box.round()
     box.break_link("prefill-0")
-    box.workers["prefill-0"].post(LinkLost("decode-1", "another one"))
+    box.workers["prefill-0"].post(LinkLost("decode-1", "another one", frozenset()))
     box.run()
     assert answers == [LinkProbe(4096, None, "the link to decode-0 broke: the test broke it")]
     answers = probe(box)

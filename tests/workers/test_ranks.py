@@ -18,6 +18,8 @@ import torch.distributed as dist
 
 from engine.batch import ScheduledBatch, ScheduledSequence
 from engine.sequence import Sequence
+from kv_transfer.codec import Codec
+from kv_transfer.plan import PartSpan
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.config import build_config
 from phasewise.core.errors import ConfigError, InternalError, ModelLoadError
@@ -133,6 +135,23 @@ def test_a_step_that_fails_on_rank_0_ends_the_worker(started: Started, monkeypat
     with pytest.raises(RuntimeError, match="out of memory"):
         generate(started.engine, 1)
     assert "rank 0 of mixed-0: RuntimeError in a step: out of memory" in started.lost.get(timeout=1.0)
+
+
+@pytest.mark.parametrize("does", ["pack", "unpack"])
+def test_a_part_that_fails_on_rank_0_ends_the_worker(
+    started: Started, monkeypatch: pytest.MonkeyPatch, does: str
+) -> None:
+    """The other rank is in the middle of it: the next step would be computed with what belongs to the part."""
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory for a part")
+
+    port, span = started.engine.port, PartSpan(0, 1, 0, 16)
+    layout = port.layout(span, port.spec.dtype, Codec.NONE)
+    monkeypatch.setattr("workers.ranked_cache.pack" if does == "pack" else "workers.ranked_cache.decode", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        getattr(port, does)([0], span, layout, torch.zeros(layout.num_bytes, dtype=torch.uint8))
+    assert "OutOfMemoryError in a handoff: no memory for a part" in started.lost.get(timeout=1.0)
 
 
 def test_ranks_end_with_a_worker_that_is_killed(folder: Path) -> None:
