@@ -99,11 +99,14 @@ def test_both_directions_of_a_pair_at_once(node: Make) -> None:
 
 
 def test_a_full_receiver_holds_the_sender_back_and_drops_nothing(node: Make) -> None:
-    sender, receiver = node("prefill-0", num_slabs_out=4), node("decode-0")
+    device = HostDevice()
+    sender, receiver = node("prefill-0", device, num_slabs_out=4), node("decode-0")
     connect(sender, receiver)
+    device.packed = threading.Event()
     for index in range(4):
         assert sender.try_send("decode-0", index, 4096)
     assert not sender.try_send("decode-0", 4, 4096), "all buffers of the sender are in use"
+    device.packed.set()
     held = [receiver.next(KVPart) for _ in range(2)]
     assert [sender.next(KVPartAck).part_index for _ in range(2)] == [0, 1]
     assert receiver.num_free[1] == 0 and receiver.mailbox.empty()
@@ -477,6 +480,7 @@ def test_a_peer_that_is_stopped_is_lost_after_the_stall(node: Make, process: Mak
         assert here.try_send("there", 0, 4096)
         here.next(KVPartAck)
     there.signal(signal.SIGSTOP)
+    until(lambda: there.is_stopped, 5.0)
     if not is_sender:
         assert here.try_send("there", 1, 4096)
     assert here.next(LinkLost, 0.8 + CLEAN_WITHIN_S).peer == "there"

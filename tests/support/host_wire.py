@@ -156,6 +156,8 @@ class HostWire:
         self._socket.sendall(content[:half])
         if message >= 0:
             self._device.hook("sending", message, self)
+        if self.aborted.is_set():  # a kernel sends nothing more then
+            raise ConnectionError("aborted")
         self._socket.sendall(content[half:])
         return True
 
