@@ -173,9 +173,9 @@ def link_device(channels: int) -> WireDevice:
 
         torch.cuda.init()
         return NcclDevice(0, channels)
-    from tests.support.host_wire import HostDevice
+    from kv_transfer.tcp_wire import TcpDevice
 
-    return HostDevice()
+    return TcpDevice("127.0.0.1")
 
 
 def synchronize() -> None:

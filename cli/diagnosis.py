@@ -14,6 +14,7 @@ from math import ceil
 from typing import Any
 
 from phasewise.core.handoff_cost import HandoffPath, pays, pays_from_tokens
+from phasewise.core.links import NO_TIME_LEFT
 from phasewise.core.profile import DeviceProfile
 
 Json = Mapping[str, Any]
@@ -194,7 +195,10 @@ def _of_pairs(cluster: Cluster) -> list[Finding]:
             message = f"{name} speak wire versions {versions}: install the same Phasewise on both hosts"
             found.append(Finding(Severity.ERROR, message))
         for probe in pair["probes"]:
-            if probe["seconds"] is None:
+            if probe["failure"] == NO_TIME_LEFT:
+                message = f"{name}: no time was left to measure {probe['num_bytes']:,} bytes; raise --timeout"
+                found.append(Finding(Severity.WARNING, message))
+            elif probe["seconds"] is None:
                 message = f"{name}: a probe of {probe['num_bytes']:,} bytes failed: {probe['failure']}"
                 found.append(Finding(Severity.ERROR, message))
         on_gpus = all(worker["device"].startswith("cuda") for worker in (prefill, decode))

@@ -100,7 +100,9 @@ class Launcher:
         self._connect(cluster.workers)
         card = self._model_card(cluster, source, facts)
         cluster.context_length = card.context_length
-        cluster.addresses["grpc"] = self._ask(self._gateway.serve.remote(card, self._workers, self._control_plane))
+        cluster.addresses["grpc"] = self._ask(
+            self._gateway.serve.remote(card, cluster.workers, self._workers, self._control_plane)
+        )
         self._is_up = True
         self._watch(cluster)
         return cluster
@@ -118,7 +120,7 @@ class Launcher:
         for step in (
             lambda: self._ask(self._gateway.drain.remote(drain_s), drain_s + 10.0),
             lambda: self._ask(self._control_plane.stop.remote(), 10.0),
-            lambda: self._ask_all([w.stop.remote() for w in self._workers.values()], 15.0),
+            lambda: self._wait_all([w.stop.remote() for w in self._workers.values()], 15.0),
             lambda: self._ask(self._gateway.stop.remote(), 15.0),
         ):
             try:
@@ -174,8 +176,7 @@ class Launcher:
         from workers.actor import WorkerActor
 
         config = self._config
-        host = LOOPBACK if config.ray.address == "local" else ""
-        settings = worker_settings(config, self._devices(), collector, secrets.token_hex(16), host)
+        settings = worker_settings(config, self._devices(), collector, secrets.token_hex(16), self._head())
         make = ray.remote(num_cpus=0)
         self._control_plane = make(ControlPlaneActor).options(name="control-plane").remote(config, collector)
         self._gateway = (
@@ -202,6 +203,14 @@ class Launcher:
                 "lower the number of workers or tensor_parallel, or set --device cpu"
             )
         return "cuda"
+
+    def _head(self) -> str:
+        """The address of the cluster's first node."""
+        import ray
+
+        return next(
+            str(node["NodeManagerAddress"]) for node in ray.nodes() if "node:__internal_head__" in node["Resources"]
+        )
 
     def _load(self) -> list[WorkerInfo]:
         """Waits until every process has loaded, and reports the slowest worker's progress meanwhile."""
@@ -273,6 +282,13 @@ class Launcher:
             self._value(value)
 
     @staticmethod
+    def _wait_all(refs: list[Any], timeout_s: float) -> None:
+        """Waits for all answers, also where some are errors: a worker that is lost must not hurry the others."""
+        import ray
+
+        ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
+
+    @staticmethod
     def _value(value: Any) -> Any:
         if isinstance(value, ServingError):
             raise value
@@ -280,7 +296,7 @@ class Launcher:
 
 
 def worker_settings(
-    config: ServingConfig, device: str, collector: str | None, secret: str = "", host: str = ""
+    config: ServingConfig, device: str, collector: str | None, secret: str = "", head: str = ""
 ) -> list[WorkerSettings]:
     """One entry per worker. Threads that are not given are the machine's cores shared out, at least one each."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -300,7 +316,7 @@ def worker_settings(
             collector,
             pool.tensor_parallel,
             secret,
-            host,
+            head,
         )
         for role, pool in pools
         for i in range(pool.workers)

@@ -165,19 +165,22 @@ class ControlPlaneActor:
         while not self._is_stopping:
             await asyncio.sleep(self._health.heartbeat_s)
             for worker_id in self._scheduler.tick():
-                handle = self._workers.get(worker_id)
                 self._tell_lost(worker_id, f"silent for {self._health.overdue_s} s")
-                if handle is not None:
-                    ray.kill(handle)  # nobody listens to it any more
 
     def _on_worker_lost(self, worker_id: WorkerId, reason: str) -> None:
         if not self._is_stopping and self._scheduler.worker_lost(worker_id):
             self._tell_lost(worker_id, reason)
 
     def _tell_lost(self, worker_id: WorkerId, reason: str) -> None:
-        """Everybody hears once: peers free what it held, gateways move its requests."""
+        """Everybody hears once: peers free what it held, gateways move its requests.
+
+        Its process may be there still, hanging or without its loop: it ends, so that it holds neither device nor links.
+        """
         logger.error("worker was lost: %s", reason, extra={"worker_id": worker_id})
+        handle = self._workers.get(worker_id)
         self._workers.forget(worker_id)
+        if handle is not None:
+            ray.kill(handle)
         for other in self._workers.ids():
             self._workers.send(other, PeerLost(worker_id))
         for handle in self._gateways.values():
@@ -338,17 +341,25 @@ class GatewayActor:
         return self._tokenizer.chat_template is not None
 
     async def serve(
-        self, card: ModelCard, workers: Mapping[WorkerId, ActorHandle], control_plane: ActorHandle
+        self,
+        card: ModelCard,
+        infos: Sequence[WorkerInfo],
+        workers: Mapping[WorkerId, ActorHandle],
+        control_plane: ActorHandle,
     ) -> str | ServingError:
         """Starts both servers and admits requests; the gRPC address, or what is wrong."""
         assert self._tokenizer is not None
         assert self._socket is not None
         config, tokenizer = self._settings.config.gateway, self._tokenizer
         self._workers.connect(workers)
+        decoding = (info for info in infos if info.role.can_decode)
+        smallest = min(decoding, key=lambda info: info.num_kv_blocks)
         limits = RequestLimits(
             config.default_timeout_s,
             default_max_tokens=config.default_max_tokens,
             max_samples=self._settings.config.scheduler.max_running,
+            num_kv_blocks=smallest.num_kv_blocks,
+            block_size=smallest.kv_spec.block_size,
         )
         addresses = {"http": format_address(self._socket), "grpc": config.grpc}
         loop = RequestLoop(

@@ -27,9 +27,13 @@ from phasewise.core.errors import Overloaded, Unavailable
 from phasewise.core.messages import WorkerInfo, WorkerLoad
 from phasewise.core.placement import Placement, WorkerId, WorkerRole
 from phasewise.core.profile import DeviceProfile
+from phasewise.core.recent import RecentNames
 
 Pools = tuple[list[Candidate], list[Candidate], list[Candidate]]
 """Candidates of the roles prefill, decode and mixed."""
+
+_Kind = tuple[tuple[str, str, str, int], str, int]
+"""Workers of one kind take equal times: device, model and weights, and the cache's dtype and block size."""
 
 _EXPECTED_TOKENS_START = 128.0
 _SMOOTHING = 0.05
@@ -72,7 +76,8 @@ class ClusterScheduler:
         self._max_waiting = max_waiting
         self._entries: dict[str, _Entry] = {}
         self._work: dict[WorkerId, _Work] = {}
-        self._profiles: dict[tuple[str, str, str, int], DeviceProfile] = {}  # by kind of worker
+        self._profiles: dict[_Kind, DeviceProfile] = {}
+        self._ended_early = RecentNames()
         self._expected_tokens = _EXPECTED_TOKENS_START
 
     @property
@@ -86,7 +91,7 @@ class ClusterScheduler:
         self._work.setdefault(info.worker_id, _Work())
         # Workers of one kind are equally fast. What each measured while others started beside it is noise, and would
         # leave one of two equals without work.
-        kind = info.profile.facts.kind
+        kind = _kind(info)
         self._profiles[kind] = info.profile.joined(self._profiles.get(kind, info.profile))
 
     def worker_load(self, load: WorkerLoad) -> None:
@@ -114,12 +119,15 @@ class ClusterScheduler:
     ) -> Placement:
         """Chooses both workers; one to `avoid` only where there is no other of its kind.
 
-        A further attempt is never refused for full queues: its request was taken already.
+        A further attempt is never refused for full queues: its request was taken already. One whose end has come here
+        before it is refused: nobody would ever take it out of the ledger.
 
         Raises:
-            Unavailable: no pair of workers is ready.
+            Unavailable: no pair of workers is ready, or the attempt has ended.
             Overloaded: every prefill queue is full.
         """
+        if request_id in self._ended_early:
+            raise Unavailable("the request ended while it was placed")
         expected = min(float(max_tokens), self._expected_tokens)
         arrival = Arrival(request_id, num_prompt_tokens, num_samples, expected)
         prefills, decodes, mixed = _preferred(self._candidates(), avoid)
@@ -147,6 +155,7 @@ class ClusterScheduler:
         """The request is over, however it ended; its output length teaches what to expect."""
         entry = self._entries.pop(request_id, None)
         if entry is None:
+            self._ended_early.add(request_id)
             return
         if entry.prefill_pending:
             self._work[entry.placement.prefill_worker].add_prompt(entry.arrival, -1)
@@ -170,7 +179,7 @@ class ClusterScheduler:
             info, work = member.info, self._work[member.info.worker_id]
             return Candidate(
                 info.worker_id,
-                self._profiles[info.profile.facts.kind],
+                self._profiles[_kind(info)],
                 work.num_prompts,
                 work.num_prompt_tokens,
                 work.num_decoding,
@@ -188,6 +197,10 @@ class ClusterScheduler:
         ready = [m.load.role.value for m in self.registry.ready()]
         missing = [role for role in ("prefill", "decode") if role not in ready]
         return f"no {' and no '.join(missing)} worker is ready"
+
+
+def _kind(info: WorkerInfo) -> _Kind:
+    return info.profile.facts.kind, info.kv_spec.dtype, info.kv_spec.block_size
 
 
 def _preferred(pools: Pools, avoid: Collection[WorkerId]) -> Pools:

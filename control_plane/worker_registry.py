@@ -35,11 +35,13 @@ class WorkerRegistry:
         self._members[info.worker_id] = Member(info, load, self._clock.now_s())
 
     def update(self, load: WorkerLoad) -> None:
-        """Takes a report; one from a worker that is unknown or already lost is ignored."""
+        """Takes a report; one that a newer overtook, or of a worker that is unknown or lost, is ignored."""
         member = self._members.get(load.worker_id)
-        if member is not None and member.load.state is not WorkerState.LOST:
+        if member is None or member.load.state is WorkerState.LOST:
+            return
+        if load.number >= member.load.number:
             member.load = load
-            member.heard_s = self._clock.now_s()
+        member.heard_s = self._clock.now_s()
 
     def mark_lost(self, worker_id: WorkerId) -> bool:
         """True when this is news."""

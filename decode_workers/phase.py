@@ -90,7 +90,6 @@ class DecodePhase:
 
     def on_offer(self, offer: KVOffer) -> None:
         """An offer that can never be taken is refused at once; others wait for room."""
-        self._settle()  # an earlier attempt at the same handoff may have become whole a moment ago
         if offer.request.request_id in self._handed_in:  # only our word that it came was lost
             self._peers.send(offer.sender, KVDone(offer.transfer_id))
             return
@@ -245,12 +244,20 @@ class DecodePhase:
         self._receiver.accept(offer, block_table, len(cached) * self._blocks.block_size, lease_end_s)
 
     def _begin(self, reservation: Reservation) -> None:
-        """A handoff is whole: its samples join the running batch, sharing the prompt's blocks."""
+        """A handoff is whole: its samples join the running batch, sharing the prompt's blocks.
+
+        Once only: the first of two offers may become whole beside the second, when its abort is still on its way.
+        """
         commit, offer = reservation.commit, reservation.offer
         assert commit is not None
         request = offer.request
+        if request.request_id in self._handed_in:
+            self._blocks.release(reservation.block_table)
+            return
         self.counters["handoffs_in"] += 1
         self._handed_in.add(request.request_id)
+        for again in self._offers.remove(lambda waiting: waiting.request.request_id == request.request_id):
+            self._peers.send(again.sender, KVDone(again.transfer_id))
         duration_s = max(self._clock.unix_s() - commit.started_unix_s, 0.0)
         self._outbox.event(
             offer.gateway_id,

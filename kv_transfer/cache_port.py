@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 
-from kv_transfer.codec import Codec, WireLayout
+from kv_transfer.codec import Codec, WireLayout, wire_dtype
 from kv_transfer.plan import PartSpan
-from kv_transfer.staging import pack, slots_of, unpack
-from phasewise.core.kv_spec import KVCacheSpec
+from kv_transfer.staging import is_intact, pack, slots_of, unpack
+from phasewise.core.kv_spec import FP8, KVCacheSpec
 
 
 class Cache(Protocol):
@@ -52,6 +52,20 @@ class CachePort:
     def unpack(self, block_table: Sequence[int], span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:
         """Writes what came into a sequence's blocks."""
         unpack(self._storage, self._slots(block_table, span), span.first_layer, layout, wire)
+
+    def warm_up(self, dtypes: Iterable[str], codec: Codec) -> None:
+        """Packs and unpacks for peers with caches of these dtypes: what that compiles must not hold up a step.
+
+        Overwrites the first block, which must not be in use.
+        """
+        span = PartSpan(0, self.spec.num_layers, 0, 1)
+        for dtype in {wire_dtype(self.spec.dtype, other) for other in dtypes}:
+            for used in {Codec.NONE, codec if dtype != FP8 else Codec.NONE}:
+                layout = self.layout(span, dtype, used)
+                wire = torch.empty(layout.num_bytes, dtype=torch.uint8, device=self.device)
+                self.pack([0], span, layout, wire)
+                assert is_intact(wire), "the checksum of what was packed a moment ago"
+                self.unpack([0], span, layout, wire)
 
     def _slots(self, block_table: Sequence[int], span: PartSpan) -> torch.Tensor:
         return slots_of(block_table, self.spec.block_size, span.first_token, span.num_tokens, self.device)

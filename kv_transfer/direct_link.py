@@ -136,6 +136,10 @@ class DirectLinks:
         self._packing[slab.buffer.data_ptr()] = slab
         return slab.buffer[:num_bytes]
 
+    @property
+    def uses_store(self) -> bool:
+        return False
+
     def send_part(self, peer: WorkerId, part: KVPart, wire: torch.Tensor) -> None:
         slab = self._packing.pop(wire.data_ptr())
         assert wire.numel() == part.num_bytes, f"{wire.numel()} bytes for a part of {part.num_bytes}"

@@ -67,6 +67,10 @@ class Link(Protocol):
         Ask again after the next KVPartAck. What is given out goes to `send_part` at once.
         """
 
+    @property
+    def uses_store(self) -> bool:
+        """Whether the buffer that was given out last goes through the object store."""
+
     def send_part(self, peer: WorkerId, part: KVPart, wire: torch.Tensor) -> None:
         """Takes over a buffer that work on the current stream fills, and returns at once."""
 

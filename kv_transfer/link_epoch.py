@@ -130,14 +130,15 @@ class _Epoch:
             self._wire.abort()
         self._is_aborted.set()
 
-    def _connect(self, token: bytes, rank: int) -> Wire:
+    def _make_wire(self, token: bytes, rank: int) -> Wire:
+        """From here on `_abort` ends it, whether it is connected or not."""
         wire = self._room.device.make(token, rank)
         with self._lock:
-            if self.reason:
-                raise WireError(self.reason)
-            self._wire = wire
-        wire.connect()
-        return wire
+            if not self.reason:
+                self._wire = wire
+                return wire
+        wire.abort()
+        raise WireError(self.reason)
 
     def _up(self) -> None:
         with self._lock:
@@ -199,8 +200,9 @@ class SendEpoch(_Epoch):
             raise WireError(problem)
         self._trial = self._pattern()
         token = room.device.token()
+        wire = self._make_wire(token, 0)
         channel.send(Token(token.hex()))
-        wire = self._connect(token, 0)
+        wire.connect()
         wire.send(self._trial[:_SMALL_TRIAL_BYTES]).wait()
         wire.send(self._trial).wait()
         start_s = room.clock.now_s()
@@ -328,7 +330,8 @@ class ReceiveEpoch(_Epoch):
         token = channel.receive()
         if not isinstance(token, Token):
             raise ConnectionError(f"{token} where a token was due")
-        wire = self._connect(bytes.fromhex(token.data), 1)
+        wire = self._make_wire(bytes.fromhex(token.data), 1)
+        wire.connect()
 
         def matches(data: torch.Tensor) -> torch.Tensor:
             return (data.view(torch.int64) == pattern[: data.numel()].view(torch.int64)).all()

@@ -52,6 +52,10 @@ class LoopbackLink:
     def buffer(self, peer: WorkerId, num_bytes: int) -> torch.Tensor | None:
         return torch.empty(num_bytes, dtype=torch.uint8)
 
+    @property
+    def uses_store(self) -> bool:
+        return False
+
     def send_part(self, peer: WorkerId, part: KVPart, wire: torch.Tensor) -> None:
         came = self._fault(part, wire)
         mailbox = self._mailboxes.get(peer)

@@ -62,6 +62,10 @@ class ObjectStoreLink:
     def buffer(self, peer: WorkerId, num_bytes: int) -> torch.Tensor | None:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
+    @property
+    def uses_store(self) -> bool:
+        return True
+
     def send_part(self, peer: WorkerId, part: KVPart, wire: torch.Tensor) -> None:
         handle = self._workers.get(peer)
         if handle is None:

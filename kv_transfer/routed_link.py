@@ -43,6 +43,10 @@ class RoutedLink:
         self._given_out = self._route(peer)
         return self._given_out.buffer(peer, num_bytes)
 
+    @property
+    def uses_store(self) -> bool:
+        return self._given_out.uses_store
+
     def send_part(self, peer: WorkerId, part: KVPart, wire: torch.Tensor) -> None:
         self._given_out.send_part(peer, part, wire)
 

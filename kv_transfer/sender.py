@@ -76,6 +76,7 @@ class KVSender:
         self._bytes_in_flight = 0
         self._num_offers = 0
         self.num_bytes_sent = 0
+        self.num_parts_stored = 0
         self.num_links_lost = 0
 
     def offer(
@@ -108,8 +109,10 @@ class KVSender:
 
     def facts(self, peer: WorkerId, spec: KVCacheSpec) -> LinkFacts:
         """What is known of the way to a worker whose cache is `spec`. May be called from any thread."""
-        dtype = wire_dtype(self._cache.spec.dtype, spec.dtype)
+        ours = self._cache.spec
+        dtype = wire_dtype(ours.dtype, spec.dtype)
         layout = self._layout(peer, self._one_token, dtype)
+        fits = ours.content_fingerprint == spec.content_fingerprint
         return LinkFacts(
             peer,
             self._link.name(peer),
@@ -119,8 +122,8 @@ class KVSender:
             dtype,
             layout.codec.value,
             layout.content_bytes,
-            is_lossless(layout.codec, self._cache.spec.dtype, spec.dtype),
-            "; ".join(self._cache.spec.differences(spec)),
+            is_lossless(layout.codec, ours.dtype, spec.dtype),
+            "" if fits else "; ".join(ours.differences(spec)),
         )
 
     def push(self, transfer_id: str, span: PartSpan, block_table: list[int]) -> None:
@@ -267,6 +270,7 @@ class KVSender:
         transfer.num_parts += 1
         self._bytes_in_flight += num_bytes
         self.num_bytes_sent += num_bytes
+        self.num_parts_stored += self._link.uses_store
         self._link.send_part(peer, part, wire)
         return True
 

@@ -32,7 +32,7 @@ class Receipt(Protocol):
 class Wire(Protocol):
     """One end of one epoch. All operations of one end are done in the order in which they were enqueued.
 
-    Two-sided: a send ends only when the other end has posted its receive. Everything but `connect` and `wait` returns
+    Two-sided: a send may last until the other end has posted its receive. Everything but `connect` and `wait` returns
     at once. `abort` may come from any thread at any time, also during `connect`; all others end then.
     """
 

@@ -108,13 +108,15 @@ def load_engine(settings: WorkerSettings, progress: Callable[[float], None], clo
         else:
             warm_up(engine, grid, clock)
             profile = written
+        codec = Codec(config.transfer.codec)
+        engine.port.warm_up(cache_dtypes(settings), codec)
+        codec_rate = measure_codec(engine.port, codec, clock)
     except BaseException:
         if ranks is not None:
             ranks.close()
         raise
     progress(1.0)
     dtype = resolve_dtype(config.model.dtype, settings.device)
-    codec_rate = measure_codec(engine.port, Codec(config.transfer.codec), clock)
     return LoadedEngine(
         engine.runner, engine.cache, engine.port, engine.max_model_len, profile, dtype, ranks, codec_rate
     )
@@ -234,6 +236,14 @@ def profile_facts(
         block_size=settings.config.cache.block_size,
         kv_bytes_per_token=spec.bytes_per_token if spec is not None else 0,
     )
+
+
+def cache_dtypes(settings: WorkerSettings) -> set[str]:
+    """Those of the KV caches that this worker may hand over to, or take over from, its own among them."""
+    config = settings.config
+    pools = (config.pools.prefill, config.pools.decode, config.pools.mixed)
+    named = {config.cache.dtype, *(pool.cache_dtype or "auto" for pool in pools)}
+    return {resolve_dtype(config.model.dtype, settings.device) if dtype == "auto" else dtype for dtype in named}
 
 
 def token_budget(config: ServingConfig, device: str) -> int:

@@ -6,7 +6,6 @@ when all workers are loaded and know each other's addresses, before any of them 
 
 from __future__ import annotations
 
-import logging
 import socket
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from kv_transfer.link import Link, Post
 from kv_transfer.object_store_link import ObjectStoreLink
 from kv_transfer.routed_link import RoutedLink
 from kv_transfer.staging import is_intact
+from kv_transfer.tcp_wire import TcpDevice
 from kv_transfer.wire import WireDevice
 from phasewise.core.errors import ConfigError, ServingError
 from phasewise.core.kv_spec import KVCacheSpec
@@ -26,8 +26,6 @@ from phasewise.core.mailboxes import WorkerMailboxes
 from phasewise.core.messages import KVPart
 from phasewise.core.placement import WorkerId, WorkerRole
 from workers.settings import WorkerSettings
-
-logger = logging.getLogger(__name__)
 
 _OPEN_TIMEOUT_S = 60.0
 
@@ -40,10 +38,9 @@ class Links:
     """
 
     def __init__(self, settings: WorkerSettings, workers: WorkerMailboxes, post: Post) -> None:
-        self._is_required = settings.config.transfer.link not in ("auto", "object_store")
         device = torch.device("cuda" if settings.device != "cpu" else "cpu")
-        self._object_store = ObjectStoreLink(settings.worker_id, workers, device, post)
         self._direct = _direct_links(settings, post)
+        self._object_store = ObjectStoreLink(settings.worker_id, workers, device, post)
         self.link: Link = self._object_store
         if self._direct is not None:
             self.link = RoutedLink(self._direct, self._object_store)
@@ -55,24 +52,16 @@ class Links:
             self._direct.fingerprint = spec.content
 
     def open(self, peers: Mapping[WorkerId, str]) -> ServingError | None:
-        """Opens the links to these workers, by address, all at once.
-
-        A link that cannot be opened is an error where `transfer.link` asks for it, else a warning: the object store
-        serves that pair then.
-        """
+        """Opens the links to these workers, by address, all at once. Gives the first error."""
         direct = self._direct
         if direct is None or not peers:
             return None
         with ThreadPoolExecutor(len(peers), "open-links") as pool:
-            tries = {peer: pool.submit(direct.open, peer, address, _OPEN_TIMEOUT_S) for peer, address in peers.items()}
-        for attempt in tries.values():
-            error = attempt.exception()
-            if error is None:
-                continue
-            if self._is_required or not isinstance(error, ServingError):
-                return ConfigError(f"transfer.link: {error}", field="transfer.link")
-            logger.warning("%s; the object store is used instead", error)
-        return None
+            tries = [pool.submit(direct.open, peer, address, _OPEN_TIMEOUT_S) for peer, address in peers.items()]
+        errors = [str(error) for error in (attempt.exception() for attempt in tries) if error is not None]
+        if not errors:
+            return None
+        return ConfigError(f"transfer.link: {errors[0]}; or use transfer.link object_store", field="transfer.link")
 
     def receive(self, sender: WorkerId, part: KVPart, array: np.ndarray) -> None:
         """A part that came through the object store. From one thread."""
@@ -86,9 +75,8 @@ def _direct_links(settings: WorkerSettings, post: Post) -> DirectLinks | None:
     transfer = settings.config.transfer
     if transfer.link == "object_store" or settings.role is WorkerRole.MIXED:
         return None
-    device = _wire_device(settings)
-    if device is None:
-        return None
+    host = own_address(settings.head or "127.0.0.1")
+    device = _wire_device(settings, host)
     try:
         return DirectLinks(
             settings.worker_id,
@@ -96,7 +84,7 @@ def _direct_links(settings: WorkerSettings, post: Post) -> DirectLinks | None:
             post,
             is_intact,
             fingerprint="",
-            host=settings.host or socket.gethostbyname(socket.gethostname()),
+            host=host,
             secret=settings.secret,
             num_slabs_out=transfer.num_slabs if settings.role.can_prefill else 0,
             num_slabs_in=transfer.num_slabs if settings.role.can_decode else 0,
@@ -111,19 +99,28 @@ def _direct_links(settings: WorkerSettings, post: Post) -> DirectLinks | None:
         ) from None
 
 
-def _wire_device(settings: WorkerSettings) -> WireDevice | None:
-    """What moves the bytes of a direct link; None where there is nothing and nobody insists on it."""
-    transfer = settings.config.transfer
-    if settings.device == "cpu":
-        if transfer.link == "nccl":
-            raise ConfigError("transfer.link nccl needs GPUs; use auto or object_store", field="transfer.link")
-        return None
+def own_address(head: str) -> str:
+    """The address under which those who can reach `head` can reach this host. (Its name may mean 127.0.1.1 here.)"""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((head, 1))  # sends nothing
+        return str(probe.getsockname()[0])
+
+
+def _wire_device(settings: WorkerSettings, host: str) -> WireDevice:
+    """What moves the bytes of a direct link."""
+    is_cpu, link = settings.device == "cpu", settings.config.transfer.link
+    if link == "tcp":
+        if not is_cpu:
+            raise ConfigError(
+                "transfer.link tcp is for KV in host memory; use nccl or object_store, or set model.device to cpu",
+                field="transfer.link",
+            )
+        return TcpDevice(host)
+    if is_cpu:
+        raise ConfigError("transfer.link nccl needs GPUs; use tcp or object_store", field="transfer.link")
     try:
         from kv_transfer.nccl_wire import NcclDevice  # needs CuPy, which CPU machines do not have
 
-        return NcclDevice(torch.cuda.current_device(), transfer.nccl_channels)
+        return NcclDevice(torch.cuda.current_device(), settings.config.transfer.nccl_channels)
     except (ImportError, ConfigError) as error:
-        if transfer.link == "nccl":
-            raise ConfigError(f"transfer.link nccl: {error}; install phasewise[gpu]", field="transfer.link") from None
-        logger.warning("no direct links, the object store is used instead: %s", error)
-        return None
+        raise ConfigError(f"transfer.link nccl: {error}; install phasewise[gpu]", field="transfer.link") from None

@@ -13,8 +13,8 @@ class WorkerSettings:
     """One worker of a cluster. `device` is a torch device name: `cpu`, `cuda:0`.
 
     With `tensor_parallel` > 1 the worker is so many processes, and rank r is on GPU r of those that they see.
-    `secret` is known to the workers of this cluster alone: links are opened to nobody else. `host` is where this worker
-    can be reached by the others; "": by its machine's name.
+    `secret` is known to the workers of this cluster alone: links are opened to nobody else. `head` is an address of
+    the cluster: others reach this worker where its host's road there begins. "": on this host only.
     """
 
     worker_id: WorkerId
@@ -25,4 +25,4 @@ class WorkerSettings:
     log_collector: str | None = None
     tensor_parallel: int = 1
     secret: str = field(default="", repr=False)
-    host: str = ""
+    head: str = ""

@@ -21,7 +21,7 @@ import logging
 import queue
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from decode_workers.phase import DecodePhase
@@ -147,6 +147,7 @@ class Worker:
         # Requests, transfers, workers and gateways that are over. Messages may overtake each other on the way here:
         # what comes after its own end must not begin.
         self._gone = RecentNames()
+        self._num_reports = 0
         self._last_load: WorkerLoad | None = None
         self._last_report_s = float("-inf")
 
@@ -383,7 +384,8 @@ class Worker:
         if load != self._last_load or since_s >= self._settings.heartbeat_s:
             self._last_load = load
             self._last_report_s = now_s
-            self._loads.report(load)
+            self._num_reports += 1
+            self._loads.report(replace(load, number=self._num_reports))
 
     def _counters(self) -> dict[str, float]:
         receiver = self._parts.receiver.counters
@@ -396,6 +398,7 @@ class Worker:
             "handoff_bytes_in": float(receiver.num_bytes),
             "checksum_failures": float(receiver.checksum_failures),
             "late_parts": float(receiver.late_parts),
+            "parts_stored": float(self._parts.sender.num_parts_stored),
             "links_lost": float(self._parts.sender.num_links_lost),
             "leases_expired": float(receiver.leases_expired),
         }

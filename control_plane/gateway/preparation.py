@@ -23,6 +23,8 @@ MAX_STOP_CHARACTERS = 1000
 MAX_STOP_TOKEN_IDS = 256
 COMPLETION_MAX_TOKENS = 16  # as OpenAI's completions
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
+# Logits are divided and multiplied by it: far from 1 they overflow, and mean nothing long before.
+_REPETITION_PENALTY = (0.01, 100.0)
 _INT64 = (-(2**63), 2**63 - 1)
 
 
@@ -31,14 +33,15 @@ class RequestLimits:
     """What this gateway allows and assumes.
 
     `max_samples` bounds n: no worker's batch holds more. `default_max_tokens` is for chats that name none; None: what
-    the context leaves. `max_kv_tokens` is the KV capacity of the smallest decode worker in tokens: a request that could
-    never fit is refused at once; None: not limited.
+    the context leaves. `num_kv_blocks` of `block_size` tokens are what the smallest worker that decodes has: a request
+    whose samples could never begin there is refused at once; None: not limited.
     """
 
     default_timeout_s: float = 600.0
     max_timeout_s: float = 86_400.0
     default_max_tokens: int | None = None
-    max_kv_tokens: int | None = None
+    num_kv_blocks: int | None = None
+    block_size: int = 1
     max_samples: int = MAX_SAMPLES
 
 
@@ -151,12 +154,14 @@ class RequestPreparer:
                 f"max_tokens to {room} or shorten the prompt",
                 field="max_tokens",
             )
-        need, capacity = num_prompt_tokens + sampling.n * max_tokens, self._limits.max_kv_tokens
-        if capacity is not None and need > capacity:
+        limits = self._limits
+        # Every further sample gets its own copy of the prompt's last block (decode_workers/reservations.py).
+        need = -(-num_prompt_tokens // limits.block_size) + sampling.n - 1
+        if limits.num_kv_blocks is not None and need > limits.num_kv_blocks:
             raise InvalidRequest(
-                f"the prompt's {num_prompt_tokens} tokens and n {sampling.n} times max_tokens {max_tokens} make "
-                f"{need}, but a worker's KV cache holds {capacity} tokens; lower max_tokens or n",
-                field="n" if sampling.n > 1 else "max_tokens",
+                f"the prompt's {num_prompt_tokens} tokens and n {sampling.n} need {need} KV blocks, but a worker has "
+                f"{limits.num_kv_blocks}; lower n or shorten the prompt",
+                field="n",
             )
         return replace(sampling, max_tokens=max_tokens)
 
@@ -175,9 +180,7 @@ class RequestPreparer:
             min_p=_range_or("min_p", given.min_p, 0.0, 0.0, 1.0),
             presence_penalty=_range_or("presence_penalty", given.presence_penalty, 0.0, -2.0, 2.0),
             frequency_penalty=_range_or("frequency_penalty", given.frequency_penalty, 0.0, -2.0, 2.0),
-            repetition_penalty=_range_or(
-                "repetition_penalty", given.repetition_penalty, 1.0, 0.0, math.inf, above_low=True
-            ),
+            repetition_penalty=_range_or("repetition_penalty", given.repetition_penalty, 1.0, *_REPETITION_PENALTY),
             logit_bias=self._logit_bias(given),
             seed=self._rng.getrandbits(63) if given.seed is None else _check_int("seed", given.seed, *_INT64),
             logprobs=_optional_int("logprobs", given.logprobs, 0, MAX_LOGPROBS),

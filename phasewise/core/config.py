@@ -122,8 +122,9 @@ class SchedulerConfig(_Section):
 class TransferConfig(_Section):
     """How KV moves from prefill to decode workers."""
 
-    link: Literal["auto", "nccl", "object_store"] = Field(
-        "auto", description="auto: nccl between GPU workers, else object_store; nccl: refuse to start without it"
+    link: Literal["object_store", "nccl", "tcp"] = Field(
+        "object_store",
+        description="object_store: Ray's shared memory; nccl: between GPUs; tcp: between CPU workers",
     )
     codec: Literal["none", "fp8", "int8"] = Field(
         "none", description="How KV may be compressed on a link that is slower than compressing it; both lose precision"
@@ -131,9 +132,9 @@ class TransferConfig(_Section):
     nccl_channels: int = Field(
         16, ge=1, le=32, description="NCCL channels of a link: more are faster and take more GPU memory"
     )
-    slab_mib: int = Field(128, ge=1, description="Staging memory of a part on its way over NCCL, in MiB of GPU memory")
+    slab_mib: int = Field(128, ge=1, description="Staging memory of a part on its way over a direct link, in MiB")
     num_slabs: int = Field(2, ge=2, description="Such parts at once, in each direction of a worker")
-    stall_s: float = Field(5.0, gt=0, description="A part on its way over NCCL for longer means a broken link")
+    stall_s: float = Field(5.0, gt=0, description="A part on its way over a direct link for longer means a broken link")
     layerwise_threshold_tokens: int | None = Field(
         None,
         ge=1,
@@ -186,6 +187,15 @@ class HealthConfig(_Section):
 
     heartbeat_s: float = Field(1.0, gt=0, description="A worker reports at least this often")
     overdue_s: float = Field(30.0, gt=0, description="A worker silent for this long is lost")
+
+    @model_validator(mode="after")
+    def _leaves_room(self) -> HealthConfig:
+        if self.overdue_s < 2 * self.heartbeat_s:
+            raise ValueError(
+                f"overdue_s {self.overdue_s:g} is less than two heartbeats of {self.heartbeat_s:g} s: workers with "
+                "nothing to do would be killed; raise health.overdue_s or lower health.heartbeat_s"
+            )
+        return self
 
 
 class LoggingConfig(_Section):

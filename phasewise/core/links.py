@@ -8,6 +8,8 @@ from phasewise.core.placement import WorkerId
 
 SMALLEST_PROBE_BYTES = 32
 PROBE_ALIGNMENT = 16
+NO_TIME_LEFT = "no time was left for it; raise timeout_s"
+"""A probe's failure when it was not tried: nothing is known of the link."""
 
 
 @dataclass(frozen=True, slots=True)

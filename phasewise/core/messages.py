@@ -265,7 +265,8 @@ class WorkerLoad:
     """What changes: sent when it changed, and as a heartbeat.
 
     A block counts as used while a sequence or a reservation refers to it; blocks that only the prefix cache
-    remembers count as free (`num_cached_blocks` of the free ones are such). `counters` only grow.
+    remembers count as free (`num_cached_blocks` of the free ones are such). `counters` only grow. `number` counts the
+    worker's reports, which may overtake each other.
     """
 
     worker_id: WorkerId
@@ -281,6 +282,7 @@ class WorkerLoad:
     num_used_blocks: int = 0
     num_cached_blocks: int = 0
     counters: dict[str, float] = field(default_factory=dict)
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)

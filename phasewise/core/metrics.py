@@ -46,6 +46,7 @@ WORKER_COUNTERS: dict[str, tuple[str, str]] = {
     "handoff_failures": ("handoff_failures", "Handoffs given up, for any reason"),
     "checksum_failures": ("checksum_failures", "KV parts whose checksum did not match; never decoded"),
     "late_parts": ("late_parts", "KV parts that came after their reservation had ended; dropped"),
+    "parts_stored": ("object_store_parts", "KV parts sent through Ray's object store, not over a direct link"),
     "links_lost": ("links_lost", "Direct links that broke; the object store served meanwhile"),
     "leases_expired": ("leases_expired", "Reservations freed because their lease ran out"),
     "prefix_query_tokens": ("prefix_query_tokens", "Prompt tokens looked up in the prefix cache"),

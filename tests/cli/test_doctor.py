@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from cli.diagnosis import Cluster, Finding, Severity, conversions, findings
 from cli.main import run
+from phasewise.core.links import NO_TIME_LEFT
 from phasewise.core.profile import DeviceProfile
 from tests.cli.sse_server import serve_app
 
@@ -69,6 +70,7 @@ def test_a_healthy_cluster_has_no_findings() -> None:
         (lambda r: r["pairs"][0].update(refusal="num_layers: 4 here, 5 there"), "error", "refuse each other: num_lay"),
         (lambda r: r["workers"][1].update(wire_version=3), "error", "speak wire versions 2 and 3"),
         (lambda r: r["pairs"][0]["probes"][1].update(seconds=None, failure="lost"), "error", "1,048,576 bytes failed"),
+        (lambda r: r["pairs"][0]["probes"][1].update(seconds=None, failure=NO_TIME_LEFT), "warning", "raise --timeout"),
         (lambda r: r["pairs"][0].update(link="object_store"), "warning", "fell back to object_store"),
         (lambda r: r["pairs"][0].update(is_lossless=False, codec="int8"), "note", "loses precision: codec int8, lossy"),
         (lambda r: r["transfer"].update(codec="int8"), "warning", "codec int8 is allowed, and no link is slow enough"),

@@ -51,6 +51,19 @@ def test_equal_workers_share_equal_work_whatever_noise_their_measurements_have()
     assert sum(p.decode_worker == "decode-0" for p in placements) == 20
 
 
+def test_an_fp8_cache_makes_another_kind_of_worker() -> None:
+    facts = ProfileFacts("H100", "8B", "bfloat16")
+    scheduler = make({"prefill-0": replace(FAST, facts=facts)})
+    for worker_id, times, dtype in (("decode-0", FAST, "fp8_e4m3"), ("decode-1", SLOW, "bfloat16")):
+        info = WorkerInfo(
+            worker_id, WorkerRole.DECODE, 1, "h", "cuda", "bfloat16", 1, replace(SPEC, dtype=dtype), 1000, 4096,
+            replace(times, facts=facts),
+        )  # fmt: skip
+        scheduler.worker_joined(info)
+    placements = [scheduler.place(f"r{i}", 100, 1, 64) for i in range(40)]
+    assert sum(p.decode_worker == "decode-0" for p in placements) > 25, "the other one is three times as slow"
+
+
 def test_a_slow_gpu_gets_its_share_and_no_more() -> None:
     scheduler = make({"prefill-0": FAST, "prefill-1": SLOW, "decode-0": FAST, "decode-1": SLOW})
     placements = [scheduler.place(f"r{i}", 100, 1, 64) for i in range(80)]
@@ -154,6 +167,15 @@ def test_full_kv_sends_work_elsewhere() -> None:
     assert {p.decode_worker for p in placements} == {"decode-0", "decode-1"}
 
 
+def test_an_end_that_overtakes_its_placement_leaves_nothing_in_the_ledger() -> None:
+    scheduler = make({"prefill-0": FAST, "decode-0": FAST}, max_waiting=1)
+    scheduler.finished("late", 0)  # its client left, and calls to an actor have no order
+    with pytest.raises(Unavailable, match="ended"):
+        scheduler.place("late", 100, 1, 64)
+    assert scheduler.num_open == 0
+    scheduler.place("next", 100, 1, 64)  # the one place in the queue is free
+
+
 def test_bounds() -> None:
     scheduler = make({"prefill-0": FAST, "decode-0": FAST}, max_waiting=3)
     for i in range(3):
@@ -224,3 +246,11 @@ def test_workers_to_avoid_are_the_last_resort(
     scheduler = make(dict.fromkeys(workers, FAST))
     placed = [scheduler.place(f"r{i}", 100, 1, 64, attempt=1, avoid=avoid) for i in range(6)]
     assert {(p.prefill_worker, p.decode_worker) for p in placed} == pairs
+
+
+def test_a_report_that_a_newer_one_overtook_is_ignored() -> None:
+    scheduler = make({"prefill-0": FAST, "decode-0": FAST})
+    scheduler.worker_load(WorkerLoad("decode-0", WorkerRole.DECODE, WorkerState.READY, num_running=3, number=7))
+    scheduler.worker_load(WorkerLoad("decode-0", WorkerRole.DECODE, WorkerState.READY, num_running=9, number=6))
+    loads = {member.load.worker_id: member.load for member in scheduler.registry.members()}
+    assert loads["decode-0"].num_running == 3

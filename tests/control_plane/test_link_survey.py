@@ -108,6 +108,22 @@ async def test_the_time_holds_for_all_and_is_shared_out() -> None:
     assert len(workers.probed) == 4 + 3
 
 
+@pytest.mark.parametrize(("timeout_s", "seconds"), [(5.0, 2.0), (50.0, None)], ids=["by-time", "by-the-link"])
+async def test_a_repeat_that_fails_counts_unless_the_time_cut_it_short(timeout_s: float, seconds: float | None) -> None:
+    """The third repeat has 1 of the 5 s left, and would have needed 2 like the others; or the link broke."""
+
+    class Slow(Workers):
+        async def probe(self, worker_id: str, peer: str, num_bytes: int, timeout_s: float) -> LinkProbe:
+            if len(self.probed) < 2:
+                return await super().probe(worker_id, peer, num_bytes, timeout_s)
+            self.clock.advance(min(timeout_s, 1.0))
+            return LinkProbe(num_bytes, None, "it did not arrive")
+
+    workers = Slow(lost=("prefill-1", "decode-1"), seconds=[2.0])
+    (pair,) = (await workers.measured([32], timeout_s)).pairs
+    assert [probe.seconds for probe in pair.probes] == [seconds]
+
+
 @pytest.mark.parametrize(
     ("sizes", "timeout_s", "field", "words"),
     [

@@ -12,7 +12,15 @@ from phasewise.core.request import SamplingParams
 
 
 def sequence_of(tokens: list[int], blocks: list[int], computed: int, salt: str = "") -> Sequence:
-    return Sequence("r", SamplingParams(), tokens, len(tokens), 0, salt, computed, blocks)
+    return Sequence(
+        "r",
+        SamplingParams(),
+        tokens,
+        len(tokens),
+        cache_salt=salt,
+        num_computed_tokens=computed,
+        block_table=blocks,
+    )
 
 
 @pytest.mark.parametrize("prefix_caching", [True, False])

@@ -28,7 +28,7 @@ Make = Callable[..., Any]
 
 
 def links_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("kv-link", "host-wire"))]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("kv-link")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -102,7 +102,7 @@ def test_a_full_receiver_holds_the_sender_back_and_drops_nothing(node: Make) -> 
     device = HostDevice()
     sender, receiver = node("prefill-0", device, num_slabs_out=4), node("decode-0")
     connect(sender, receiver)
-    device.packed = threading.Event()
+    device.packed = threading.Event()  # none leaves before all four are out
     for index in range(4):
         assert sender.try_send("decode-0", index, 4096)
     assert not sender.try_send("decode-0", 4, 4096), "all buffers of the sender are in use"
@@ -213,7 +213,7 @@ def test_corrupted_bytes_are_told_and_cost_no_slab(node: Make) -> None:
     ("settings", "reason"),
     [
         ({"fingerprint": "3 layers"}, "KV layout '2 layers' there, '3 layers' here"),
-        ({"device": HostDevice(kind="nccl 2.28")}, "wire 'host' there, 'nccl 2.28' here"),
+        ({"device": HostDevice(kind="nccl 2.28")}, "wire 'tcp' there, 'nccl 2.28' here"),
         ({"secret": "of another cluster"}, "is not of this cluster"),
         ({"worker_id": "decode-1"}, "receiver 'decode-0' there, 'decode-1' here"),
     ],
@@ -264,6 +264,20 @@ def test_a_receiver_that_dies_while_the_wire_connects_is_noticed_at_once(node: M
         receiver.close()
         opener.join(CLEAN_WITHIN_S)
         assert failures
+
+
+def test_a_link_that_breaks_while_its_wire_is_made_leaves_nothing(node: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    sender, receiver = node("prefill-0"), node("decode-0")
+    token = sender.device.token
+
+    def token_and_break() -> bytes:
+        for epoch in list(sender.links._epochs):
+            epoch.break_("a test broke it")
+        return token()
+
+    monkeypatch.setattr(sender.device, "token", token_and_break)
+    with pytest.raises(TransferFailed, match="a test broke it"):
+        connect(sender, receiver)
 
 
 def test_noise_on_the_port_harms_nobody(node: Make) -> None:
@@ -318,7 +332,7 @@ def test_an_error_of_the_wire_ends_both_ends(node: Make) -> None:
     sender, receiver = node("prefill-0", stall_s=0.4), node("decode-0")
     connect(sender, receiver)
     (epoch,) = sender.links._epochs
-    epoch._wire.broken = "unhandled system error"
+    epoch._wire._broken = "unhandled system error"
     assert sender.next(LinkLost).reason == "unhandled system error"
     receiver.next(LinkLost)
 

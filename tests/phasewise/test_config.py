@@ -41,6 +41,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ({"gateway": {"http": "a:1", "grpc": "a:1"}}, "must differ"),
         ({"model": {"dtype": "fp4"}}, "model.dtype"),
         ({"model": {"weights": "int4"}}, "model.weights"),
+        ({"health": {"heartbeat_s": 20.0}}, "health: overdue_s 30 is less than two heartbeats of 20 s"),
         ({"cache": {"dtype": "fp8"}}, "cache.dtype: Input should be 'auto' or 'fp8_e4m3'"),
     ],
 )

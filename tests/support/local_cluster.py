@@ -29,13 +29,13 @@ from kv_transfer.link import Link
 from kv_transfer.loopback_link import LoopbackLink
 from kv_transfer.routed_link import RoutedLink
 from kv_transfer.staging import is_intact
+from kv_transfer.tcp_wire import TcpDevice
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.config import ServingConfig, build_config
 from phasewise.core.links import LinkProbe, WorkerLinks
 from phasewise.core.messages import PeerLost, WorkerInfo, WorkerLoad, WorkerMessage, WorkerOutput
 from phasewise.core.model_source import model_facts, resolve_model
 from phasewise.core.placement import Placement, WorkerId
-from tests.support.host_wire import HostDevice
 from workers.build import LoadedEngine, Ports, assemble, load_engine, worker_info
 from workers.probing import probe_link
 from workers.worker import Worker
@@ -109,7 +109,7 @@ class LocalCluster:
 
         return DirectLinks(
             info.worker_id,
-            HostDevice(),
+            TcpDevice("127.0.0.1"),
             post,
             is_intact,
             fingerprint=info.kv_spec.content,

@@ -16,6 +16,8 @@ from phasewise.core.lifecycle import Stage
 from phasewise.core.messages import (
     AbortRequest,
     GatewayLost,
+    KVAbort,
+    KVAccepted,
     KVCommit,
     KVDone,
     KVOffer,
@@ -377,3 +379,37 @@ def test_random_order_corruption_and_aborts_leave_nothing_and_change_no_token(se
     for (request_id, sample), tokens in expected.items():
         if request_id not in aborted and request_id not in box.failures:
             assert box.output(request_id, sample) == tokens
+
+
+@pytest.mark.parametrize("is_reserved", [True, False], ids=["reserved", "waiting"])
+def test_a_first_offer_that_becomes_whole_beside_the_second(is_reserved: bool) -> None:
+    """Commit and abort are late: the sender gives up, and its second offer is here before them."""
+    box = WorkerBox(PAIR, num_blocks=8)
+    late: list[tuple[str, WorkerMessage]] = []
+    real = box.send
+
+    def send(worker_id: str, message: WorkerMessage) -> None:
+        is_late = isinstance(message, KVCommit | KVAbort) and message.transfer_id.endswith(".1")
+        late.append((worker_id, message)) if is_late else real(worker_id, message)
+
+    for part in (w._parts for w in box.workers.values()):
+        part.sender._peers = part.receiver._peers = part.decode._peers = _Port(send)  # type: ignore[assignment]
+    num_blocks = 3 if is_reserved else 5  # of 8: beside the first, there is no room for a second of five
+    prompt = prompt_of(16 * num_blocks)
+    box.submit("r", prompt, "prefill-0", "decode-0", max_tokens=20, time_left_s=600)
+    box.run_until(lambda: late)
+    box.clock.advance(31)  # transfer.timeout_s
+    box.run_until(lambda: sum(isinstance(m, KVOffer) for _, m in box.sent) == 2)
+    box.workers["decode-0"].round()
+    assert sum(isinstance(m, KVAccepted) for _, m in box.sent) == (2 if is_reserved else 1)
+    for worker_id, message in sorted(late, key=lambda sent: isinstance(sent[1], KVAbort)):
+        real(worker_id, message)
+    box.run()
+    assert box.output("r") == expected_tokens(prompt, 20)
+    assert box.workers["decode-0"].load().counters["handoffs_in"] == 1
+    box.assert_empty()
+
+
+class _Port:
+    def __init__(self, send: Callable[[str, WorkerMessage], None]) -> None:
+        self.send = send

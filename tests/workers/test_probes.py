@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from kv_transfer.codec import is_lossless
 from kv_transfer.prober import ProbeLink
 from kv_transfer.staging import is_intact
 from phasewise.core.links import LinkProbe
@@ -169,17 +168,18 @@ def test_what_a_worker_tells_of_its_links() -> None:
     box.direct._max_part_bytes = 1 << 20
     box.direct._rate, box.direct._part_s = 5e9, 1e-4
     worker, peer = box.workers["prefill-0"], box.workers["decode-0"].info
-    links = worker.links([peer, replace(peer, worker_id="odd", kv_spec=replace(SPEC, num_layers=7, dtype="bfloat16"))])
+    narrow, odd_spec = replace(SPEC, dtype="bfloat16", block_size=32), replace(SPEC, num_layers=7)
+    others = [replace(peer, worker_id="narrow", kv_spec=narrow), replace(peer, worker_id="odd", kv_spec=odd_spec)]
+    links = worker.links([peer, *others])
     assert (links.worker_id, links.layers_per_part, links.chunk_tokens) == ("prefill-0", 2, 128)
-    same, odd = links.links
+    same, half, odd = links.links
     assert (same.peer, same.link, same.bytes_per_s, same.part_s) == ("decode-0", "loopback", 5e9, 1e-4)
     assert (same.max_part_bytes, same.dtype, same.codec) == (1 << 20, "float32", "none")
     assert same.bytes_per_token == SPEC.bytes_per_token
     assert (same.is_lossless, same.refusal) == (True, "")
-    assert (odd.dtype, odd.is_lossless) == ("bfloat16", False)
-    assert odd.bytes_per_token == SPEC.bytes_per_token / 2
+    assert (half.dtype, half.is_lossless, half.refusal) == ("bfloat16", False, "")
+    assert half.bytes_per_token == SPEC.bytes_per_token / 2
     assert odd.refusal == "num_layers: 4 here, 7 there"
-    assert not is_lossless(box.workers["prefill-0"]._parts.sender._limits.codec, "float32", "bfloat16")
 
 
 @pytest.mark.parametrize(("rate", "part_s", "num_parts"), [(1e6, 1e-6, 4), (1e6, 1.0, 1), (0.0, 1e-6, 1)])

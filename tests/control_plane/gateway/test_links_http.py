@@ -16,6 +16,8 @@ from phasewise.core.errors import Overloaded
 from tests.support.local_cluster import local_cluster
 from tests.support.tiny_model import save_tiny_model
 
+MIB = 1 << 20
+
 
 @pytest.fixture
 def http(base_url: str) -> Iterator[httpx.Client]:
@@ -68,25 +70,31 @@ def test_who_comes_second_is_told_to_wait(service: Any, http: httpx.Client, monk
     )  # fmt: skip
 
 
-async def test_real_workers_are_measured_beside_a_running_request(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("has_direct_links", "name", "largest"), [(False, "loopback", MIB), (True, "tcp", 1 << 16)])
+async def test_real_workers_are_measured_beside_a_running_request(
+    has_direct_links: bool, name: str, largest: int, tmp_path: Path
+) -> None:
     save_tiny_model(tmp_path)
     pools = {"prefill": {"workers": 1}, "decode": {"workers": 2, "block_size": 32}}
-    async with local_cluster(tmp_path, pools=pools) as cluster:
+    async with local_cluster(tmp_path, has_direct_links=has_direct_links, pools=pools) as cluster:
         app = build_app(cluster.service, max_body_bytes=1 << 20)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as http:
             body = {"prompt": [1, 2, 3] * 20, "max_tokens": 40, "temperature": 0, "ignore_eos": True}
             request = asyncio.create_task(http.post("/v1/completions", json=body))
-            report = (await http.post("/links/probe", json={"sizes": [32, 1 << 20]})).json()
+            report = (await http.post("/links/probe", json={"sizes": [32, MIB]})).json()
             assert (await request).status_code == 200
+            for links in cluster.direct.values():
+                links.forget("decode-0")
             facts = (await http.get("/links")).json()
         await asyncio.wait_for(cluster.until_empty(), 30)
     assert [(p["prefill"], p["decode"]) for p in report["pairs"]] == [
         ("prefill-0", "decode-0"), ("prefill-0", "decode-1"),
     ]  # fmt: skip
     for pair in report["pairs"]:
-        assert [p["num_bytes"] for p in pair["probes"]] == [32, 1 << 20]
+        assert [p["num_bytes"] for p in pair["probes"]] == [32, largest], "as large as the link takes"
         assert all(p["seconds"] > 0 and p["failure"] == "" for p in pair["probes"])
-        assert (pair["link"], pair["dtype"], pair["is_lossless"], pair["refusal"]) == ("loopback", "float32", True, "")
+        assert (pair["link"], pair["dtype"], pair["is_lossless"], pair["refusal"]) == (name, "float32", True, "")
     assert [w["kv_layout"]["block_size"] for w in report["workers"]] == [16, 32, 32]
     assert len({w["wire_version"] for w in report["workers"]}) == 1
     assert [p["probes"] for p in facts["pairs"]] == [[], []], "only looked at"
+    assert [p["link"] for p in facts["pairs"]] == ["loopback", name], "decode-0 is behind no direct link any more"

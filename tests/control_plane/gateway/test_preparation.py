@@ -89,7 +89,8 @@ def test_everything_given_is_kept(preparer: RequestPreparer) -> None:
         ("min_p", 1.5, "0 to 1"),
         ("presence_penalty", -2.1, "-2 to 2"),
         ("frequency_penalty", 2.1, "-2 to 2"),
-        ("repetition_penalty", 0.0, "above 0"),
+        ("repetition_penalty", 0.0, "0.01 to 100"),
+        ("repetition_penalty", 1e-40, "0.01 to 100"),
         ("repetition_penalty", math.inf, "finite"),
         ("logit_bias", {49152: 1.0}, "0 to 49151"),
         ("logit_bias", {-1: 1.0}, "0 to 49151"),
@@ -144,12 +145,12 @@ def test_a_context_that_is_used_up_exactly(preparer: RequestPreparer) -> None:
     assert preparer.prepare(GenerateInput(token_ids=(5,) * 63)).request.sampling.max_tokens == 1
 
 
-def test_more_than_a_worker_can_hold(smollm2_tokenizer: TextTokenizer, card: ModelCard) -> None:
-    preparer = RequestPreparer(smollm2_tokenizer, card, RequestLimits(max_kv_tokens=100))
-    fits = GenerateInput(token_ids=(5,) * 20, sampling=SamplingInput(n=2, max_tokens=40))
+def test_more_samples_than_a_worker_can_hold(smollm2_tokenizer: TextTokenizer, card: ModelCard) -> None:
+    preparer = RequestPreparer(smollm2_tokenizer, card, RequestLimits(num_kv_blocks=4, block_size=16))
+    fits = GenerateInput(token_ids=(5,) * 33, sampling=SamplingInput(n=2, max_tokens=30))
     assert preparer.prepare(fits).request.sampling.n == 2
-    with pytest.raises(InvalidRequest, match=r"make 140.*holds 100") as caught:
-        preparer.prepare(replace(fits, sampling=SamplingInput(n=3, max_tokens=40)))
+    with pytest.raises(InvalidRequest, match=r"need 5 KV blocks, but a worker has 4; lower n") as caught:
+        preparer.prepare(replace(fits, sampling=SamplingInput(n=3, max_tokens=30)))
     assert caught.value.field == "n"
 
 

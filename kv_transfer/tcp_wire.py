@@ -1,0 +1,227 @@
+"""Wires over TCP, between workers whose KV cache is in host memory, on one host or several.
+
+Bytes go from the sender's slab into the kernel and from there into the receiver's slab, with one call each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import queue
+import secrets
+import socket
+import threading
+from collections.abc import Callable
+
+import torch
+
+from kv_transfer.wire import Check, Mark, WireError
+
+_SECRET_BYTES = 32
+_STRANGER_S = 2.0  # for whoever connects to say the secret
+_RETRY_S = 0.05
+
+
+class TcpDevice:
+    """This host's memory as the end of links (`WireDevice`). `host` is where others reach it, and where wires listen.
+
+    A token is a random secret and the address at which the sending end listens until the other has come.
+    """
+
+    kind = "tcp"
+
+    def __init__(self, host: str) -> None:
+        self._host = host
+        self._listeners: dict[bytes, socket.socket] = {}  # until the wire is made
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def mark(self) -> Mark:
+        return _PAST
+
+    def token(self) -> bytes:
+        listener = socket.create_server((self._host, 0))
+        token = secrets.token_bytes(_SECRET_BYTES) + f"{self._host}:{listener.getsockname()[1]}".encode()
+        self._listeners[token] = listener
+        return token
+
+    def make(self, token: bytes, rank: int) -> TcpWire:
+        return TcpWire(token, self._listeners.pop(token) if rank == 0 else None)
+
+
+class _Past:
+    """Work on host memory is done when the call that asked for it returns."""
+
+    def wait(self) -> None:
+        pass
+
+
+_PAST = _Past()
+
+
+class _Operation:
+    """One message in a wire's queue."""
+
+    def __init__(self, work: Callable[[], bool]) -> None:
+        self._work = work
+        self._is_over = threading.Event()
+        self._is_right = False
+        self.error = ""
+
+    def run(self) -> None:
+        try:
+            self._is_right = self._work()
+        except Exception as error:
+            self.error = str(error) or type(error).__name__
+        self._is_over.set()
+
+    def result(self) -> bool:
+        """Waits for it. Raises WireError."""
+        self._is_over.wait()
+        if self.error:
+            raise WireError(self.error)
+        return self._is_right
+
+
+class _Sent(_Operation):
+    """The mark of a message: the kernel has it."""
+
+    def wait(self) -> None:
+        self.result()
+
+
+class _Received(_Operation):
+    def wait(self) -> bool:
+        return self.result()
+
+
+class TcpWire:
+    """One end (`Wire`). Its stream is a thread that does one message after the other."""
+
+    def __init__(self, token: bytes, listener: socket.socket | None) -> None:
+        """The end with the listener waits for the other."""
+        self._token = token
+        self._listener = listener
+        self._socket: socket.socket | None = None
+        self._queue: queue.SimpleQueue[_Operation | None] = queue.SimpleQueue()
+        self._stream = threading.Thread(target=self._run, daemon=True, name="kv-link-wire")
+        self._lock = threading.Lock()
+        self._is_aborted = False
+        self._is_idle = threading.Event()  # not in `connect`
+        self._is_idle.set()
+        self._broken = ""
+
+    def connect(self) -> None:
+        with self._lock:
+            if self._is_aborted:
+                raise WireError("aborted")
+            self._is_idle.clear()
+        try:
+            if self._listener is not None:
+                self._admit(self._listener)
+            else:
+                self._reach()
+            self._stream.start()
+        except OSError as error:
+            raise WireError(f"the wire does not connect: {error}") from None
+        finally:
+            self._is_idle.set()
+
+    def send(self, data: torch.Tensor) -> _Sent:
+        sent = _Sent(lambda: self._send(data))
+        self._enqueue(sent)
+        return sent
+
+    def receive(self, data: torch.Tensor, after: Mark | None, check: Check) -> _Received:
+        received = _Received(lambda: self._receive(data, after, check))
+        self._enqueue(received)
+        return received
+
+    def error(self) -> str:
+        return self._broken
+
+    def abort(self) -> None:
+        with self._lock:
+            self._is_aborted = True
+            self._queue.put(None)
+        self._shut_down()
+        while not self._is_idle.wait(_RETRY_S):
+            self._shut_down()  # again: `connect` may have opened a socket since
+        if self._stream.ident is not None:
+            self._stream.join()
+        for end in (self._listener, self._socket):
+            if end is not None:
+                end.close()
+
+    # ---- inside
+
+    def _admit(self, listener: socket.socket) -> None:
+        """Waits for the end that knows the secret; others are turned away."""
+        while True:
+            connection, _ = listener.accept()
+            self._use(connection)
+            connection.settimeout(_STRANGER_S)
+            said = bytearray(_SECRET_BYTES)
+            with contextlib.suppress(OSError):
+                self._fill(memoryview(said))
+            if hmac.compare_digest(said, self._token[:_SECRET_BYTES]):
+                break
+            with self._lock:
+                connection.close()
+        connection.settimeout(None)
+        listener.close()
+
+    def _reach(self) -> None:
+        host, _, port = self._token[_SECRET_BYTES:].decode().rpartition(":")
+        connection = socket.socket()
+        self._use(connection)
+        connection.connect((host, int(port)))
+        connection.sendall(self._token[:_SECRET_BYTES])
+
+    def _use(self, connection: socket.socket) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with self._lock:
+            self._socket = connection
+            if self._is_aborted:
+                raise ConnectionAbortedError("aborted")
+
+    def _shut_down(self) -> None:
+        """Whoever is in a call of a socket comes back."""
+        with self._lock:
+            for end in (self._listener, self._socket):
+                if end is not None:
+                    with contextlib.suppress(OSError):  # it is not connected, or closed already
+                        end.shutdown(socket.SHUT_RDWR)
+
+    def _enqueue(self, operation: _Operation) -> None:
+        with self._lock:  # nothing may come behind what ends the stream
+            if self._is_aborted:
+                raise WireError("aborted")
+            self._queue.put(operation)
+
+    def _run(self) -> None:
+        while (operation := self._queue.get()) is not None:
+            operation.run()
+            if operation.error and not self._broken:
+                self._broken = operation.error
+                self._shut_down()  # a message is torn: nothing that follows can be right
+
+    def _send(self, data: torch.Tensor) -> bool:
+        assert self._socket is not None
+        self._socket.sendall(data.numpy().data)
+        return True
+
+    def _receive(self, data: torch.Tensor, after: Mark | None, check: Check) -> bool:
+        if after is not None:
+            after.wait()
+        self._fill(data.numpy().data)
+        return bool(check(data))
+
+    def _fill(self, view: memoryview) -> None:
+        assert self._socket is not None
+        while view:
+            count = self._socket.recv_into(view, 0, socket.MSG_WAITALL)
+            if not count:
+                raise ConnectionError("the other end is gone")
+            view = view[count:]

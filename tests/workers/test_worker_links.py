@@ -1,0 +1,90 @@
+"""Which links a worker makes, where they listen, and what is said when it cannot have them."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from kv_transfer.routed_link import RoutedLink
+from phasewise.core.config import build_config
+from phasewise.core.errors import ConfigError
+from phasewise.core.kv_spec import KVCacheSpec
+from phasewise.core.mailboxes import WorkerMailboxes
+from phasewise.core.messages import KVPartAck
+from phasewise.core.placement import WorkerRole
+from tests.support.link_node import content, header
+from workers.links import Links, own_address
+from workers.settings import WorkerSettings
+
+SPEC = KVCacheSpec(2, 2, 8, 16, "float32", "tiny")
+Make = Callable[..., Links]
+
+
+@pytest.fixture
+def links() -> Iterator[Make]:
+    made: list[Links] = []
+
+    def make(role: WorkerRole, link: str = "tcp", device: str = "cpu", head: str = "", post: Any = None) -> Links:
+        config = build_config({"transfer": {"link": link, "slab_mib": 1}}, source="test")
+        settings = WorkerSettings(f"{role.value}-0", role, device, 1, config, secret="s", head=head)
+        made.append(Links(settings, WorkerMailboxes(), post or (lambda message, arrived=None: None)))
+        made[-1].agree_on(SPEC)
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def test_a_pair_hands_over_across_tcp(links: Make) -> None:
+    acks: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    parts: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    sender = links(WorkerRole.PREFILL, post=lambda message, arrived=None: acks.put(message))
+    receiver = links(WorkerRole.DECODE, post=lambda message, arrived=None: parts.put((message, arrived)))
+    assert sender.open({"decode-0": receiver.address}) is None
+    buffer = sender.link.buffer("decode-0", 4096)
+    assert buffer is not None and not sender.link.uses_store
+    buffer.copy_(content(3, 4096))
+    sender.link.send_part("decode-0", header(3, 4096), buffer)
+    message, arrived = parts.get(timeout=10.0)
+    assert message == header(3, 4096)
+    assert arrived.wire is None, "the checksum of this content is not that of a part"
+    assert acks.get(timeout=10.0) == KVPartAck("t", 3)
+    assert sender.link.bytes_per_s("decode-0") > 0
+
+
+@pytest.mark.parametrize(("link", "role"), [("object_store", WorkerRole.PREFILL), ("tcp", WorkerRole.MIXED)])
+def test_without_direct_links_there_is_no_address(links: Make, link: str, role: WorkerRole) -> None:
+    made = links(role, link)
+    assert made.address == "" and not isinstance(made.link, RoutedLink)
+
+
+def test_a_worker_listens_where_its_road_to_the_cluster_begins(links: Make) -> None:
+    assert links(WorkerRole.DECODE).address.startswith("127.0.0.1:")
+    assert links(WorkerRole.DECODE, head="127.0.0.9").address.startswith("127.0.0.1:")
+    assert own_address("127.0.0.9") == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("link", "device", "message"),
+    [
+        ("nccl", "cpu", "transfer.link nccl needs GPUs; use tcp or object_store"),
+        ("tcp", "cuda", "transfer.link tcp is for KV in host memory; use nccl or object_store"),
+    ],
+)
+def test_a_link_that_the_device_cannot_have_is_refused(links: Make, link: str, device: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as failure:
+        links(WorkerRole.PREFILL, link, device)
+    assert failure.value.field == "transfer.link"
+
+
+def test_a_link_that_does_not_open_is_an_error_where_it_was_asked_for(links: Make) -> None:
+    sender, receiver = links(WorkerRole.PREFILL), links(WorkerRole.DECODE)
+    receiver.agree_on(KVCacheSpec(3, 2, 8, 16, "float32", "tiny"))
+    error = sender.open({"decode-0": receiver.address})
+    assert isinstance(error, ConfigError)
+    assert "transfer.link: no link from prefill-0 to decode-0" in str(error)
+    assert "KV layout '2 layers" in str(error)
