@@ -90,7 +90,6 @@ class DecodePhase:
 
     def on_offer(self, offer: KVOffer) -> None:
         """An offer that can never be taken is refused at once; others wait for room."""
-        self._settle()  # an earlier attempt at the same handoff may have become whole a moment ago
         if offer.request.request_id in self._handed_in:  # only our word that it came was lost
             self._peers.send(offer.sender, KVDone(offer.transfer_id))
             return

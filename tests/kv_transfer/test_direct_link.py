@@ -494,6 +494,7 @@ def test_a_peer_that_is_stopped_is_lost_after_the_stall(node: Make, process: Mak
         assert here.try_send("there", 0, 4096)
         here.next(KVPartAck)
     there.signal(signal.SIGSTOP)
+    until(lambda: there.is_stopped, 5.0)
     if not is_sender:
         assert here.try_send("there", 1, 4096)
     assert here.next(LinkLost, 0.8 + CLEAN_WITHIN_S).peer == "there"

@@ -74,6 +74,8 @@ class HostWire(TcpWire):
             super()._send(torch.frombuffer(content[:half], dtype=torch.uint8))
             if message >= 0:
                 self._device.hook("sending", message, self)
+            if self.aborted.is_set():  # a kernel sends nothing more then
+                raise ConnectionError("aborted")
             super()._send(torch.frombuffer(content[half:], dtype=torch.uint8))
         return True
 

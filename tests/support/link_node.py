@@ -8,6 +8,7 @@ import queue
 import threading
 from functools import partial
 from multiprocessing import forkserver
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -135,6 +136,12 @@ class NodeProcess:
     def signal(self, number: int) -> None:
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a SIGSTOP has reached all threads."""
+        states = Path(f"/proc/{self.process.pid}/task").glob("*/stat")
+        return all(state.read_text().rpartition(")")[2].split()[0] == "T" for state in states)
 
     def close(self) -> None:
         self.kill()
