@@ -130,11 +130,20 @@ class DirectLinks:
         """Also after a LinkLost of another peer it pays to ask again."""
         if num_bytes > self._out.pool.slab_bytes:
             raise ValueError(f"a part of {num_bytes} bytes; at most {self._out.pool.slab_bytes} go at once")
+        entry, num_slabs = self._peers.get(peer), self._out.pool.num_slabs
+        epoch = entry.epoch if entry is not None else None
+        if len(self._peers) > 1 and epoch is not None and epoch.num_ungranted >= max(num_slabs - 1, 1):
+            return None  # a peer that grants nothing must not hold what others could use
         slab = self._out.pool.try_take()
         if slab is None:
             return None
         self._packing[slab.buffer.data_ptr()] = slab
         return slab.buffer[:num_bytes]
+
+    def give_back(self, wire: torch.Tensor) -> None:
+        slab = self._packing.pop(wire.data_ptr())
+        slab.last_use = self._device.mark()
+        self._out.pool.give_back(slab)
 
     @property
     def uses_store(self) -> bool:

@@ -71,6 +71,9 @@ class Link(Protocol):
     def uses_store(self) -> bool:
         """Whether the buffer that was given out last goes through the object store."""
 
+    def give_back(self, wire: torch.Tensor) -> None:
+        """Takes a buffer back that could not be filled."""
+
     def send_part(self, peer: WorkerId, part: KVPart, wire: torch.Tensor) -> None:
         """Takes over a buffer that work on the current stream fills, and returns at once."""
 

@@ -220,6 +220,12 @@ class SendEpoch(_Epoch):
         self._pusher.start()
         return Trial(rate, part_s)
 
+    @property
+    def num_ungranted(self) -> int:
+        """Parts that the receiver has no room for yet."""
+        with self._lock:
+            return sum(not entry.is_granted for entry in self._parts.values())
+
     def put(self, part: KVPart, slab: Slab, packed: Mark) -> bool:
         """Takes a part; False when the epoch is over."""
         with self._lock:

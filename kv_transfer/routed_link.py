@@ -47,6 +47,9 @@ class RoutedLink:
     def uses_store(self) -> bool:
         return self._given_out.uses_store
 
+    def give_back(self, wire: torch.Tensor) -> None:
+        self._given_out.give_back(wire)
+
     def send_part(self, peer: WorkerId, part: KVPart, wire: torch.Tensor) -> None:
         self._given_out.send_part(peer, part, wire)
 

@@ -254,7 +254,11 @@ class KVSender:
             return False
         if wire is None:
             return False
-        self._cache.pack(block_table, span, layout, wire)
+        try:
+            self._cache.pack(block_table, span, layout, wire)
+        except Exception:
+            self._link.give_back(wire)
+            raise
         part = KVPart(
             transfer_id,
             transfer.num_parts,

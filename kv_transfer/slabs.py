@@ -32,6 +32,7 @@ class SlabPool:
         self._lock = threading.Lock()
         self._free = [Slab(buffer) for buffer in storage.view(num_slabs, slab_bytes)]
         self._waiting: deque[tuple[object, Callable[[Slab], bool]]] = deque()
+        self.num_slabs = num_slabs
         self.slab_bytes = slab_bytes
 
     @property

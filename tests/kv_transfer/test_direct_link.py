@@ -118,6 +118,36 @@ def test_a_full_receiver_holds_the_sender_back_and_drops_nothing(node: Make) -> 
     assert sender.is_clean
 
 
+def test_a_receiver_that_grants_nothing_leaves_slabs_for_others(node: Make) -> None:
+    sender, full, other = node("prefill-0"), node("decode-0"), node("decode-1")
+    connect(sender, full)
+    connect(sender, other, "decode-1")
+    for index in range(2):
+        assert sender.try_send("decode-0", index, 4096)
+        assert sender.next(KVPartAck).part_index == index
+    assert sender.try_send("decode-0", 2, 4096), "it waits for a grant"
+    assert not sender.try_send("decode-0", 3, 4096), "and nothing behind it takes the last slab"
+    assert sender.try_send("decode-1", 4, 4096)
+    other.take(4, 4096)
+    assert sender.next(KVPartAck).part_index == 4
+    for index in range(3):
+        full.take(index, 4096)
+    assert sender.next(KVPartAck).part_index == 2
+
+
+def test_a_buffer_that_could_not_be_filled_is_free_again(node: Make) -> None:
+    sender, receiver = node("prefill-0"), node("decode-0")
+    connect(sender, receiver)
+    buffers = [sender.links.buffer("decode-0", 4096) for _ in range(2)]
+    assert sender.links.buffer("decode-0", 4096) is None
+    for buffer in buffers:
+        assert buffer is not None
+        sender.links.give_back(buffer)
+    assert sender.try_send("decode-0", 1, 4096)
+    receiver.take(1, 4096)
+    sender.next(KVPartAck)
+
+
 def test_slabs_go_to_the_sender_that_asked_first(node: Make) -> None:
     receiver = node("decode-0", num_slabs_in=1)
     first, second = node("prefill-0"), node("prefill-1")
