@@ -16,18 +16,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
+from control_plane.gateway.cluster_report import worker_report
 from control_plane.gateway.detokenizer import SampleText, token_info
 from control_plane.gateway.link_report import link_report
 from control_plane.gateway.open_requests import Attempt, OpenRequest, OpenSample, stage_durations
 from control_plane.gateway.open_stream import OpenStream
+from control_plane.gateway.placer import Placer
 from control_plane.gateway.preparation import PreparedRequest, RequestPreparer
 from control_plane.gateway.service import GenerateInput, ModelCard
 from control_plane.gateway.text import TextTokenizer
-from control_plane.link_survey import LinkSurvey, check_probes
+from control_plane.link_survey import check_probes
 from control_plane.metrics import GatewayMetrics
 from phasewise.core.clock import Clock
 from phasewise.core.errors import (
@@ -50,11 +52,9 @@ from phasewise.core.messages import (
     RequestFailed,
     TimelineEvent,
     TokenChunk,
-    WorkerInfo,
-    WorkerLoad,
     WorkerOutput,
 )
-from phasewise.core.placement import Placement, WorkerId
+from phasewise.core.placement import WorkerId
 from phasewise.core.ports import PeerPort
 from phasewise.core.request import Request
 
@@ -66,38 +66,6 @@ MAX_ATTEMPTS = 3
 _RECOVERABLE = (WorkerLost, TransferFailed, Unavailable)  # another attempt may find other workers
 
 _LONG_TEXT = 20_000  # characters; some 10 ms of tokenising
-
-
-class Placer(Protocol):
-    """The control plane as a gateway sees it."""
-
-    async def place(
-        self,
-        request_id: str,
-        num_prompt_tokens: int,
-        num_samples: int,
-        max_tokens: int,
-        timeout_s: float,
-        *,
-        attempt: int,
-        avoid: Collection[WorkerId],
-    ) -> Placement:
-        """Raises Overloaded, Unavailable, or DeadlineExceeded after `timeout_s`."""
-
-    def first_token(self, request_id: str) -> None:
-        """Tells and returns at once."""
-
-    def finished(self, request_id: str, num_output_tokens: int) -> None:
-        """Tells and returns at once."""
-
-    async def snapshot(self) -> list[tuple[WorkerInfo, WorkerLoad]]:
-        """All workers and what they last said."""
-
-    async def links(self) -> LinkSurvey:
-        """The links between workers, as far as they are known. Raises Unavailable."""
-
-    async def probe_links(self, sizes: Sequence[int], timeout_s: float) -> LinkSurvey:
-        """The same, measured. Raises Unavailable, or Overloaded while somebody else measures."""
 
 
 class RequestLoop:
@@ -187,7 +155,7 @@ class RequestLoop:
                 "uptime_s": round(self._clock.now_s() - self._started_s, 3),
                 **self._addresses,
             },
-            "workers": [_worker_status(info, load) for info, load in workers],
+            "workers": [worker_report(info, load) for info, load in workers],
             "gateway": {
                 "id": self.gateway_id,
                 "open_requests": len(self._open),
@@ -540,26 +508,3 @@ class RequestLoop:
 
 def _worker_lost(worker_id: WorkerId) -> WorkerLost:
     return WorkerLost(f"worker {worker_id} was lost; sending the request again is safe")
-
-
-def _worker_status(info: WorkerInfo, load: WorkerLoad) -> dict[str, Any]:
-    return {
-        "id": info.worker_id,
-        "pid": info.pid,
-        "role": load.role.value,
-        "state": load.state.value,
-        "host": info.host,
-        "device": info.device,
-        "dtype": info.dtype,
-        "threads": info.num_threads,
-        "waiting": load.num_waiting,
-        "running": load.num_running,
-        "preempted": load.num_preempted,
-        "reservations": load.num_reservations,
-        "handoffs": load.num_handoffs_out,
-        "kv_blocks": load.num_kv_blocks,
-        "kv_used_blocks": load.num_used_blocks,
-        "kv_cached_blocks": load.num_cached_blocks,
-        "waiting_prompt_tokens": load.waiting_prompt_tokens,
-        "counters": load.counters,
-    }
