@@ -102,8 +102,16 @@ def test_two_clusters_on_one_machine_and_a_taken_port(cluster: Served, tiny_mode
         assert flag in line
 
 
+# Prompts take long, and take as long again: so a worker can be found, and killed, with some in its queue.
+SLOW_PROMPTS = """
+pools: {prefill: {workers: 2, threads: 1}, decode: {workers: 2, threads: 1}}
+scheduler: {token_budget: 16}
+cache: {prefix_caching: false}
+"""
+
+
 async def streams_under(
-    cluster: Served, *, in_prefill: str = "", in_decode: str = "", num_tokens: int = 400
+    cluster: Served, *, in_prefill: str = "", in_decode: str = "", num_tokens: int = 1000
 ) -> list[list[int]]:
     """The tokens of eight streams, greedy and drawn. One worker is killed with prompts in its queue, another when each
     stream is well inside its decode.
@@ -116,7 +124,7 @@ async def streams_under(
 
         async def one(seed: int) -> list[int]:
             ids: list[int] = []
-            prompt = [seed, *(position * seed % 250 for position in range(700))]
+            prompt = [seed, *(position * seed % 250 for position in range(1000))]
             async for delta in client.stream(
                 token_ids=prompt, max_tokens=num_tokens, temperature=seed % 2 * 0.8, top_k=4, seed=seed, ignore_eos=True
             ):
@@ -143,10 +151,11 @@ def recoveries(cluster: Served) -> int:
     return sum(int(float(line.split()[-1])) for line in lines if line.startswith("phasewise_recoveries_total{"))
 
 
-async def test_killed_workers_change_no_token_of_any_stream(tiny_model: tuple[Path, Any]) -> None:
-    with served(str(tiny_model[0]), "--prefill", "2", "--decode", "2") as cluster:
+async def test_killed_workers_change_no_token_of_any_stream(tiny_model: tuple[Path, Any], tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text(SLOW_PROMPTS)
+    with served(str(tiny_model[0]), "--config", str(tmp_path / "cluster.yaml")) as cluster:
         undisturbed = await streams_under(cluster)
-        assert all(len(ids) == 400 for ids in undisturbed)
+        assert all(len(ids) == 1000 for ids in undisturbed)
         assert recoveries(cluster) == 0
         assert await streams_under(cluster, in_prefill="prefill-0", in_decode="decode-1") == undisturbed
         assert recoveries(cluster) > 1, "some requests were on each of the killed workers"
