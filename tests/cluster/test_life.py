@@ -113,14 +113,13 @@ cache: {prefix_caching: false}
 async def streams_under(
     cluster: Served, *, in_prefill: str = "", in_decode: str = "", num_tokens: int = 1000
 ) -> list[list[int]]:
-    """The tokens of eight streams, greedy and drawn. One worker is killed with prompts in its queue, another when each
-    stream is well inside its decode.
+    """The tokens of eight streams, greedy and drawn. One worker is killed with prompts in its queue, another when it
+    decodes.
 
     Few tokens are drawn from, so that no draw is within rounding of the next token: a batch of another size may round
     otherwise.
     """
     async with phasewise.AsyncClient(cluster.grpc, timeout_s=120, max_retries=0) as client:
-        started = asyncio.Semaphore(0)
 
         async def one(seed: int) -> list[int]:
             ids: list[int] = []
@@ -128,19 +127,18 @@ async def streams_under(
             async for delta in client.stream(
                 token_ids=prompt, max_tokens=num_tokens, temperature=seed % 2 * 0.8, top_k=4, seed=seed, ignore_eos=True
             ):
-                if len(ids) <= 5 < len(ids) + len(delta.token_ids):
-                    started.release()
                 ids += delta.token_ids
             return ids
 
         pids = {worker["id"]: worker["pid"] for worker in cluster.status()["workers"]}
+        if in_prefill:
+            os.kill(pids[in_prefill], signal.SIGSTOP)  # what it is given stays in its queue
         streams = [asyncio.create_task(one(seed)) for seed in range(8)]
         if in_prefill:
-            await asyncio.to_thread(until, lambda: cluster.worker(in_prefill)["waiting_prompt_tokens"] > 0, 30.0)
+            await asyncio.to_thread(until, lambda: cluster.status()["gateway"]["open_requests"] == 8, 30.0)
             os.kill(pids[in_prefill], signal.SIGKILL)
         if in_decode:
-            for _ in streams:
-                await started.acquire()
+            await asyncio.to_thread(until, lambda: cluster.worker(in_decode)["running"] > 0, 30.0)
             os.kill(pids[in_decode], signal.SIGKILL)
         return await asyncio.gather(*streams)
 
