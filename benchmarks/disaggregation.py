@@ -2,7 +2,8 @@
 
 Replays a window of the Azure conversation and code traces at rising rates, with the trace's own bursts (its arrivals,
 stretched to the rate), and counts requests that meet an SLO: TTFT, and the 99th percentile of the request's own gaps
-between tokens. Goodput is such requests per second of the window. Each cluster is started once, for all points.
+between tokens. Goodput is such requests per second of the window. Each cluster is started once, for all points; both
+run at once where there are four GPUs.
 
     python -m benchmarks.disaggregation --traces ../shared/traces --output benchmarks/results/disaggregation-h200x2.json
     python -m benchmarks.disaggregation --traces ../shared/traces --quick
@@ -12,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import multiprocessing
+import os
 import random
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -171,8 +174,10 @@ def add_rows(rows: Rows, entries: Sequence[Entry], slos: Mapping[str, Slo]) -> l
 # ---- measuring
 
 
-async def measure(http: str, arguments: argparse.Namespace, cluster: str, rows: Rows, slos: Mapping[str, Slo]) -> None:
-    """All traces and rates on a cluster that is up; each point is written as it is done."""
+async def measure(
+    http: str, arguments: argparse.Namespace, cluster: str, slos: Mapping[str, Slo], done: Callable[[Entry], None]
+) -> None:
+    """All traces and rates on a cluster that is up, one after the other."""
     duration_s = arguments.duration_s
     async with Target(http, headers={}, timeout_s=arguments.timeout_s, extra={}) as target:
         served = await target.discover(model=None, vocab_size=None)
@@ -194,9 +199,53 @@ async def measure(http: str, arguments: argparse.Namespace, cluster: str, rows: 
                 entry = entry_of(cluster, trace, rate, duration_s, seen, slos)
                 entry["errors"] = dict(target.error_details)
                 target.error_details.clear()
-                rows.more["points"].append(entry)
-                rows.write()
                 print(line(entry, time.perf_counter() - begin_s), flush=True)
+                done(entry)
+
+
+def run_cluster(
+    name: str, gpus: str, arguments: argparse.Namespace, slos: Mapping[str, Slo], done: Callable[[Entry | str], None]
+) -> None:
+    """In a process of its own: starts a cluster and measures it; its name comes last."""
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus
+    context = arguments.max_prompt_tokens + arguments.max_output_tokens
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            config = cluster_config(
+                Path(folder), "cluster", POOLS[name], arguments.model, arguments.kv_cache_gib, max_model_len=context
+            )
+            with Cluster(config) as cluster:
+                asyncio.run(measure(cluster.http, arguments, name, slos, done))
+    finally:
+        done(name)
+
+
+def run_clusters(num_gpus: int, arguments: argparse.Namespace, slos: Mapping[str, Slo], rows: Rows) -> None:
+    """Each point is written as it is done."""
+    context = multiprocessing.get_context("spawn")
+    done: multiprocessing.Queue[Entry | str] = context.Queue()
+    rounds = [list(POOLS)] if num_gpus >= 4 else [[name] for name in POOLS]
+    for at_once in rounds:
+        processes = {
+            name: context.Process(
+                target=run_cluster,
+                args=(name, f"{2 * place},{2 * place + 1}" if num_gpus >= 4 else "", arguments, slos, done.put),
+            )
+            for place, name in enumerate(at_once)
+        }
+        for process in processes.values():
+            process.start()
+        running = set(processes)
+        while running:
+            what = done.get()
+            if isinstance(what, str):
+                running.remove(what)
+            else:
+                rows.more["points"].append(what)
+                rows.write()
+        for process in processes.values():
+            process.join()
 
 
 def line(entry: Entry, took_s: float) -> str:
@@ -238,19 +287,12 @@ def main() -> None:
     device = f"{num_gpus} x {device_name('cuda')}" if num_gpus else device_name("cpu")
     rows = Rows(arguments.output, device, ("phasewise", "torch", "ray", "grpcio"))
     rows.more |= {"slos": {name: slo.as_json() for name, slo in slos.items()}, "verdicts": [], "points": []}
-    context = arguments.max_prompt_tokens + arguments.max_output_tokens
-    for name, pools in POOLS.items():
-        with tempfile.TemporaryDirectory() as folder:
-            config = cluster_config(
-                Path(folder), "cluster", pools, arguments.model, arguments.kv_cache_gib, max_model_len=context
-            )
-            with Cluster(config) as cluster:
-                asyncio.run(measure(cluster.http, arguments, name, rows, slos))
+    run_clusters(num_gpus, arguments, slos, rows)
     rows.more["verdicts"] = add_rows(rows, rows.more["points"], slos)
     rows.write()
     print("\n".join(rows.more["verdicts"]))
-    if all(entry["failed"] == entry["requests"] for entry in rows.more["points"]):
-        sys.exit("no request succeeded")
+    if {entry["cluster"] for entry in rows.more["points"] if entry["failed"] < entry["requests"]} != set(POOLS):
+        sys.exit("a cluster served no request")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ NUM_AHEAD = 16  # offers of pushes that are paced
 class Node:
     """A process that holds `kind(*arguments)`; `call` runs a method there. `begin` and `end` are its two halves.
 
-    The first `end` returns when it is up.
+    `gpus` count among those that this process sees. The first `end` returns when it is up.
     """
 
     def __init__(self, kind: type, gpus: Sequence[int], *arguments: Any) -> None:
@@ -77,7 +77,8 @@ class Node:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, kind, arguments), daemon=True)
         before = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))  # the process has it from the start
+        seen = [str(gpu) if before is None else before.split(",")[gpu] for gpu in gpus]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(seen)  # the process has it from the start
         try:
             self._process.start()
         finally:

@@ -74,13 +74,16 @@ def skinny_tile(num_tokens: int, rows: int, columns: int, dtype: torch.dtype) ->
     """(rows, columns, stages) of a program of `skinny_product`, or None where cuBLAS is at least as good or must do.
 
     The fastest of some 40 per shape on an H100; at 16 tokens the products of a Llama-3.1-8B layer take 156 us instead
-    of 169, at 64 tokens 167 instead of 170.
+    of 169, at 64 tokens 167 instead of 170. Those of half a layer (rows from 12,288 on, columns of 7,168) are the
+    fastest of as many on an H200: `benchmarks/product_tiles.py`.
     """
     if dtype != torch.bfloat16 or not 2 <= num_tokens <= 64 or rows % 128 or columns % 256:
         return None
     if rows >= 16_384:
         return 128, 128, 4
-    if columns >= 8192 and num_tokens <= 32:
+    if rows >= 12_288:
+        return 64, 128, 4 if num_tokens <= 32 else 3
+    if columns >= 7168 and num_tokens <= 32:
         return 32, 256, 6
     return (64, 128, 6) if columns >= 8192 or num_tokens <= 32 else None
 

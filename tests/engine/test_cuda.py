@@ -19,6 +19,7 @@ from engine.forward_inputs import ForwardInputs
 from engine.kv_cache import PagedKVCache
 from engine.loader import load_model
 from engine.sequence import Sequence
+from kv_transfer.cache_port import CachePort
 from phasewise.core.config import build_config
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.model_source import ModelSource
@@ -349,7 +350,7 @@ def test_a_worker_a_step_ahead_gives_the_tokens_of_transformers(tmp_path: Path) 
         requests.append(Request(f"r{i}", tuple(prompt), params))
     engine = GpuEngine(tmp_path, "float32")
     for num_blocks in (400, 60):  # the second preempts
-        outputs = serve(engine.runner, engine.cache, CONFIG, requests, num_blocks)
+        outputs = serve(engine.runner, CachePort(engine.cache, engine.cache.spec), CONFIG, requests, num_blocks)
         assert [outputs[(f"r{i}", 0)] for i in range(len(requests))] == expected
 
 
@@ -372,8 +373,8 @@ def test_sampling_a_step_ahead_does_not_change_a_token(tmp_path: Path) -> None:
         )
         requests.append(Request(f"r{i}", prompt, params))
     engine = GpuEngine(tmp_path, "float32")
-    together = serve(engine.runner, engine.cache, CONFIG, requests)
+    together = serve(engine.runner, CachePort(engine.cache, engine.cache.spec), CONFIG, requests)
     alone: dict[tuple[str, int], list[int]] = {}
     for request in requests:
-        alone |= serve(engine.runner, engine.cache, CONFIG, [request])
+        alone |= serve(engine.runner, CachePort(engine.cache, engine.cache.spec), CONFIG, [request])
     assert together == alone

@@ -162,14 +162,14 @@ def test_products_beside_each_other_on_two_streams() -> None:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             outs = [product(x) for _ in range(100)]
-        graphs.append((stream, graph, outs, alone))
+        graphs.append((stream, graph, x, outs, alone))  # x, too: the graph reads it
     torch.cuda.synchronize()
     for _ in range(5):
-        for stream, graph, _, _ in graphs:
+        for stream, graph, *_ in graphs:
             with torch.cuda.stream(stream):
                 graph.replay()
         torch.cuda.synchronize()
-        for _, _, outs, alone in graphs:
+        for *_, outs, alone in graphs:
             assert all(torch.equal(out, alone) for out in outs)
 
 

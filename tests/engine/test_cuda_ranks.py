@@ -197,7 +197,7 @@ def serve_worker(rank: int, store: str, results: Any, config_path: str, size: in
         if i == 5:
             sampling["prompt_logprobs"] = 1
         requests.append(Request(f"r{i}", prompt, SamplingParams(max_tokens=5 + i, **sampling)))
-    tokens = serve(engine.runner, engine.cache, config, requests)
+    tokens = serve(engine.runner, engine.port, config, requests)
     if engine.ranks is not None:
         engine.ranks.close()
     results.put((rank, tokens))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.kv_cache import PagedKVCache
+from kv_transfer.cache_port import CachePort
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.config import ServingConfig
 from phasewise.core.messages import PrefillTask, WorkerInfo, WorkerLoad, WorkerOutput
@@ -35,17 +35,17 @@ class Outputs:
 
 
 def serve(
-    runner: Runner, cache: PagedKVCache, config: ServingConfig, requests: list[Request], num_blocks: int = 0
+    runner: Runner, port: CachePort, config: ServingConfig, requests: list[Request], num_blocks: int = 0
 ) -> dict[tuple[str, int], list[int]]:
     """All requests at once through a worker's loop, until nothing is left: (request, sample) → tokens.
 
     `num_blocks`: of the cache; 0 for all of them.
     """
-    outputs, spec, blocks = Outputs(), cache.spec, num_blocks or cache.num_blocks
-    profile, kind = DeviceProfile.linear(0, 0, 0, 0), cache.device.type
+    outputs, spec, blocks = Outputs(), port.spec, num_blocks or port.cache.num_blocks
+    profile, kind = DeviceProfile.linear(0, 0, 0, 0), port.device.type
     length = blocks * spec.block_size
     info = WorkerInfo("w", WorkerRole.MIXED, 0, "", kind, "float32", 1, spec, blocks, length, profile)
-    worker = assemble(info, runner, cache, config, Ports(outputs, outputs, outputs, outputs), MonotonicClock())
+    worker = assemble(info, runner, port, config, Ports(outputs, outputs, outputs, outputs), MonotonicClock())
     for request in requests:
         worker.post(PrefillTask(request, Placement(request.request_id, "w", "w"), "gateway", 1e6))
     while worker.round():
