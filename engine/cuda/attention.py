@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from engine.cuda.decode_attention import DecodeAttention
-from engine.cuda.prompt_attention import merge_into, prompt_attention, prompt_tile
+from engine.cuda.prompt_attention import (
+    MAX_SHARES,
+    PromptTile,
+    PromptWorkspace,
+    merge_into,
+    prompt_attention,
+    prompt_tile,
+)
 from engine.cuda.step_inputs import PromptChunk, Upload, aligned
 from engine.kv_cache import PagedKVCache, as_words
 
@@ -67,7 +74,8 @@ class RaggedAttention:
         may_use_cudnn = is_low_precision and not any(window is not None for window in windows)
         regular = [c for c in chunks if may_use_cudnn and _is_regular(c)]
         paged = [c for c in chunks if c not in regular]
-        self._paged = PagedChunks.build(paged, kv_cache.storage.dtype, upload) if paged else None
+        tile = prompt_tile(decode.dtype, decode.num_heads, decode.num_kv_heads)
+        self._paged = PagedChunks.build(paged, tile, kv_cache.storage, upload) if paged else None
         self._dense = _dense_runs([c for c in regular if not c.num_earlier])
         self._split = [(c, upload.add(_earlier_blocks(c, kv_cache.block_size))) for c in regular if c.num_earlier]
 
@@ -75,8 +83,8 @@ class RaggedAttention:
     def upload_bytes(chunks: Seq[PromptChunk]) -> int:
         """No fewer bytes than the arrays of these chunks take."""
         width = max((len(chunk.table) for chunk in chunks), default=0)
-        tiles = sum(chunk.num_queries // 16 + 1 for chunk in chunks)
-        return 8 * aligned(0) + 8 * tiles + sum(aligned(4 * width) + aligned(16) for _ in chunks)
+        work = sum(chunk.num_queries for chunk in chunks) + MAX_SHARES
+        return 8 * aligned(0) + 20 * work + sum(aligned(4 * width) + aligned(16) for _ in chunks)
 
     def __call__(self, layer: int, qkv: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """qkv: [num_tokens, heads, head_dim], written to the cache already. Fills `out`, or returns another tensor."""
@@ -123,30 +131,49 @@ class PagedChunks:
     """Arguments of `prompt_attention`."""
 
     tables: torch.Tensor
-    tiles: torch.Tensor
+    work: torch.Tensor
     spans: torch.Tensor
+    workspace: PromptWorkspace
+    tile: PromptTile
 
     @staticmethod
-    def arrays(chunks: Seq[PromptChunk], dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(tables [num_chunks, width], tiles [2, num_tiles], spans [3, num_chunks]), all int32."""
-        step = prompt_tile(dtype)[0]
+    def arrays(chunks: Seq[PromptChunk], tile: PromptTile) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(tables [num_chunks, width], work [5, num_work], spans [3, num_chunks]), all int32."""
         tables = np.zeros((len(chunks), max(len(chunk.table) for chunk in chunks)), dtype=np.int32)
         for row, chunk in enumerate(chunks):
             tables[row, : len(chunk.table)] = chunk.table
-        tiles = [(i, row) for i, chunk in enumerate(chunks) for row in range(0, chunk.num_queries, step)]
-        tiles.sort(key=lambda tile: -(chunks[tile[0]].num_earlier + tile[1]))  # the longest first
+        tiles = [
+            (min(chunk.num_earlier + token + tile.tokens, chunk.context), item, token)
+            for item, chunk in enumerate(chunks)
+            for token in range(0, chunk.num_queries, tile.tokens)
+        ]
+        tiles.sort(reverse=True)  # the longest first
+        # In whole turns of the kernel's loop, as the kernel cuts.
+        fair = -(-sum(num_keys for num_keys, _, _ in tiles) // (tile.num_shares * tile.keys)) * tile.keys
+        share = max(fair, tile.min_share)
+        work: list[tuple[int, int, int, int, int]] = []
+        num_cells = 0
+        for num_keys, item, token in tiles:
+            count = -(-num_keys // share)
+            work += [(item, token, i, count, num_cells) for i in range(count)]
+            num_cells += count if count > 1 else 0
         spans = [(chunk.first, chunk.num_queries, chunk.context) for chunk in chunks]
-        columns = np.ascontiguousarray(np.asarray(tiles, dtype=np.int32).T)
+        columns = np.ascontiguousarray(np.asarray(work, dtype=np.int32).T)
         return tables, columns, np.ascontiguousarray(np.asarray(spans, dtype=np.int32).T)
 
     @staticmethod
-    def build(chunks: Seq[PromptChunk], dtype: torch.dtype, upload: Upload) -> PagedChunks:
-        return PagedChunks(*(upload.add(array) for array in PagedChunks.arrays(chunks, dtype)))
+    def build(chunks: Seq[PromptChunk], tile: PromptTile, storage: torch.Tensor, upload: Upload) -> PagedChunks:
+        """storage: that of the cache, [num_layers, 2, num_slots, num_kv_heads, head_dim]."""
+        tables, work, spans = PagedChunks.arrays(chunks, tile)
+        num_cells = int(np.count_nonzero(work[3] > 1))
+        workspace = PromptWorkspace.of(num_cells, tile, storage)
+        return PagedChunks(upload.add(tables), upload.add(work), upload.add(spans), workspace, tile)
 
     def attend(
         self, qkv: torch.Tensor, storage: torch.Tensor, out: torch.Tensor, block_size: int, window: int | None
     ) -> None:
-        prompt_attention(qkv, storage, self.tables, self.tiles, self.spans, out, block_size, window=window)
+        arguments = (self.tables, self.work, self.spans, self.workspace, self.tile)
+        prompt_attention(qkv, storage, *arguments, out, block_size, window=window)
 
 
 def _is_regular(chunk: PromptChunk) -> bool:

@@ -182,7 +182,11 @@ def decode_tile(
 
 
 class DecodeAttention:
-    """Decode attention over one paged cache, with its workspace for up to `max_batch` sequences."""
+    """Decode attention over one paged cache, with its workspace for up to `max_batch` sequences.
+
+    Attributes:
+        num_heads, num_kv_heads, dtype: those of the queries and of the cache that it was made for.
+    """
 
     def __init__(
         self,
@@ -195,8 +199,8 @@ class DecodeAttention:
         dtype: torch.dtype = torch.bfloat16,
         num_splits: int | None = None,
     ) -> None:
-        self._num_heads, self._num_kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
-        self._block_size = block_size
+        self.num_heads, self.num_kv_heads, self.dtype = num_heads, num_kv_heads, dtype
+        self._head_dim, self._block_size = head_dim, block_size
         self._num_splits = num_splits
         most = max(decode_tile(batch, dtype, num_splits).num_splits * batch for batch in range(1, max_batch + 1))
         self._partial = torch.empty(most * num_heads * head_dim, dtype=torch.float32, device=device)
@@ -220,10 +224,10 @@ class DecodeAttention:
         context 0 is padding and gives zeros. out: [batch, num_heads, head_dim].
         """
         batch = context_lens.shape[0]
-        group = self._num_heads // self._num_kv_heads
+        group = self.num_heads // self.num_kv_heads
         tile = decode_tile(batch, qkv.dtype, self._num_splits, cache.dtype)
         pairs = cache.dtype == FP8_DTYPE
-        _decode_attention_kernel[(batch, self._num_kv_heads, tile.num_splits)](
+        _decode_attention_kernel[(batch, self.num_kv_heads, tile.num_splits)](
             qkv,
             cache[0],
             cache[1].view(torch.int16) if pairs else cache[1],
@@ -238,8 +242,8 @@ class DecodeAttention:
             window if window is not None else 2**30,
             block_tables.shape[1],
             qkv.stride(0),
-            self._num_heads,
-            self._num_kv_heads,
+            self.num_heads,
+            self.num_kv_heads,
             group,
             max(16, triton.next_power_of_2(group)),
             self._head_dim,

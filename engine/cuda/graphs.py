@@ -16,7 +16,7 @@ from engine.cuda.attention import PagedChunks
 from engine.cuda.decode_attention import DecodeAttention
 from engine.cuda.decoder import CudaDecoder
 from engine.cuda.elementwise import prepare_step
-from engine.cuda.prompt_attention import prompt_tile
+from engine.cuda.prompt_attention import PromptWorkspace, prompt_tile
 from engine.cuda.step_inputs import DecodeRows, PromptChunk, TokenRows, Upload, aligned
 from engine.kv_cache import PagedKVCache
 
@@ -133,9 +133,10 @@ class PromptGraph(_Graph):
 
     def __init__(self, parts: StepParts, num_tokens: int, capture: Capture) -> None:
         self.num_tokens = num_tokens
-        self._num_tiles = num_tokens // prompt_tile(parts.kv_cache.storage.dtype)[0] + PROMPT_CHUNKS
+        self._tile = prompt_tile(parts.attention.dtype, parts.attention.num_heads, parts.attention.num_kv_heads)
+        self._num_work = self._tile.max_work(num_tokens, PROMPT_CHUNKS)
         width = parts.rows.tables.shape[1]
-        arrays = 4 * (PROMPT_CHUNKS * width + 2 * self._num_tiles + 3 * PROMPT_CHUNKS) + 8 * PROMPT_CHUNKS
+        arrays = 4 * (PROMPT_CHUNKS * width + 5 * self._num_work + 3 * PROMPT_CHUNKS) + 8 * PROMPT_CHUNKS
         super().__init__(parts, 3 * aligned(8 * num_tokens) + arrays + 4 * aligned(0))
         self._inputs = self._upload([], TokenRows.padding(0), [])
         self._capture(capture)
@@ -150,27 +151,28 @@ class PromptGraph(_Graph):
         padded.sources[:count], padded.positions[:count] = tokens.sources, tokens.positions
         padded.slots[:count] = tokens.slots
         tables = np.zeros((PROMPT_CHUNKS, self._parts.rows.tables.shape[1]), dtype=np.int32)
-        tiles = np.full((2, self._num_tiles), -1, dtype=np.int32)
+        work = np.full((5, self._num_work), -1, dtype=np.int32)
         spans = np.zeros((3, PROMPT_CHUNKS), dtype=np.int32)
         last_rows = np.zeros(PROMPT_CHUNKS, dtype=np.int64)
         if chunks:
-            own_tables, own_tiles, own_spans = PagedChunks.arrays(chunks, self._parts.kv_cache.storage.dtype)
+            own_tables, own_work, own_spans = PagedChunks.arrays(chunks, self._tile)
             tables[: len(chunks), : own_tables.shape[1]] = own_tables
-            tiles[:, : own_tiles.shape[1]] = own_tiles
+            work[:, : own_work.shape[1]] = own_work
             spans[:, : len(chunks)] = own_spans
             last_rows[: len(sampled)] = [chunks[i].first + chunks[i].num_queries - 1 for i in sampled]
         upload = Upload(self._static)
-        arrays = (padded.sources, padded.positions, padded.slots, last_rows, tables, tiles, spans)
+        arrays = (padded.sources, padded.positions, padded.slots, last_rows, tables, work, spans)
         places = tuple(upload.add(array) for array in arrays)
         upload.send()
         return places
 
     def _step(self) -> StepOutputs:
-        sources, positions, slots, last_rows, tables, tiles, spans = self._inputs
+        sources, positions, slots, last_rows, tables, work, spans = self._inputs
         parts = self._parts
         storage, block_size = parts.kv_cache.storage, parts.kv_cache.block_size
         ids = prepare_step(sources, positions, slots, parts.rows.newest, parts.rows.tables, 0, block_size)
-        chunks = PagedChunks(tables, tiles, spans)
+        workspace = PromptWorkspace.of(self._tile.max_cells, self._tile, storage)
+        chunks = PagedChunks(tables, work, spans, workspace, self._tile)
 
         def attend(layer: int, qkv: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
             chunks.attend(qkv, storage[layer], out, block_size, parts.windows[layer])

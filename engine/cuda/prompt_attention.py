@@ -1,6 +1,14 @@
-"""Attention of prompt chunks: Triton kernels over the paged cache, and to join results over different keys."""
+"""Attention of prompt chunks: one Triton kernel over the paged cache, and one to join results over different keys.
+
+A tile's rows are pairs of a token and one of the query heads that share a KV head, so K and V are read once for all of
+them. Where tiles are too few to fill the device, each one's context is cut into shares, a program each; the last share
+to arrive joins the partial results. For chunks that need no shares, pairs cost what one head and more tokens would: as
+many programs, which read as much.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -8,17 +16,91 @@ import triton.language as tl
 
 from engine.cuda.decode_attention import comparable
 
+MAX_SHARES = 132  # a program for each multiprocessor of an H100
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTile:
+    """How a program of the prompt kernel works.
+
+    Attributes:
+        rows: (token, head of the group) pairs of a program; `tokens` of them are whole.
+        keys: of one turn of its loop.
+        num_shares: a context is cut where it is longer than its part of so many equal shares of a step's contexts.
+        min_share: keys; fewer are not worth a program.
+    """
+
+    rows: int
+    tokens: int
+    keys: int
+    num_shares: int
+    min_share: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def max_cells(self) -> int:
+        """No fewer than the shares of all tiles that are cut: s shares are more than s - 1 of the equal ones long."""
+        return 2 * self.num_shares
+
+    def max_work(self, num_tokens: int, num_chunks: int) -> int:
+        """No fewer than the programs of one KV head: a tile has at most one that is not a whole equal share."""
+        return num_tokens // self.tokens + num_chunks + self.num_shares
+
+
+def prompt_tile(dtype: torch.dtype, num_heads: int, num_kv_heads: int) -> PromptTile:
+    """For queries of `dtype`. Depends on no step, so that a captured graph holds for every context."""
+    group = num_heads // num_kv_heads
+    rows, keys, warps, stages = (32, 32, 4, 2) if dtype == torch.float32 else (64, 64, 4, 3)
+    rows = max(rows, triton.next_power_of_2(group))
+    return PromptTile(rows, rows // group, keys, max(1, MAX_SHARES // num_kv_heads), 4 * keys, warps, stages)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptWorkspace:
+    """What the shares of cut tiles leave for the last of them, of one step's layers after each other."""
+
+    partial: torch.Tensor  # [num_cells, num_kv_heads, tile.rows, head_dim] float32
+    partial_lse: torch.Tensor  # [num_cells, num_kv_heads, tile.rows] float32, to base 2
+    arrivals: torch.Tensor  # [num_cells, num_kv_heads] int32, zero between layers
+
+    @staticmethod
+    def of(num_cells: int, tile: PromptTile, storage: torch.Tensor) -> PromptWorkspace:
+        """storage: that of the cache, [..., num_kv_heads, head_dim]."""
+        num_kv_heads, head_dim = storage.shape[-2:]
+        shape, to = (num_cells, num_kv_heads, tile.rows), storage.device
+        return PromptWorkspace(
+            torch.empty(*shape, head_dim, dtype=torch.float32, device=to),
+            torch.empty(shape, dtype=torch.float32, device=to),
+            torch.zeros(shape[:2], dtype=torch.int32, device=to),
+        )
+
 
 @triton.jit
+def _store_rows(out_ptr, lse_ptr, row, in_chunk, acc, total, top, head_dim: tl.constexpr, has_lse: tl.constexpr):
+    """Writes what was attended to; row: number among all tokens' heads; top: to base 2."""
+    safe_total = tl.where(total > 0, total, 1.0)
+    result = (acc / safe_total[:, None]).to(out_ptr.dtype.element_ty)
+    place = row[:, None] * head_dim + tl.arange(0, head_dim)[None, :]
+    tl.store(out_ptr + place, result, mask=in_chunk[:, None])
+    if has_lse:
+        tl.store(lse_ptr + row, (top + tl.log2(safe_total)) * 0.6931471805599453, mask=in_chunk)
+
+
+# Not specialised in what differs from step to step: a new kernel would be compiled while requests wait.
+@triton.jit(do_not_specialize=["window", "max_blocks", "num_items"])
 def _prompt_attention_kernel(
     qkv_ptr,
     keys_ptr,
     values_ptr,
     tables_ptr,
-    tiles_ptr,
+    work_ptr,
     spans_ptr,
     out_ptr,
     lse_ptr,
+    partial_ptr,
+    partial_lse_ptr,
+    arrivals_ptr,
     scale_log2,
     window,
     max_blocks,
@@ -30,36 +112,46 @@ def _prompt_attention_kernel(
     head_dim: tl.constexpr,
     block_size: tl.constexpr,
     tile_m: tl.constexpr,
+    tokens: tl.constexpr,
     tile_n: tl.constexpr,
     has_lse: tl.constexpr,
     precision: tl.constexpr,
 ):
-    """A tile of one prompt chunk's queries and one head against the sequence's paged KV, causal (FlashAttention-2)."""
-    tile = tl.program_id(0)
-    head = tl.program_id(1)
-    kv_head = head // group
-    item = tl.load(tiles_ptr + tile)
+    """One share of the context of a tile, for one KV head, causal (FlashAttention-2, cut as in flash decoding)."""
+    work = tl.program_id(0)
+    num_work = tl.num_programs(0)
+    kv_head = tl.program_id(1)
+    item = tl.load(work_ptr + work)
     if item < 0:
         return
-    first_row = tl.load(tiles_ptr + tl.num_programs(0) + tile)  # inside the chunk
+    first_token = tl.load(work_ptr + num_work + work)  # inside the chunk
+    share = tl.load(work_ptr + 2 * num_work + work)
+    num_shares = tl.load(work_ptr + 3 * num_work + work)
+    first_cell = tl.load(work_ptr + 4 * num_work + work)
     start = tl.load(spans_ptr + item)
-    num_rows = tl.load(spans_ptr + num_items + item)
+    num_tokens = tl.load(spans_ptr + num_items + item)
     context = tl.load(spans_ptr + 2 * num_items + item)
-    row = first_row + tl.arange(0, tile_m)
-    in_chunk = row < num_rows
-    position = context - num_rows + row
+    pair = tl.arange(0, tile_m)
+    token = first_token + pair // group
+    in_chunk = (token < num_tokens) & (pair < tokens * group)
+    position = context - num_tokens + token
     lane = tl.arange(0, head_dim)
-    place = (start + row).to(tl.int64)[:, None] * row_stride + head * head_dim + lane[None, :]
+    head = kv_head * group + pair % group
+    place = (start + token).to(tl.int64)[:, None] * row_stride + head[:, None] * head_dim + lane[None, :]
     query = comparable(tl.load(qkv_ptr + place, mask=in_chunk[:, None], other=0.0), keys_ptr)
     top = tl.full((tile_m,), -float("inf"), tl.float32)
     total = tl.zeros((tile_m,), tl.float32)
     acc = tl.zeros((tile_m, head_dim), tl.float32)
-    first_position = context - num_rows + first_row
-    low = tl.maximum(first_position - window + 1, 0) // tile_n * tile_n
-    high = tl.minimum(first_position + tile_m, context)
+    first_position = context - num_tokens + first_token
+    begin = tl.maximum(first_position - window + 1, 0) // tile_n * tile_n
+    end = tl.minimum(first_position + tokens, context)
+    # Of a layer with a window the shares are shorter; there may be none left for the last ones.
+    share_keys = tl.cdiv(tl.cdiv(end - begin, tile_n), num_shares) * tile_n
+    low = begin + share * share_keys
+    high = tl.minimum(low + share_keys, end)
     table = tables_ptr + item.to(tl.int64) * max_blocks
-    for begin in range(low, high, tile_n):
-        key_position = begin + tl.arange(0, tile_n)
+    for key in range(low, high, tile_n):
+        key_position = key + tl.arange(0, tile_n)
         exists = key_position < high
         block = tl.load(table + key_position // block_size, mask=exists, other=0).to(tl.int64)
         slot = block * block_size + key_position % block_size
@@ -76,26 +168,47 @@ def _prompt_attention_kernel(
         values = tl.load(values_ptr + kv_place, mask=exists[:, None], other=0.0).to(query.dtype)
         acc = acc * shrink[:, None] + tl.dot(weights.to(query.dtype), values, input_precision=precision)
         top = new_top
+    out_row = (start + token).to(tl.int64) * num_heads + head
+    if num_shares == 1:
+        _store_rows(out_ptr, lse_ptr, out_row, in_chunk, acc, total, top, head_dim, has_lse)
+        return
+    first_row = (first_cell * num_kv_heads + kv_head) * tile_m + pair
+    cell_row = first_row + share * (num_kv_heads * tile_m)
     safe_total = tl.where(total > 0, total, 1.0)
-    out_place = ((start + row).to(tl.int64)[:, None] * num_heads + head) * head_dim + lane[None, :]
-    result = acc / safe_total[:, None]
-    tl.store(out_ptr + out_place, result.to(out_ptr.dtype.element_ty), mask=in_chunk[:, None])
-    if has_lse:
-        lse = (top + tl.log2(safe_total)) * 0.6931471805599453
-        tl.store(lse_ptr + (start + row) * num_heads + head, lse, mask=in_chunk)
-
-
-def prompt_tile(dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """(rows, keys, warps, stages) of a program of the prompt kernel."""
-    return (32, 32, 4, 2) if dtype == torch.float32 else (64, 64, 4, 3)
+    partial = acc / safe_total[:, None]
+    tl.store(partial_ptr + cell_row[:, None] * head_dim + lane[None, :], partial, mask=in_chunk[:, None])
+    tl.store(partial_lse_ptr + cell_row, top + tl.log2(safe_total), mask=in_chunk)
+    tl.debug_barrier()
+    arrivals = arrivals_ptr + first_cell * num_kv_heads + kv_head
+    if tl.atomic_add(arrivals, 1, sem="acq_rel") == num_shares - 1:
+        tl.store(arrivals, 0)  # ready for the next layer
+        best = tl.full((tile_m,), -float("inf"), tl.float32)
+        sums = tl.zeros((tile_m,), tl.float32)
+        joined = tl.zeros((tile_m, head_dim), tl.float32)
+        # One program may have 500 kB to read; the loads of two shares are under way in the memory of the loop above.
+        for other in tl.range(0, num_shares, num_stages=3):
+            row = first_row + other * (num_kv_heads * tile_m)
+            other_lse = tl.load(partial_lse_ptr + row, mask=in_chunk, other=-float("inf"), cache_modifier=".cg")
+            other_place = partial_ptr + row[:, None] * head_dim + lane[None, :]
+            other_out = tl.load(other_place, mask=in_chunk[:, None], other=0.0, cache_modifier=".cg")
+            new_best = tl.maximum(best, other_lse)
+            safe_best = tl.where(new_best == -float("inf"), 0.0, new_best)
+            weight = tl.exp2(other_lse - safe_best)
+            shrink = tl.exp2(best - safe_best)
+            sums = sums * shrink + weight
+            joined = joined * shrink[:, None] + other_out * weight[:, None]
+            best = new_best
+        _store_rows(out_ptr, lse_ptr, out_row, in_chunk, joined, sums, best, head_dim, has_lse)
 
 
 def prompt_attention(
     qkv: torch.Tensor,
     cache: torch.Tensor,
     block_tables: torch.Tensor,
-    tiles: torch.Tensor,
+    work: torch.Tensor,
     spans: torch.Tensor,
+    workspace: PromptWorkspace,
+    tile: PromptTile,
     out: torch.Tensor,
     block_size: int,
     *,
@@ -106,22 +219,26 @@ def prompt_attention(
 
     qkv: [num_tokens, heads, head_dim], of which the queries are read; cache: [2, num_slots, num_kv_heads, head_dim];
     block_tables: [num_items, max_blocks] int32. spans: [3, num_items] int32: first row of the chunk, its rows, and its
-    context, the chunk included. tiles: [2, num_tiles] int32: program p computes the `prompt_tile` rows of item
-    tiles[0, p] that begin at row tiles[1, p] of the chunk; none if the item is negative.
-    out: [num_tokens, num_heads, head_dim]; rows of no item are left alone.
+    context, the chunk included. work: [5, num_work] int32, in any order: program p computes share work[2, p] of
+    work[3, p] of the context of the `tile.tokens` tokens of item work[0, p] that begin with token work[1, p] of the
+    chunk; none if the item is negative. Where there are several shares, theirs are as many cells of the workspace, from
+    work[4, p] on. out: [num_tokens, num_heads, head_dim]; rows of no item are left alone. lse: [num_tokens, num_heads]
+    float32, natural.
     """
     num_heads, head_dim = out.shape[1:]
     num_kv_heads = cache.shape[2]
-    rows, keys, warps, stages = prompt_tile(qkv.dtype)
-    _prompt_attention_kernel[(tiles.shape[1], num_heads)](
+    _prompt_attention_kernel[(work.shape[1], num_kv_heads)](
         qkv,
         cache[0],
         cache[1],
         block_tables,
-        tiles,
+        work,
         spans,
         out,
         lse if lse is not None else out,
+        workspace.partial,
+        workspace.partial_lse,
+        workspace.arrivals,
         head_dim**-0.5 * 1.4426950408889634,
         window if window is not None else 2**30,
         block_tables.shape[1],
@@ -132,12 +249,13 @@ def prompt_attention(
         num_heads // num_kv_heads,
         head_dim,
         block_size,
-        rows,
-        keys,
+        tile.rows,
+        tile.tokens,
+        tile.keys,
         lse is not None,
         "ieee" if qkv.dtype == torch.float32 else "tf32",
-        num_warps=warps,
-        num_stages=stages,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
     return out
 

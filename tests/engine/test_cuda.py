@@ -32,6 +32,7 @@ pytest.importorskip("triton")
 from engine.cuda.attention import RaggedAttention
 from engine.cuda.decode_attention import DecodeAttention
 from engine.cuda.products import gemv, skinny_product
+from engine.cuda.prompt_attention import prompt_attention
 from engine.cuda.runner import CudaModelRunner
 from engine.cuda.step_inputs import PromptChunk, Upload
 
@@ -112,42 +113,77 @@ def random_ragged(rng: random.Random, num_blocks: int, block_size: int, kinds: s
     return ragged(spans, kinds.count("d"), free, block_size)
 
 
+def attend_twice(
+    batch: Ragged, num_heads: int, num_kv_heads: int, head_dim: int, dtype: str, window: int | None
+) -> tuple[RaggedAttention, float]:
+    """The step's attention, and its error over a cache of 1200 blocks; in float32 the larger of it and its LSE's."""
+    num_tokens, inputs, torch_dtype = batch.num_tokens, batch.inputs, getattr(torch, dtype)
+    cache = PagedKVCache(KVCacheSpec(1, num_kv_heads, head_dim, 16, dtype), 1200, "cuda")
+    cache.storage.normal_()
+    unwritten = torch.ones(1200 * 16, dtype=torch.bool)
+    for table, context in zip(inputs.block_tables, inputs.context_lens, strict=True):
+        slots = torch.tensor(table)[:, None] * 16 + torch.arange(16)
+        unwritten[slots.view(-1)[:context]] = False
+    cache.storage[:, :, unwritten.cuda()] = torch.nan  # poison: what nobody wrote must not be read
+    qkv = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, head_dim, device="cuda").to(torch_dtype)
+    keys_values = qkv[:, num_heads:].unflatten(1, (2, num_kv_heads))
+    twin = PagedKVCache(KVCacheSpec(1, num_kv_heads, head_dim, 16, "float32"), 1200, "cuda")
+    twin.storage = cache.storage.double()
+    reference = ReferenceAttention(twin, (window,))
+    reference.plan(inputs)
+    wanted, wanted_lse = reference.run_with_lse(0, qkv[:, :num_heads].double(), keys_values.double())
+    cache.storage[0].index_copy_(1, inputs.slot_mapping, keys_values.transpose(0, 1))
+    decode = DecodeAttention(num_heads, num_kv_heads, head_dim, 16, 64, torch.device("cuda"), torch_dtype)
+    decode._partial.fill_(torch.nan)
+    attend = batch.attention(decode, cache, window)
+    paged, worst = attend._paged, 0.0
+    if paged is not None:
+        paged.workspace.partial.fill_(torch.nan)
+        rows = torch.cat([torch.arange(first, first + count) for first, count, _ in paged.spans.T.tolist()]).cuda()
+    for _ in range(2):  # twice: the arrival counters must be ready again
+        out = torch.full((num_tokens, num_heads, head_dim), torch.nan, device="cuda", dtype=torch_dtype)
+        errors = [(attend(0, qkv, out).double() - wanted).norm() / wanted.norm()]
+        if paged is not None and dtype == "float32":
+            lse = torch.full((num_tokens, num_heads), torch.nan, device="cuda")
+            arguments = (paged.tables, paged.work, paged.spans, paged.workspace, paged.tile)
+            prompt_attention(qkv, cache.storage[0], *arguments, out, 16, window=window, lse=lse)
+            errors.append((lse[rows].double() - wanted_lse[rows]).norm() / wanted_lse[rows].norm())
+        worst = max(worst, *(error.item() if error == error else float("inf") for error in errors))
+    return attend, worst
+
+
+SHAPES = [(8, 2, 64), (32, 8, 128), (9, 3, 64), (4, 4, 128)]
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2)])
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(8, 2, 64), (32, 8, 128), (9, 3, 64), (4, 4, 128)])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), SHAPES)
 @pytest.mark.parametrize("window", [None, 37])
 def test_ragged_attention_against_the_plain_twin(
     dtype: str, tolerance: float, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None
 ) -> None:
     rng = random.Random(f"{dtype}{num_heads}{head_dim}{window}")
     torch.manual_seed(rng.randrange(1000))
-    spec = KVCacheSpec(1, num_kv_heads, head_dim, 16, dtype)
-    torch_dtype = getattr(torch, dtype)
     for kinds in ("d", "ddddd", "p", "dddpp", "dppp", "d" * 40):
         batch = random_ragged(rng, 1200, 16, kinds)
-        inputs, num_tokens = batch.inputs, batch.num_tokens
-        cache = PagedKVCache(spec, 1200, "cuda")
-        cache.storage.normal_()
-        written = torch.zeros(1200 * 16, dtype=torch.bool, device="cuda")
-        for table, context in zip(inputs.block_tables, inputs.context_lens, strict=True):
-            for i in range(context):
-                written[table[i // 16] * 16 + i % 16] = True
-        cache.storage[:, :, ~written] = torch.nan  # poison: what nobody wrote must not be read
-        qkv = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, head_dim, device="cuda").to(torch_dtype)
-        keys_values = qkv[:, num_heads:].unflatten(1, (2, num_kv_heads))
-        twin = PagedKVCache(KVCacheSpec(1, num_kv_heads, head_dim, 16, "float32"), 1200, "cuda")
-        twin.storage = cache.storage.double()
-        reference = ReferenceAttention(twin, (window,))
-        reference.plan(inputs)
-        wanted = reference.run(0, qkv[:, :num_heads].double(), keys_values.double())
-        cache.storage[0].index_copy_(1, inputs.slot_mapping, keys_values.transpose(0, 1))
-        decode = DecodeAttention(num_heads, num_kv_heads, head_dim, 16, 64, torch.device("cuda"), torch_dtype)
-        decode._partial.fill_(torch.nan)
-        attend = batch.attention(decode, cache, window)
-        for _ in range(2):  # twice: the arrival counters must be ready again
-            out = torch.full((num_tokens, num_heads, head_dim), torch.nan, device="cuda", dtype=torch_dtype)
-            out = attend(0, qkv, out)
-            error = (out.double() - wanted).norm() / wanted.norm()
-            assert error < tolerance, (kinds, error.item())
+        _, error = attend_twice(batch, num_heads, num_kv_heads, head_dim, dtype, window)
+        assert error < tolerance, (kinds, error)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [*SHAPES, (16, 1, 128)])
+@pytest.mark.parametrize("window", [None, 37, 1000])  # 37: most shares of a context have nothing to do
+def test_contexts_cut_into_shares_against_the_plain_twin(
+    dtype: str, tolerance: float, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None
+) -> None:
+    rng = random.Random(f"{dtype}{num_heads}{head_dim}{window}")
+    torch.manual_seed(rng.randrange(1000))
+    chosen = [(rng.randrange(300, 5000), rng.randrange(1, 65)) for _ in range(3)]
+    for spans in ([(5000, 1)], [(4107, 16)], [(4096, 64)], [(5000, 64), (3, 3), (64, 64), (900, 17)], chosen):
+        batch = ragged(spans, 0, rng.sample(range(1200), 1200), 16)
+        attend, error = attend_twice(batch, num_heads, num_kv_heads, head_dim, dtype, window)
+        assert attend._paged is not None
+        assert spans is chosen or (attend._paged.work[3] > 1).any()
+        assert error < tolerance, (spans, error)
 
 
 def test_decode_attention_gives_the_log_sum_exp_and_zeros_for_padding() -> None:
