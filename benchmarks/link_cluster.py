@@ -114,6 +114,7 @@ def add_rows(rows: Rows, seen: dict[str, list[Seen]], prompt: int) -> None:
     rows.add(f"second token after the first, {case}", "ms", second, floor=step, peer=median("mixed", "second_ms"))
     rows.add(f"second token over the mean gap, {case}", "%", 100 * (second / step - 1), floor=0, peer=16.5, must=10)
     rows.more["stages_ms"] = {name: stages_ms(values) for name, values in seen.items()}
+    rows.write()
 
 
 def stages_ms(seen: Sequence[Seen]) -> dict[str, float]:

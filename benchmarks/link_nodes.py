@@ -240,8 +240,14 @@ class LinkEnd:
         return self._device.token()
 
     def raw_open(self, token: bytes, rank: int) -> None:
+        """Also sends or receives once: NCCL connects at the first operation, at both ends together."""
         self._wire = self._device.make(token, rank)
         self._wire.connect()
+        data = self._device.allocate(16)
+        if rank == 0:
+            self._wire.send(data).wait()
+        else:
+            self._wire.receive(data, None, lambda _: torch.ones((), dtype=torch.bool, device=data.device)).wait()
 
     def raw_send(self, num_bytes: int, count: int) -> float:
         """When the first of `count` messages began: once the other end has posted all its receives."""

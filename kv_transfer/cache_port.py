@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -28,17 +29,37 @@ class Cache(Protocol):
 class CachePort:
     """A worker's cache. `spec` is that of the whole worker.
 
-    Everything is put on the current stream, between the steps that write and read the same blocks there.
+    What comes in is put on the current stream, between the steps that write and read the same blocks there. What goes
+    out is read on a stream of its own, as soon as it is written (`mark`, `beside`): a long step holds nothing up.
     """
 
     def __init__(self, cache: Cache, spec: KVCacheSpec) -> None:
         self.cache = cache
         self.spec = spec
         self._storage = cache.storage
+        self._side = torch.cuda.Stream(self.device, priority=-1) if self.device.type == "cuda" else None
 
     @property
     def device(self) -> torch.device:
         return self._storage.device
+
+    def mark(self) -> torch.cuda.Event | None:
+        """The end of what is on the current stream now; None where that is over already."""
+        if self._side is None:
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    @contextlib.contextmanager
+    def beside(self, mark: torch.cuda.Event | None) -> Iterator[None]:
+        """Within it the current stream is another one, which waits for `mark` and for nothing else."""
+        if self._side is None or mark is None:
+            yield
+            return
+        with torch.cuda.stream(self._side):
+            self._side.wait_event(mark)
+            yield
 
     def layout(self, span: PartSpan, dtype: str, codec: Codec) -> WireLayout:
         """What a part looks like on the wire."""

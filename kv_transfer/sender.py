@@ -7,7 +7,7 @@ decode worker come in through the `on_…` methods. Nothing here waits.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -26,6 +26,15 @@ from phasewise.core.ports import PeerPort
 from phasewise.core.request import Request, SampledToken
 
 
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """KV that can go. `mark`: when it is in the cache."""
+
+    span: PartSpan
+    block_table: list[int]
+    mark: torch.cuda.Event | None
+
+
 @dataclass(slots=True)
 class _Transfer:
     peer: WorkerId
@@ -35,10 +44,12 @@ class _Transfer:
     num_cached_tokens: int = 0  # the receiver has these already
     dtype: str = ""  # of the values on the wire
     started_unix_s: float = 0.0
-    waiting: deque[tuple[PartSpan, list[int]]] = field(default_factory=deque)  # behind the window
+    early: list[_Computed] = field(default_factory=list)  # computed before the offer was accepted
+    waiting: deque[_Computed] = field(default_factory=deque)  # parts, behind the window
     in_flight: dict[int, int] = field(default_factory=dict)  # part index → bytes
     num_parts: int = 0
     commit: KVCommit | None = None
+    commit_timeout_s: float = float("inf")  # from the commit, or from the acceptance if that is later
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +114,9 @@ class KVSender:
         return self._transfers[transfer_id].reason
 
     def is_layerwise(self, transfer_id: str, num_tokens: int) -> bool:
-        """Whether a prompt should be pushed layer by layer, by what the link is now. For an accepted transfer."""
+        """Whether a prompt should be pushed layer by layer, by what the link is now."""
         transfer = self._transfers[transfer_id]
-        return self._path(transfer.peer, transfer.dtype).is_layerwise(num_tokens)
+        return self._path(transfer.peer, transfer.dtype or self._cache.spec.dtype).is_layerwise(num_tokens)
 
     def facts(self, peer: WorkerId, spec: KVCacheSpec) -> LinkFacts:
         """What is known of the way to a worker whose cache is `spec`. May be called from any thread."""
@@ -127,34 +138,48 @@ class KVSender:
         )
 
     def push(self, transfer_id: str, span: PartSpan, block_table: list[int]) -> None:
-        """Sends KV that is computed, or queues it behind the window. Tokens that the receiver has are left out.
+        """Sends KV that is computed once what is on the current stream is done, or queues it: behind the window, and
+        until the offer is accepted. Tokens that the receiver has are left out.
 
         The blocks must stay untouched until the transfer has ended. Ignored when it has failed already.
         """
         transfer = self._transfers[transfer_id]
         if transfer.status is SendStatus.FAILED:
             return
+        computed = _Computed(span, block_table, self._cache.mark())
+        if transfer.status is SendStatus.OFFERED:
+            transfer.early.append(computed)
+        else:
+            self._queue(transfer, computed)
+            self.pump()
+
+    def _queue(self, transfer: _Transfer, computed: _Computed) -> None:
         if transfer.status is SendStatus.ACCEPTED:
             self._move(transfer, SendStatus.SENDING)
             transfer.started_unix_s = self._clock.unix_s()
-        clipped = clip_tokens(span, transfer.num_cached_tokens)
+        clipped = clip_tokens(computed.span, transfer.num_cached_tokens)
         if clipped is not None:
             cell_bytes = self._cache.layout(PartSpan(0, 1, 0, 1), transfer.dtype, Codec.NONE).num_bytes
             max_cells = self._link.max_part_bytes(transfer.peer) // cell_bytes
-            transfer.waiting.extend((part, block_table) for part in cut(clipped, max_cells))
-            self.pump()
+            parts = cut(clipped, max_cells)
+            transfer.waiting.extend(replace(computed, span=part) for part in parts)
 
     def commit(
         self, transfer_id: str, num_tokens: int, first_tokens: tuple[SampledToken | None, ...], timeout_s: float
     ) -> None:
-        """Declares everything pushed; the commit goes out behind the last part. `timeout_s` bounds the rest."""
+        """Declares everything pushed; the commit goes out behind the last part.
+
+        `timeout_s` bounds the rest, from the acceptance on: the receiver may have to make room first.
+        """
         transfer = self._transfers[transfer_id]
         if transfer.status is SendStatus.FAILED:
             return
         started = transfer.started_unix_s or self._clock.unix_s()
         transfer.commit = KVCommit(transfer_id, 0, num_tokens, first_tokens, started)
-        transfer.deadline_s = min(transfer.deadline_s, self._clock.now_s() + timeout_s)
-        self.pump()
+        transfer.commit_timeout_s = timeout_s
+        if transfer.status is not SendStatus.OFFERED:
+            self._bound(transfer)
+            self.pump()
 
     def abort(self, transfer_id: str, reason: str) -> None:
         """Gives a transfer up and tells the receiver."""
@@ -173,13 +198,13 @@ class KVSender:
         is_full = False
         for transfer_id, transfer in self._transfers.items():
             while transfer.waiting and not is_full:
-                span, block_table = transfer.waiting[0]
-                layout = self._layout(transfer.peer, span, transfer.dtype)
+                computed = transfer.waiting[0]
+                layout = self._layout(transfer.peer, computed.span, transfer.dtype)
                 # Nobody passes a part that the window is too full for: smaller ones would keep it out for ever.
                 is_full = self._bytes_in_flight > 0 and (
                     self._bytes_in_flight + layout.num_bytes > self._limits.window_bytes
                 )
-                if is_full or not self._send(transfer_id, transfer, span, block_table, layout):
+                if is_full or not self._send(transfer_id, transfer, computed, layout):
                     break
                 transfer.waiting.popleft()
             due = transfer.commit is not None and not transfer.waiting
@@ -206,6 +231,11 @@ class KVSender:
             transfer.num_cached_tokens = message.num_cached_tokens
             transfer.dtype = wire_dtype(self._cache.spec.dtype, message.dtype)
             self._move(transfer, SendStatus.ACCEPTED)
+            self._bound(transfer)
+            for computed in transfer.early:
+                self._queue(transfer, computed)
+            transfer.early.clear()
+            self.pump()
 
     def on_part_ack(self, transfer_id: str, part_index: int) -> None:
         transfer = self._transfers.get(transfer_id)
@@ -240,11 +270,16 @@ class KVSender:
 
     # ---- inside
 
-    def _send(
-        self, transfer_id: str, transfer: _Transfer, span: PartSpan, block_table: list[int], layout: WireLayout
-    ) -> bool:
+    def _bound(self, transfer: _Transfer) -> None:
+        transfer.deadline_s = min(transfer.deadline_s, self._clock.now_s() + transfer.commit_timeout_s)
+
+    def _send(self, transfer_id: str, transfer: _Transfer, computed: _Computed, layout: WireLayout) -> bool:
         """False when the link has no room for the part now."""
-        peer, num_bytes = transfer.peer, layout.num_bytes
+        with self._cache.beside(computed.mark):
+            return self._pack_and_send(transfer_id, transfer, computed, layout)
+
+    def _pack_and_send(self, transfer_id: str, transfer: _Transfer, computed: _Computed, layout: WireLayout) -> bool:
+        peer, num_bytes, span = transfer.peer, layout.num_bytes, computed.span
         try:
             wire = self._link.buffer(peer, num_bytes)
         except torch.OutOfMemoryError:  # a full device must not end the worker
@@ -255,7 +290,7 @@ class KVSender:
         if wire is None:
             return False
         try:
-            self._cache.pack(block_table, span, layout, wire)
+            self._cache.pack(computed.block_table, span, layout, wire)
         except Exception:
             self._link.give_back(wire)
             raise
@@ -321,6 +356,7 @@ class KVSender:
     def _fail(self, transfer: _Transfer, reason: str) -> None:
         self._move(transfer, SendStatus.FAILED)
         transfer.reason = reason
+        transfer.early.clear()
         transfer.waiting.clear()
         self._release_window(transfer)
 

@@ -6,6 +6,9 @@ One prompt's life here (queues in prefill_workers/scheduler.py):
       ├─ stays here: the decode phase adopts the sequence with its blocks
       └─ is handed off: first token out, commit sent → HANDOFF; blocks are kept until the receiver says done
 
+A prompt that finds nothing running begins before its offer is answered: the answer takes milliseconds, there is room
+almost always, and nobody else could use the time. Its KV and its commit wait in the sender for the answer.
+
 Long prompts are pushed layer group by layer group while later layers compute (Splitwise, section 4.3; the sender says
 which are long for its link); short ones as one part behind their last layer, before the first token is known. A failed
 handoff is offered once more to the same worker, from the KV that is still here; a second failure ends the request here
@@ -119,6 +122,7 @@ class PrefillPhase:
         for job in self._jobs.values():
             if job.transfer_id == message.transfer_id:
                 self._event(job, Stage.RESERVED)
+                self._note_push(job)
 
     def on_failed(self, message: KVFailed) -> None:
         """The receiver gave up; another attempt may succeed."""
@@ -161,9 +165,10 @@ class PrefillPhase:
                 self._fail(job, DeadlineExceeded("the request's deadline passed during prefill"))
             elif job.transfer_id:
                 self._poll_transfer(job)
-        if any(self._is_offered_again(job) for job in self._jobs.values()):
-            return  # new reservations could take the room that a computed prompt is waiting for
+        computed = self._computed_without_room()
         for job in self.scheduler.jobs_to_reserve():
+            if not self._may_reserve_beside(job, computed):
+                continue
             job.move(RequestStatus.RESERVING)
             self._offer(job)
             self._event(job, Stage.RESERVE_ASKED)
@@ -279,6 +284,8 @@ class PrefillPhase:
         job.move(RequestStatus.HANDOFF)
         job.first_tokens = first_tokens
         self._commit(job)
+        if self._is_unanswered(job):
+            self._unreserve_waiting()
 
     # ---- inside: the handoff
 
@@ -291,10 +298,20 @@ class PrefillPhase:
         peer = task.placement.decode_worker
         job.transfer_id = self._sender.offer(peer, task.request, task.gateway_id, time_left_s, timeout_s)
 
-    def _is_offered_again(self, job: PrefillJob) -> bool:
-        """True for a computed prompt whose first handoff failed, until its second is accepted."""
-        again = job.status is RequestStatus.HANDOFF and job.num_offers > 1
-        return again and self._sender.status(job.transfer_id) is SendStatus.OFFERED
+    def _computed_without_room(self) -> list[PrefillJob]:
+        """Computed prompts that nobody has accepted yet: they hold blocks here until somebody does."""
+        return [j for j in self._jobs.values() if j.status is RequestStatus.HANDOFF and self._is_unanswered(j)]
+
+    def _may_reserve_beside(self, job: PrefillJob, computed: list[PrefillJob]) -> bool:
+        """Whether `job` would neither take the room that they wait for, nor wait for the blocks that they hold."""
+        peers = {other.task.placement.decode_worker for other in computed}
+        if not peers:
+            return True
+        num_blocks = self._blocks.blocks_for(job.sequence.num_tokens)
+        return job.task.placement.decode_worker not in peers and num_blocks <= self._blocks.num_free_blocks
+
+    def _is_unanswered(self, job: PrefillJob) -> bool:
+        return bool(job.transfer_id) and self._sender.status(job.transfer_id) is SendStatus.OFFERED
 
     def _may_start(self, job: PrefillJob) -> bool:
         """Is there room to decode what this prompt leads to? Never needed when its first token is its last."""
@@ -302,14 +319,26 @@ class PrefillPhase:
         if request.max_new_tokens == 1:
             return True
         if job.needs_handoff:
+            if self._is_unanswered(job):
+                return self._may_start_unanswered(job)
             return bool(job.transfer_id) and self._sender.status(job.transfer_id) is SendStatus.ACCEPTED
         return self._has_decode_room(request.sampling.n)
 
+    def _may_start_unanswered(self, job: PrefillJob) -> bool:
+        """Nothing else would run; and if the answer takes long, others can pass: half of the free blocks are left."""
+        if self.scheduler.running or self._computed_without_room():
+            return False
+        return 2 * self._blocks.blocks_for(job.sequence.num_tokens) <= self._blocks.num_free_blocks
+
     def _push(self, job: PrefillJob, span: PartSpan) -> None:
-        if not job.has_pushed:
+        self._sender.push(job.transfer_id, span, list(job.sequence.block_table))
+        self._note_push(job)
+
+    def _note_push(self, job: PrefillJob) -> None:
+        has_begun = self._sender.status(job.transfer_id) in (SendStatus.SENDING, SendStatus.COMMITTED)
+        if has_begun and not job.has_pushed:
             job.has_pushed = True
             self._event(job, Stage.HANDOFF_START)
-        self._sender.push(job.transfer_id, span, list(job.sequence.block_table))
 
     def _push_all(self, job: PrefillJob) -> None:
         self._push(job, PartSpan(0, self._limits.num_layers, 0, job.sequence.num_prompt_tokens))
@@ -340,19 +369,20 @@ class PrefillPhase:
             self._fail(job, TransferFailed(f"the KV handoff failed {job.num_offers} times: {reason}"))
             return
         self._sender.forget(job.transfer_id)
+        self._offer(job)
         if job.status is RequestStatus.HANDOFF:
             self._unreserve_waiting()
-        self._offer(job)
 
     def _unreserve_waiting(self) -> None:
-        """Gives back what prompts that do not run yet have reserved.
+        """Gives back what prompts that do not run yet have reserved, where that could be in each other's way.
 
-        A computed prompt that is offered again holds blocks here and needs room there; a prompt that has room there may
-        be waiting for blocks here. Without this the two would wait for each other.
+        A computed prompt without room there holds blocks here; a prompt that has room there may be waiting for blocks
+        here. Without this the two would wait for each other.
         """
+        computed = self._computed_without_room()
         for job in self.scheduler.waiting:
-            if job.status is RequestStatus.RESERVING:
-                self._sender.abort(job.transfer_id, "a handoff that failed goes first")
+            if job.status is RequestStatus.RESERVING and not self._may_reserve_beside(job, computed):
+                self._sender.abort(job.transfer_id, "a prompt that is computed goes first")
                 self._sender.forget(job.transfer_id)
                 job.transfer_id = ""
                 job.num_offers -= 1

@@ -66,6 +66,9 @@ class LeadingCachePort(CachePort):
         self._num_ranks = group.size
         self._ranks = ranks
 
+    def mark(self) -> None:
+        """All ranks take part in packing, on the stream of their steps."""
+
     def pack(self, block_table: Sequence[int], span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:
         with self._together(("pack", list(block_table), span, layout.dtype)):
             parts = self._heads.gather(block_table, span, layout.dtype)

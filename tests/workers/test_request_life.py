@@ -67,6 +67,7 @@ def test_long_prompts_go_layer_group_by_layer_group_and_chunk_by_chunk() -> None
 
 def test_timeline_has_every_stage_once_in_order() -> None:
     box = WorkerBox(PAIR)
+    box.submit("ahead", prompt_of(600), "prefill-0", "decode-0", max_tokens=4)
     box.submit("r", prompt_of(600), "prefill-0", "decode-0", max_tokens=4)
     box.run()
     assert box.stages["r"] == [
