@@ -3,7 +3,7 @@
 One connection is one epoch of one link: nothing of an older epoch can come out of it. A frame is a length (four bytes)
 and JSON: plain data, so that a stranger on the port can break a connection but not run code.
 
-    sender → receiver     Hello, Token, Announce, Go
+    sender → receiver     Hello, Token, Announce, Go, Commit
     receiver → sender     Hello or Refused, Ready, Grant, Left
     both, while it is up  Ping
 """
@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 
 from kv_transfer.plan import WIRE_VERSION
 from phasewise.core.clock import Clock, MonotonicClock
-from phasewise.core.messages import KVPart
+from phasewise.core.messages import KVCommit, KVPart
 from phasewise.core.placement import WorkerId
+from phasewise.core.request import SampledToken
 
 _LENGTH = struct.Struct(">I")
 _MAX_FRAME_BYTES = 1 << 16
@@ -86,6 +87,13 @@ class Go:
 
 
 @dataclass(frozen=True, slots=True)
+class Commit:
+    """A handoff's commit, a first time: it comes to the mailbox by the workers' own way, too."""
+
+    commit: KVCommit
+
+
+@dataclass(frozen=True, slots=True)
 class Left:
     """The part is in and checked: the sender's slab is free."""
 
@@ -97,8 +105,8 @@ class Ping:
     """The process lives."""
 
 
-ChannelMessage = Hello | Refused | Token | Ready | Announce | Grant | Go | Left | Ping
-_TYPES = {cls.__name__: cls for cls in (Hello, Refused, Token, Ready, Announce, Grant, Go, Left, Ping)}
+ChannelMessage = Hello | Refused | Token | Ready | Announce | Grant | Go | Commit | Left | Ping
+_TYPES = {cls.__name__: cls for cls in (Hello, Refused, Token, Ready, Announce, Grant, Go, Commit, Left, Ping)}
 _HELLO_FIELDS = frozenset(field.name for field in dataclasses.fields(Hello))
 
 
@@ -190,6 +198,10 @@ def _decode(body: bytes) -> ChannelMessage:
             fields = {key: value for key, value in fields.items() if key in _HELLO_FIELDS}
         elif cls is Announce:
             fields["part"] = KVPart(**fields["part"])
+        elif cls is Commit:
+            (first,) = fields["commit"]["first_tokens"]
+            token = None if first is None else SampledToken(int(first["token_id"]), first["logprob"])
+            fields["commit"] = KVCommit(**{**fields["commit"], "first_tokens": (token,)})
         return cls(**fields)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConnectionError(f"{body[:60]!r} is no message of wire version {WIRE_VERSION}: {error}") from None

@@ -26,7 +26,7 @@ from kv_transfer.slabs import Slab, SlabPool
 from kv_transfer.wire import Check, WireDevice, WireError
 from phasewise.core.clock import Clock, MonotonicClock
 from phasewise.core.errors import TransferFailed
-from phasewise.core.messages import KVPart, LinkLost
+from phasewise.core.messages import KVCommit, KVPart, LinkLost
 from phasewise.core.placement import WorkerId
 
 logger = logging.getLogger(__name__)
@@ -157,6 +157,12 @@ class DirectLinks:
         if epoch is None or not epoch.is_up or not epoch.put(part, slab, self._device.mark()):
             self._out.pool.give_back(slab)
             self._post(LinkLost(peer, f"the link to {peer} is not up", frozenset({part.transfer_id})), None)
+
+    def hurry(self, peer: WorkerId, commit: KVCommit) -> None:
+        entry = self._peers.get(peer)
+        epoch = entry.epoch if entry is not None else None
+        if epoch is not None and epoch.is_up:
+            epoch.hurry(commit)
 
     def forget(self, peer: WorkerId) -> None:
         with self._lock:

@@ -8,7 +8,7 @@ worker what happened through its mailbox, too:
     KVPartAck                      a part that was sent has arrived, or was given up there
     LinkLost                       the link to a worker broke; parts of these transfers will not arrive
 
-Control messages (offer, commit, …) do not go this way.
+Control messages (offer, commit, …) go from mailbox to mailbox; a commit may come this way, too, and so earlier.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Protocol
 
 import torch
 
-from phasewise.core.messages import KVPart, KVPartAck, LinkLost
+from phasewise.core.messages import KVCommit, KVPart, KVPartAck, LinkLost
 from phasewise.core.placement import WorkerId
 
 
@@ -39,7 +39,9 @@ class ArrivedPart:
 class Post(Protocol):
     """A worker's mailbox, from any thread (workers/worker.py)."""
 
-    def __call__(self, message: KVPart | KVPartAck | LinkLost, arrived: ArrivedPart | None = None) -> None: ...
+    def __call__(
+        self, message: KVPart | KVPartAck | KVCommit | LinkLost, arrived: ArrivedPart | None = None
+    ) -> None: ...
 
 
 class Link(Protocol):
@@ -76,6 +78,9 @@ class Link(Protocol):
 
     def send_part(self, peer: WorkerId, part: KVPart, wire: torch.Tensor) -> None:
         """Takes over a buffer that work on the current stream fills, and returns at once."""
+
+    def hurry(self, peer: WorkerId, commit: KVCommit) -> None:
+        """Brings a commit, which is also sent otherwise, sooner if it can; a link that cannot does nothing."""
 
     def forget(self, peer: WorkerId) -> None:
         """The peer is gone for good."""

@@ -28,6 +28,7 @@ import torch
 from kv_transfer.channel import (
     Announce,
     Channel,
+    Commit,
     Go,
     Grant,
     Hello,
@@ -42,7 +43,7 @@ from kv_transfer.link import ArrivedPart, Post
 from kv_transfer.slabs import Slab, SlabPool
 from kv_transfer.wire import Check, Mark, Receipt, Wire, WireDevice, WireError
 from phasewise.core.clock import Clock
-from phasewise.core.messages import KVPart, KVPartAck
+from phasewise.core.messages import KVCommit, KVPart, KVPartAck
 from phasewise.core.placement import WorkerId
 
 _SMALL_TRIAL_BYTES = 256
@@ -241,6 +242,15 @@ class SendEpoch(_Epoch):
                 self.break_(str(error))
         return True
 
+    def hurry(self, commit: KVCommit) -> None:
+        """Sends a commit on, if it is small; no answer comes."""
+        if len(commit.first_tokens) != 1 or any(token and token.top_logprobs for token in commit.first_tokens):
+            return
+        try:
+            self._channel.send(Commit(commit))
+        except OSError as error:
+            self.break_(str(error))
+
     def serve(self) -> None:
         """Takes the receiver's answers until the epoch ends. Raises OSError."""
         while True:
@@ -360,6 +370,8 @@ class ReceiveEpoch(_Epoch):
                 self._room.pool.ask(self, partial(self._grant, _Incoming(message.seq, message.part)))
             elif isinstance(message, Go) and message.seq in self._parts and message.seq not in self._deadlines:
                 self._receive(self._parts[message.seq])
+            elif isinstance(message, Commit):
+                self._room.post(message.commit, None)
             else:
                 raise ConnectionError(f"{message} is not expected")
 

@@ -8,7 +8,7 @@ import torch
 
 from kv_transfer.link import ArrivedPart, Post
 from kv_transfer.staging import is_intact
-from phasewise.core.messages import KVPart, KVPartAck
+from phasewise.core.messages import KVCommit, KVPart, KVPartAck
 from phasewise.core.placement import WorkerId
 
 Fault = Callable[[KVPart, torch.Tensor], torch.Tensor | None]
@@ -18,6 +18,7 @@ class LoopbackLink:
     """Puts parts of one worker straight into its peers' mailboxes.
 
     `fault` sees every part and returns what arrives: the buffer, another one (corruption), or None (loss).
+    With `hurries` commits come this way, too.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class LoopbackLink:
         self._max_part_bytes = max_part_bytes
         self._rate = rate
         self._part_s = part_s
+        self.hurries = False
 
     def name(self, peer: WorkerId) -> str:
         return "loopback"
@@ -71,6 +73,10 @@ class LoopbackLink:
                 ours(KVPartAck(part.transfer_id, part.part_index))
 
         mailbox(part, ArrivedPart(came if is_intact(came) else None, release))
+
+    def hurry(self, peer: WorkerId, commit: KVCommit) -> None:
+        if self.hurries:
+            self._mailboxes[peer](commit)
 
     def forget(self, peer: WorkerId) -> None:
         pass

@@ -21,7 +21,7 @@ import torch
 from kv_transfer.link import ArrivedPart, Post
 from kv_transfer.staging import is_intact
 from phasewise.core.mailboxes import ActorHandle, WorkerMailboxes
-from phasewise.core.messages import KVPart, KVPartAck, LinkLost
+from phasewise.core.messages import KVCommit, KVPart, KVPartAck, LinkLost
 from phasewise.core.placement import WorkerId
 
 logger = logging.getLogger(__name__)
@@ -87,6 +87,9 @@ class ObjectStoreLink:
             wire = torch.from_numpy(array)
         receive = self._receive_on_device if self._threads else self._arrived
         self._run(1, sender, part, lambda: receive(sender, part, wire))
+
+    def hurry(self, peer: WorkerId, commit: KVCommit) -> None:
+        pass
 
     def forget(self, peer: WorkerId) -> None:
         self._rates.pop(peer, None)

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from kv_transfer.link import Link
-from phasewise.core.messages import KVPart
+from phasewise.core.messages import KVCommit, KVPart
 from phasewise.core.placement import WorkerId
 
 
@@ -52,6 +52,9 @@ class RoutedLink:
 
     def send_part(self, peer: WorkerId, part: KVPart, wire: torch.Tensor) -> None:
         self._given_out.send_part(peer, part, wire)
+
+    def hurry(self, peer: WorkerId, commit: KVCommit) -> None:
+        self._route(peer).hurry(peer, commit)
 
     def forget(self, peer: WorkerId) -> None:
         self._direct.forget(peer)

@@ -344,10 +344,9 @@ class KVSender:
         assert transfer.commit is not None
         c = transfer.commit
         self._move(transfer, SendStatus.COMMITTED)
-        self._peers.send(
-            transfer.peer,
-            KVCommit(c.transfer_id, transfer.num_parts, c.num_tokens, c.first_tokens, c.started_unix_s),
-        )
+        commit = replace(c, num_parts=transfer.num_parts)
+        self._link.hurry(transfer.peer, commit)
+        self._peers.send(transfer.peer, commit)
 
     def _move(self, transfer: _Transfer, status: SendStatus) -> None:
         check_send(transfer.status, status)

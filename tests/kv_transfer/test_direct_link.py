@@ -16,7 +16,8 @@ import torch
 from kv_transfer import direct_link
 from kv_transfer.channel import Channel, Token
 from phasewise.core.errors import TransferFailed
-from phasewise.core.messages import KVPart, KVPartAck, LinkLost
+from phasewise.core.messages import KVCommit, KVPart, KVPartAck, LinkLost
+from phasewise.core.request import SampledToken
 from tests.support import host_wire
 from tests.support.host_wire import HostDevice, HostWire
 from tests.support.link_node import SLAB_BYTES, LinkNode, NodeProcess
@@ -88,6 +89,21 @@ def test_parts_of_any_size_arrive_bit_for_bit_in_order(node: Make) -> None:
         assert sender.next(KVPartAck) == KVPartAck("t", num_taken)
         num_taken += 1
     assert sender.is_clean and receiver.is_clean
+
+
+@pytest.mark.parametrize("token", [None, SampledToken(5), SampledToken(7, -0.25)])
+def test_a_small_commit_comes_with_the_parts(node: Make, token: SampledToken | None) -> None:
+    sender, receiver = node("prefill-0"), node("decode-0")
+    connect(sender, receiver)
+    commit = KVCommit("t", 2, 30, (token,), 1.5)
+    sender.links.hurry("decode-0", commit)
+    assert receiver.next(KVCommit) == commit
+    for large in ((token, token), (SampledToken(5, -1.0, ((5, -1.0), (6, -2.0))),)):
+        sender.links.hurry("decode-0", KVCommit("t", 2, 30, large, 1.5))
+    assert sender.try_send("decode-0", 0, 64)
+    receiver.take(0, 64)  # and nothing before it: larger ones come by the workers' own way alone
+    assert sender.next(KVPartAck) == KVPartAck("t", 0)
+    sender.links.hurry("stranger", commit)
 
 
 def test_both_directions_of_a_pair_at_once(node: Make) -> None:

@@ -38,6 +38,7 @@ class ChaosBox(GatewayBox):
         mailboxes = next(iter(self.workers.values()))._parts.sender._link._mailboxes  # type: ignore[attr-defined]
         for name, worker in self.workers.items():
             mailboxes[name] = self._late(name, worker.post)
+            worker._parts.sender._link.hurries = rng.random() < 0.5  # type: ignore[attr-defined]
 
     def _late(self, to: WorkerId, post: Callable[..., None]) -> Callable[..., None]:
         def put(message: Any, arrived: Any = None) -> None:
