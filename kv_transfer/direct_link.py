@@ -23,7 +23,7 @@ from kv_transfer.link import Post
 from kv_transfer.link_epoch import ReceiveEpoch, Room, SendEpoch, Trial
 from kv_transfer.plan import WIRE_VERSION
 from kv_transfer.slabs import Slab, SlabPool
-from kv_transfer.wire import Check, WireDevice, WireError
+from kv_transfer.wire import Check, Mark, WireDevice, WireError
 from phasewise.core.clock import Clock, MonotonicClock
 from phasewise.core.errors import TransferFailed
 from phasewise.core.messages import KVCommit, KVPart, LinkLost
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 _GREETING_S = 5.0  # for a stranger's first message
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0  # before another try
 _JOIN_S = 5.0
+_SEAL_BYTES = 4096  # more than a checksum: a part has room for all of its KV
 
 
 class _Peer:
@@ -74,8 +75,9 @@ class DirectLinks:
     ) -> None:
         """`host`: the name or number by which others reach this one, and where it listens.
 
-        `fingerprint`, which may be set later, is what two ends must agree on; `secret` is what both must know. Takes
-        (num_slabs_out + num_slabs_in) * slab_bytes of the device, and 2 * trial_bytes while a link opens.
+        `fingerprint`, which may be set later, is what two ends must agree on; `secret` is what both must know. A part
+        holds up to slab_bytes of KV. Takes some (num_slabs_out + num_slabs_in) * slab_bytes of the device, where
+        smaller parts take only as much as they need, and 2 * trial_bytes while a link opens.
         """
         if slab_bytes % 16 or trial_bytes % 256:
             raise ValueError("slab_bytes must be a multiple of 16 and trial_bytes of 256")
@@ -86,12 +88,13 @@ class DirectLinks:
         self._secret = secret
         self._clock = clock or MonotonicClock()
         self._stall_s = stall_s
+        slab_bytes += _SEAL_BYTES
         out_pool, in_pool = (
-            SlabPool(device.allocate(count * slab_bytes), count, slab_bytes) for count in (num_slabs_out, num_slabs_in)
+            SlabPool(device.allocate(count * slab_bytes), slab_bytes) for count in (num_slabs_out, num_slabs_in)
         )
         self._out = Room(device, out_pool, post, check, self._clock, stall_s, trial_bytes)
         self._in = Room(device, in_pool, post, check, self._clock, stall_s, trial_bytes)
-        self._packing: dict[int, Slab] = {}  # by address: given out by `buffer`, not sent yet
+        self._packing: dict[int, tuple[Slab, Mark]] = {}  # by address: given out by `buffer` at that mark, not sent yet
         self._process = uuid.uuid4().hex
         self._lock = threading.Lock()
         self._peers: dict[WorkerId, _Peer] = {}
@@ -130,31 +133,32 @@ class DirectLinks:
         """Also after a LinkLost of another peer it pays to ask again."""
         if num_bytes > self._out.pool.slab_bytes:
             raise ValueError(f"a part of {num_bytes} bytes; at most {self._out.pool.slab_bytes} go at once")
-        entry, num_slabs = self._peers.get(peer), self._out.pool.num_slabs
+        entry, pool = self._peers.get(peer), self._out.pool
         epoch = entry.epoch if entry is not None else None
-        if len(self._peers) > 1 and epoch is not None and epoch.num_ungranted >= max(num_slabs - 1, 1):
-            return None  # a peer that grants nothing must not hold what others could use
-        slab = self._out.pool.try_take()
+        if len(self._peers) > 1 and epoch is not None:
+            held = epoch.num_ungranted_bytes
+            if held and held + num_bytes > pool.num_bytes - pool.slab_bytes:
+                return None  # a peer that grants nothing must not hold what others could use
+        slab = pool.try_take(num_bytes)
         if slab is None:
             return None
-        self._packing[slab.buffer.data_ptr()] = slab
-        return slab.buffer[:num_bytes]
+        self._packing[slab.buffer.data_ptr()] = slab, self._device.mark()
+        return slab.buffer
 
     def give_back(self, wire: torch.Tensor) -> None:
-        slab = self._packing.pop(wire.data_ptr())
-        slab.last_use = self._device.mark()
-        self._out.pool.give_back(slab)
+        slab, _ = self._packing.pop(wire.data_ptr())
+        self._out.pool.give_back(slab, self._device.mark())
 
     @property
     def uses_store(self) -> bool:
         return False
 
     def send_part(self, peer: WorkerId, part: KVPart, wire: torch.Tensor) -> None:
-        slab = self._packing.pop(wire.data_ptr())
+        slab, ready = self._packing.pop(wire.data_ptr())
         assert wire.numel() == part.num_bytes, f"{wire.numel()} bytes for a part of {part.num_bytes}"
         entry = self._peers.get(peer)
         epoch = entry.epoch if entry is not None else None
-        if epoch is None or not epoch.is_up or not epoch.put(part, slab, self._device.mark()):
+        if epoch is None or not epoch.is_up or not epoch.put(part, slab, ready, self._device.mark()):
             self._out.pool.give_back(slab)
             self._post(LinkLost(peer, f"the link to {peer} is not up", frozenset({part.transfer_id})), None)
 

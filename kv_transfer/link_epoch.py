@@ -3,8 +3,8 @@
     sender                                  receiver
     put: Announce ────────────────────────► asks its pool for a slab, behind all who asked before
                   ◄──────────────────────── Grant
-    the device has packed the part
-    Go, wire.send ────────────────────────► wire.receive into the slab, and the check
+    the KV is computed
+    Go, wire.send behind the packing ─────► wire.receive into the slab, and the check
                   ◄──────────────────────── Left; the part goes to the owner's mailbox
 
 A slab belongs to the epoch from `put` or Grant on: at the sender until Left, at the receiver until the part is in the
@@ -48,12 +48,14 @@ from phasewise.core.placement import WorkerId
 
 _SMALL_TRIAL_BYTES = 256
 _NUM_TRIALS = 8
+_NUM_ROUND_TRIPS = 3
 _OPENING = -1  # among the deadlines, which are those of parts otherwise
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What opening a link measured: its rate, and the time of a message of next to no bytes."""
+    """What opening a link measured: its rate, and what a part costs besides: one and a half round trips of control
+    messages, and a message of next to no bytes."""
 
     bytes_per_s: float
     part_s: float
@@ -167,11 +169,12 @@ class _Epoch:
 
 @dataclass(slots=True, eq=False)
 class _Outgoing:
-    """A part at the sender."""
+    """A part at the sender: `ready` when its KV is computed and what is ahead of it packed, `packed` soon after."""
 
     seq: int
     part: KVPart
     slab: Slab
+    ready: Mark
     packed: Mark
     is_granted: bool = False
 
@@ -206,9 +209,17 @@ class SendEpoch(_Epoch):
         wire.connect()
         wire.send(self._trial[:_SMALL_TRIAL_BYTES]).wait()
         wire.send(self._trial).wait()
+        round_trip_s = float("inf")
+        for seq in range(_NUM_ROUND_TRIPS):
+            start_s = room.clock.now_s()
+            channel.send(Go(seq))
+            answer = channel.receive()
+            if answer != Grant(seq):
+                raise WireError(answer.reason if isinstance(answer, Refused) else f"{answer} where Grant was due")
+            round_trip_s = min(round_trip_s, room.clock.now_s() - start_s)
         start_s = room.clock.now_s()
         wire.send(self._trial[:_SMALL_TRIAL_BYTES]).wait()
-        part_s = room.clock.now_s() - start_s
+        part_s = 1.5 * round_trip_s + room.clock.now_s() - start_s
         start_s = room.clock.now_s()
         for _ in range(_NUM_TRIALS):
             mark = wire.send(self._trial)
@@ -222,17 +233,17 @@ class SendEpoch(_Epoch):
         return Trial(rate, part_s)
 
     @property
-    def num_ungranted(self) -> int:
-        """Parts that the receiver has no room for yet."""
+    def num_ungranted_bytes(self) -> int:
+        """Of parts that the receiver has no room for yet."""
         with self._lock:
-            return sum(not entry.is_granted for entry in self._parts.values())
+            return sum(entry.slab.size for entry in self._parts.values() if not entry.is_granted)
 
-    def put(self, part: KVPart, slab: Slab, packed: Mark) -> bool:
+    def put(self, part: KVPart, slab: Slab, ready: Mark, packed: Mark) -> bool:
         """Takes a part; False when the epoch is over."""
         with self._lock:
             if self.reason:
                 return False
-            entry = _Outgoing(self._num_parts, part, slab, packed)
+            entry = _Outgoing(self._num_parts, part, slab, ready, packed)
             self._num_parts += 1
             self._parts[entry.seq] = entry
             self._unsent.append(entry)
@@ -284,7 +295,7 @@ class SendEpoch(_Epoch):
         return frozenset(entry.part.transfer_id for entry in self._parts.values())
 
     def _push(self) -> None:
-        """Second thread: sends parts in their order, each when it is granted and packed."""
+        """Second thread: sends parts in their order, each when it is granted and its KV computed."""
         try:
             while True:
                 with self._changed:
@@ -292,11 +303,11 @@ class SendEpoch(_Epoch):
                     if self.reason:
                         return
                     entry = self._unsent.popleft()
-                entry.packed.wait()
+                entry.ready.wait()
                 self._start_deadline(entry.seq)
                 self._channel.send(Go(entry.seq))
                 assert self._wire is not None
-                self._wire.send(entry.slab.buffer[: entry.part.num_bytes])
+                self._wire.send(entry.slab.buffer, entry.packed)
         except Exception as error:  # whatever it is, such as one of the device: nobody else would notice
             self.break_(str(error) or type(error).__name__)
 
@@ -355,6 +366,11 @@ class ReceiveEpoch(_Epoch):
         small, large = _SMALL_TRIAL_BYTES, room.trial_bytes
         sizes = [small, large, small] + [large] * _NUM_TRIALS
         receipts = [wire.receive(trial[:size], None, matches) for size in sizes]
+        for _ in range(_NUM_ROUND_TRIPS):  # all receives are posted: they are not what the sender measures
+            go = channel.receive()
+            if not isinstance(go, Go):
+                raise ConnectionError(f"{go} where Go was due")
+            channel.send(Grant(go.seq))
         if not all(receipt.wait() for receipt in receipts):
             self.refuse("a trial message came with wrong content")
             raise WireError("a trial message came with wrong content")
@@ -366,8 +382,9 @@ class ReceiveEpoch(_Epoch):
         """Takes announcements and posts receives until the epoch ends. Raises OSError or WireError."""
         while True:
             message = self._channel.receive()
-            if isinstance(message, Announce) and message.part.num_bytes <= self._room.pool.slab_bytes:
-                self._room.pool.ask(self, partial(self._grant, _Incoming(message.seq, message.part)))
+            if isinstance(message, Announce) and 0 < message.part.num_bytes <= self._room.pool.slab_bytes:
+                entry = _Incoming(message.seq, message.part)
+                self._room.pool.ask(self, message.part.num_bytes, partial(self._grant, entry))
             elif isinstance(message, Go) and message.seq in self._parts and message.seq not in self._deadlines:
                 self._receive(self._parts[message.seq])
             elif isinstance(message, Commit):
@@ -406,8 +423,7 @@ class ReceiveEpoch(_Epoch):
     def _receive(self, entry: _Incoming) -> None:
         assert self._wire is not None and entry.slab is not None
         self._start_deadline(entry.seq)
-        data = entry.slab.buffer[: entry.part.num_bytes]
-        entry.receipt = self._wire.receive(data, entry.slab.last_use, self._room.check)
+        entry.receipt = self._wire.receive(entry.slab.buffer, entry.slab.last_use, self._room.check)
         self._arriving.put(entry)
 
     def _finish(self) -> None:
@@ -421,8 +437,7 @@ class ReceiveEpoch(_Epoch):
                         return  # it may be torn: the abort ends receives, too
                     del self._parts[entry.seq], self._deadlines[entry.seq]
                 if is_right:
-                    data = slab.buffer[: entry.part.num_bytes]
-                    self._room.post(entry.part, ArrivedPart(data, partial(self._release, slab)))
+                    self._room.post(entry.part, ArrivedPart(slab.buffer, partial(self._release, slab)))
                 else:
                     self._room.pool.give_back(slab)
                     self._room.post(entry.part, ArrivedPart(None, lambda: None))
@@ -431,5 +446,4 @@ class ReceiveEpoch(_Epoch):
             self.break_(str(error) or type(error).__name__)
 
     def _release(self, slab: Slab) -> None:
-        slab.last_use = self._room.device.mark()
-        self._room.pool.give_back(slab)
+        self._room.pool.give_back(slab, self._room.device.mark())

@@ -128,8 +128,8 @@ class TcpWire:
         finally:
             self._is_idle.set()
 
-    def send(self, data: torch.Tensor) -> _Sent:
-        sent = _Sent(lambda: self._send(data))
+    def send(self, data: torch.Tensor, after: Mark | None = None) -> _Sent:
+        sent = _Sent(lambda: self._send_after(data, after))
         self._enqueue(sent)
         return sent
 
@@ -206,6 +206,11 @@ class TcpWire:
             if operation.error and not self._broken:
                 self._broken = operation.error
                 self._shut_down()  # a message is torn: nothing that follows can be right
+
+    def _send_after(self, data: torch.Tensor, after: Mark | None) -> bool:
+        if after is not None:
+            after.wait()
+        return self._send(data)
 
     def _send(self, data: torch.Tensor) -> bool:
         assert self._socket is not None

@@ -19,7 +19,7 @@ class Mark(Protocol):
     """A place in a stream."""
 
     def wait(self) -> None:
-        """Blocks the calling thread, without spinning, until the device is past the mark."""
+        """Blocks the calling thread, and no other of the interpreter's, until the device is past the mark."""
 
 
 class Receipt(Protocol):
@@ -39,8 +39,8 @@ class Wire(Protocol):
     def connect(self) -> None:
         """Blocks until the other end connects, too. Raises WireError."""
 
-    def send(self, data: torch.Tensor) -> Mark:
-        """Sends uint8 [num_bytes], whose content is complete on the device. Raises WireError."""
+    def send(self, data: torch.Tensor, after: Mark | None = None) -> Mark:
+        """Sends uint8 [num_bytes] once the device is past `after`. Raises WireError."""
 
     def receive(self, data: torch.Tensor, after: Mark | None, check: Check) -> Receipt:
         """Fills uint8 [num_bytes] once the device is past `after`. Raises WireError."""

@@ -120,8 +120,8 @@ def test_a_full_receiver_holds_the_sender_back_and_drops_nothing(node: Make) -> 
     connect(sender, receiver)
     device.packed = threading.Event()  # none leaves before all four are out
     for index in range(4):
-        assert sender.try_send("decode-0", index, 4096)
-    assert not sender.try_send("decode-0", 4, 4096), "all buffers of the sender are in use"
+        assert sender.try_send("decode-0", index, SLAB_BYTES)
+    assert not sender.try_send("decode-0", 4, SLAB_BYTES), "all buffers of the sender are in use"
     device.packed.set()
     held = [receiver.next(KVPart) for _ in range(2)]
     assert [sender.next(KVPartAck).part_index for _ in range(2)] == [0, 1]
@@ -129,7 +129,7 @@ def test_a_full_receiver_holds_the_sender_back_and_drops_nothing(node: Make) -> 
     for _, arrived in held:
         arrived.release()
     for index in (2, 3):
-        receiver.take(index, 4096)
+        receiver.take(index, SLAB_BYTES)
         assert sender.next(KVPartAck).part_index == index
     assert sender.is_clean
 
@@ -139,28 +139,28 @@ def test_a_receiver_that_grants_nothing_leaves_slabs_for_others(node: Make) -> N
     connect(sender, full)
     connect(sender, other, "decode-1")
     for index in range(2):
-        assert sender.try_send("decode-0", index, 4096)
+        assert sender.try_send("decode-0", index, SLAB_BYTES)
         assert sender.next(KVPartAck).part_index == index
-    assert sender.try_send("decode-0", 2, 4096), "it waits for a grant"
-    assert not sender.try_send("decode-0", 3, 4096), "and nothing behind it takes the last slab"
-    assert sender.try_send("decode-1", 4, 4096)
-    other.take(4, 4096)
+    assert sender.try_send("decode-0", 2, SLAB_BYTES), "it waits for a grant"
+    assert not sender.try_send("decode-0", 3, SLAB_BYTES), "and nothing behind it takes the last slab"
+    assert sender.try_send("decode-1", 4, SLAB_BYTES)
+    other.take(4, SLAB_BYTES)
     assert sender.next(KVPartAck).part_index == 4
     for index in range(3):
-        full.take(index, 4096)
+        full.take(index, SLAB_BYTES)
     assert sender.next(KVPartAck).part_index == 2
 
 
 def test_a_buffer_that_could_not_be_filled_is_free_again(node: Make) -> None:
     sender, receiver = node("prefill-0"), node("decode-0")
     connect(sender, receiver)
-    buffers = [sender.links.buffer("decode-0", 4096) for _ in range(2)]
-    assert sender.links.buffer("decode-0", 4096) is None
+    buffers = [sender.links.buffer("decode-0", SLAB_BYTES) for _ in range(2)]
+    assert sender.links.buffer("decode-0", SLAB_BYTES) is None
     for buffer in buffers:
         assert buffer is not None
         sender.links.give_back(buffer)
-    assert sender.try_send("decode-0", 1, 4096)
-    receiver.take(1, 4096)
+    assert sender.try_send("decode-0", 1, SLAB_BYTES)
+    receiver.take(1, SLAB_BYTES)
     sender.next(KVPartAck)
 
 
@@ -169,15 +169,15 @@ def test_slabs_go_to_the_sender_that_asked_first(node: Make) -> None:
     first, second = node("prefill-0"), node("prefill-1")
     for sender in (first, second):
         connect(sender, receiver)
-    assert first.try_send("decode-0", 0, 4096)
+    assert first.try_send("decode-0", 0, SLAB_BYTES)
     _, held = receiver.next(KVPart)
     waiting = receiver.links._in.pool._waiting
     for number, (sender, index) in enumerate([(second, 1), (first, 2), (second, 3)], start=1):
-        assert sender.try_send("decode-0", index, 4096)
+        assert sender.try_send("decode-0", index, SLAB_BYTES)
         until(lambda number=number: len(waiting) == number, 5.0)
     held.release()
     for index in (1, 2, 3):
-        receiver.take(index, 4096)
+        receiver.take(index, SLAB_BYTES)
 
 
 def test_a_part_is_sent_only_when_the_device_has_packed_it(node: Make) -> None:
@@ -185,11 +185,11 @@ def test_a_part_is_sent_only_when_the_device_has_packed_it(node: Make) -> None:
     sender, receiver = node("prefill-0", device), node("decode-0")
     connect(sender, receiver)
     device.packed = threading.Event()
-    assert sender.try_send("decode-0", 0, 4096)
+    assert sender.try_send("decode-0", 0, SLAB_BYTES)
     until(lambda: receiver.num_free[1] == 1, 5.0)  # granted meanwhile
     assert receiver.mailbox.empty()
     device.packed.set()
-    receiver.take(0, 4096)
+    receiver.take(0, SLAB_BYTES)
     sender.next(KVPartAck)
 
 
@@ -198,17 +198,17 @@ def test_a_receive_waits_on_the_device_for_the_last_use_of_its_slab(node: Make) 
     sender, receiver = node("prefill-0"), node("decode-0", device)
     connect(sender, receiver)
     for index in range(2):
-        assert sender.try_send("decode-0", index, 4096)
+        assert sender.try_send("decode-0", index, SLAB_BYTES)
     arrived = [receiver.next(KVPart)[1] for _ in range(2)]
     first = arrived[0].wire.clone()
     device.packed = threading.Event()
     arrived[0].release()
     sender.next(KVPartAck)
-    assert sender.try_send("decode-0", 2, 4096)
+    assert sender.try_send("decode-0", 2, SLAB_BYTES)
     until(lambda: receiver.num_free[1] == 0, 5.0)
     assert receiver.mailbox.empty() and torch.equal(arrived[0].wire, first)
     device.packed.set()
-    receiver.take(2, 4096)
+    receiver.take(2, SLAB_BYTES)
     arrived[1].release()
 
 
@@ -465,9 +465,9 @@ def test_receiver_killed(node: Make, process: Make, state: str) -> None:
         device.packed = threading.Event()
     num_before = 2 if state == "before grant" else 0  # fill its slabs, which nobody empties
     for index in range(num_before):
-        assert sender.try_send("decode-0", index, 4096)
+        assert sender.try_send("decode-0", index, SLAB_BYTES)
         sender.next(KVPartAck)
-    assert sender.try_send("decode-0", 9, 4096)
+    assert sender.try_send("decode-0", 9, SLAB_BYTES)
     (epoch,) = sender.links._epochs
     if state == "granted":
         until(lambda: epoch._parts[0].is_granted, 5.0)
@@ -507,9 +507,9 @@ def test_sender_killed(node: Make, process: Make, state: str) -> None:
     held = []
     if state == "before grant":
         for index in range(2):
-            assert sender.do("try_send", "decode-0", index, 4096)
+            assert sender.do("try_send", "decode-0", index, SLAB_BYTES)
             held.append(receiver.next(KVPart)[1])
-    assert sender.do("try_send", "decode-0", 9, 4096)
+    assert sender.do("try_send", "decode-0", 9, SLAB_BYTES)
     if state == "before grant":
         until(lambda: len(receiver.links._in.pool._waiting) == 1, 5.0)
     elif state == "granted":

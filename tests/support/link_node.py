@@ -53,7 +53,7 @@ class LinkNode:
         }
         check = changes.pop("check", is_intact)
         self.links = DirectLinks(worker_id, self.device, self._post, check, **{**settings, **changes})
-        self._num_slabs = self.num_free
+        self._num_bytes = self._num_free_bytes()
 
     def _post(self, message: Any, arrived: ArrivedPart | None) -> None:
         self.mailbox.put((message, arrived))
@@ -90,12 +90,16 @@ class LinkNode:
 
     @property
     def num_free(self) -> tuple[int, int]:
-        """Slabs to send from and to receive into."""
-        return self.links._out.pool.num_free, self.links._in.pool.num_free
+        """The largest slabs that there is room for, to send from and to receive into."""
+        out, into = self.links._out.pool, self.links._in.pool
+        return out.num_free_bytes // out.slab_bytes, into.num_free_bytes // into.slab_bytes
 
     @property
     def is_clean(self) -> bool:
-        return self.num_free == self._num_slabs
+        return self._num_free_bytes() == self._num_bytes
+
+    def _num_free_bytes(self) -> tuple[int, int]:
+        return self.links._out.pool.num_free_bytes, self.links._in.pool.num_free_bytes
 
     def hold(self) -> None:
         """From here on, nothing is ever packed."""
