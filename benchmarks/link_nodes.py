@@ -31,7 +31,7 @@ import torch
 
 from benchmarks.offline import local_device
 from engine.kv_cache import PagedKVCache
-from kv_transfer.cache_port import CachePort
+from kv_transfer.cache_port import CachePort, KVPlace
 from kv_transfer.codec import CHECKSUM_BYTES, Codec
 from kv_transfer.direct_link import DirectLinks
 from kv_transfer.link import ArrivedPart
@@ -360,7 +360,7 @@ class CacheEnd(LinkEnd):
         span = PartSpan(0, spec.num_layers, 0, length)
         layout = self._port.layout(span, spec.dtype, Codec.NONE)
         wire = self._device.allocate(layout.num_bytes)
-        self._port.pack(self._table, span, layout, wire)
+        self._port.pack(KVPlace(self._table), span, layout, wire)
         return wire[-CHECKSUM_BYTES:].tolist()
 
     def num_checksum_failures(self) -> int:

@@ -25,7 +25,7 @@ import torch
 from benchmarks.offline import device_name, write_result
 from cli.launch import LOOPBACK
 from engine.kv_cache import PagedKVCache
-from kv_transfer.cache_port import CachePort
+from kv_transfer.cache_port import CachePort, KVPlace
 from kv_transfer.codec import Codec, WireLayout
 from kv_transfer.direct_link import DirectLinks
 from kv_transfer.link import ArrivedPart, Link
@@ -109,7 +109,7 @@ class End:
                 start_s = time.perf_counter()
                 wire = self._link.buffer("receiver", layout.num_bytes)
                 if wire is not None:
-                    self._port.pack(self._table, span, layout, wire)
+                    self._port.pack(KVPlace(self._table), span, layout, wire)
                     self._link.send_part("receiver", header(len(starts), span, layout), wire)
                     starts.append(start_s)
                     continue
@@ -124,7 +124,7 @@ class End:
         for _ in range(count):
             message, arrived = self._mailbox.get(timeout=TIMEOUT_S)
             assert arrived is not None and arrived.wire is not None, message
-            self._port.unpack(self._table, span, layout, arrived.wire)
+            self._port.unpack(KVPlace(self._table), span, layout, arrived.wire)
             arrived.release()
             ends.append(time.perf_counter())
         return ends

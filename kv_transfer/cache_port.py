@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,17 @@ class Cache(Protocol):
     def copy_out(self, blocks: Sequence[int]) -> Any: ...
 
     def copy_in(self, content: Any, blocks: Sequence[int]) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class KVPlace:
+    """Where a sequence's KV lies: its blocks, and their slots on the device from their first use on.
+
+    Read on one side of a handoff only, so always in the same stream.
+    """
+
+    block_table: Sequence[int]
+    slots: torch.Tensor | None = None
 
 
 class CachePort:
@@ -66,13 +78,17 @@ class CachePort:
         spec = self.spec
         return WireLayout(span.num_layers, span.num_tokens, spec.num_kv_heads, spec.head_dim, dtype, codec)
 
-    def pack(self, block_table: Sequence[int], span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:
-        """Fills a wire buffer with KV of a sequence, its checksum included."""
-        pack(self._storage, self._slots(block_table, span), span.first_layer, layout, wire)
+    def prepare(self, place: KVPlace) -> None:
+        """Puts on the device what `unpack` needs, ahead of it."""
+        self._slots(place)
 
-    def unpack(self, block_table: Sequence[int], span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:
+    def pack(self, place: KVPlace, span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:
+        """Fills a wire buffer with KV of a sequence, its checksum included."""
+        pack(self._storage, self._slots_of_part(place, span), span.first_layer, layout, wire)
+
+    def unpack(self, place: KVPlace, span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:
         """Writes what came into a sequence's blocks."""
-        unpack(self._storage, self._slots(block_table, span), span.first_layer, layout, wire)
+        unpack(self._storage, self._slots_of_part(place, span), span.first_layer, layout, wire)
 
     def warm_up(self, dtypes: Iterable[str], codec: Codec) -> None:
         """Packs and unpacks for peers with caches of these dtypes: what that compiles must not hold up a step.
@@ -84,9 +100,15 @@ class CachePort:
             for used in {Codec.NONE, codec if dtype != FP8 else Codec.NONE}:
                 layout = self.layout(span, dtype, used)
                 wire = torch.empty(layout.num_bytes, dtype=torch.uint8, device=self.device)
-                self.pack([0], span, layout, wire)
+                self.pack(KVPlace([0]), span, layout, wire)
                 assert is_intact(wire), "the checksum of what was packed a moment ago"
-                self.unpack([0], span, layout, wire)
+                self.unpack(KVPlace([0]), span, layout, wire)
 
-    def _slots(self, block_table: Sequence[int], span: PartSpan) -> torch.Tensor:
-        return slots_of(block_table, self.spec.block_size, span.first_token, span.num_tokens, self.device)
+    def _slots(self, place: KVPlace) -> torch.Tensor:
+        if place.slots is None:
+            size = self.spec.block_size
+            place.slots = slots_of(place.block_table, size, 0, len(place.block_table) * size, self.device)
+        return place.slots
+
+    def _slots_of_part(self, place: KVPlace, span: PartSpan) -> torch.Tensor:
+        return self._slots(place)[span.first_token : span.first_token + span.num_tokens]

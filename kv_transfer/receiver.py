@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kv_transfer.cache_port import CachePort
+from kv_transfer.cache_port import CachePort, KVPlace
 from kv_transfer.codec import Codec, WireLayout, wire_dtype
 from kv_transfer.link import ArrivedPart
 from kv_transfer.plan import WIRE_VERSION, PartSpan
@@ -35,6 +35,10 @@ class Reservation:
     num_bytes: int = 0
     commit: KVCommit | None = None
     dropped_samples: set[int] = field(default_factory=set)  # cancelled before they began
+    place: KVPlace = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.place = KVPlace(self.block_table)
 
 
 @dataclass(slots=True)
@@ -75,8 +79,10 @@ class KVReceiver:
 
     def accept(self, offer: KVOffer, block_table: list[int], num_cached_tokens: int, lease_end_s: float) -> None:
         """Takes the offer into `block_table`, whose first `num_cached_tokens` tokens are in place already."""
-        self._reservations[offer.transfer_id] = Reservation(offer, block_table, num_cached_tokens, lease_end_s)
+        reservation = Reservation(offer, block_table, num_cached_tokens, lease_end_s)
+        self._reservations[offer.transfer_id] = reservation
         self._peers.send(offer.sender, KVAccepted(offer.transfer_id, num_cached_tokens, self._spec.dtype))
+        self._cache.prepare(reservation.place)
 
     def on_part(self, part: KVPart, arrived: ArrivedPart) -> None:
         """Checks a part and writes it. A wrong sum fails the whole handoff; nothing of it is ever decoded.
@@ -159,7 +165,7 @@ class KVReceiver:
             return
         if reservation.status is ReceiveStatus.RESERVED:
             self._move(reservation, ReceiveStatus.RECEIVING)
-        self._cache.unpack(reservation.block_table, _span(part), layout, arrived.wire)
+        self._cache.unpack(reservation.place, _span(part), layout, arrived.wire)
         reservation.parts.add(part.part_index)
         reservation.num_cells += part.num_layers * part.num_tokens
         reservation.num_bytes += part.num_bytes

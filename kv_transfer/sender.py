@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from kv_transfer.cache_port import CachePort
+from kv_transfer.cache_port import CachePort, KVPlace
 from kv_transfer.codec import Codec, WireLayout, choose, is_lossless, wire_dtype
 from kv_transfer.link import Link
 from kv_transfer.plan import WIRE_VERSION, PartSpan, clip_tokens, cut
@@ -31,7 +31,7 @@ class _Computed:
     """KV that can go. `mark`: when it is in the cache."""
 
     span: PartSpan
-    block_table: list[int]
+    place: KVPlace
     mark: torch.cuda.Event | None
 
 
@@ -44,6 +44,7 @@ class _Transfer:
     num_cached_tokens: int = 0  # the receiver has these already
     dtype: str = ""  # of the values on the wire
     started_unix_s: float = 0.0
+    place: KVPlace | None = None
     early: list[_Computed] = field(default_factory=list)  # computed before the offer was accepted
     waiting: deque[_Computed] = field(default_factory=deque)  # parts, behind the window
     in_flight: dict[int, int] = field(default_factory=dict)  # part index → bytes
@@ -146,7 +147,9 @@ class KVSender:
         transfer = self._transfers[transfer_id]
         if transfer.status is SendStatus.FAILED:
             return
-        computed = _Computed(span, block_table, self._cache.mark())
+        if transfer.place is None or transfer.place.block_table != block_table:
+            transfer.place = KVPlace(block_table)
+        computed = _Computed(span, transfer.place, self._cache.mark())
         if transfer.status is SendStatus.OFFERED:
             transfer.early.append(computed)
         else:
@@ -290,7 +293,7 @@ class KVSender:
         if wire is None:
             return False
         try:
-            self._cache.pack(computed.block_table, span, layout, wire)
+            self._cache.pack(computed.place, span, layout, wire)
         except Exception:
             self._link.give_back(wire)
             raise

@@ -72,11 +72,13 @@ class Links:
 
 
 def _direct_links(settings: WorkerSettings, post: Post) -> DirectLinks | None:
-    transfer = settings.config.transfer
-    if transfer.link == "object_store" or settings.role is WorkerRole.MIXED:
+    transfer, link = settings.config.transfer, settings.config.transfer.link
+    if link == "auto":
+        link = "object_store" if settings.device == "cpu" else "nccl"
+    if link == "object_store" or settings.role is WorkerRole.MIXED:
         return None
     host = own_address(settings.head or "127.0.0.1")
-    device = _wire_device(settings, host)
+    device = _wire_device(settings, link, host)
     try:
         return DirectLinks(
             settings.worker_id,
@@ -106,9 +108,9 @@ def own_address(head: str) -> str:
         return str(probe.getsockname()[0])
 
 
-def _wire_device(settings: WorkerSettings, host: str) -> WireDevice:
+def _wire_device(settings: WorkerSettings, link: str, host: str) -> WireDevice:
     """What moves the bytes of a direct link."""
-    is_cpu, link = settings.device == "cpu", settings.config.transfer.link
+    is_cpu = settings.device == "cpu"
     if link == "tcp":
         if not is_cpu:
             raise ConfigError(
@@ -123,4 +125,5 @@ def _wire_device(settings: WorkerSettings, host: str) -> WireDevice:
 
         return NcclDevice(torch.cuda.current_device(), settings.config.transfer.nccl_channels)
     except (ImportError, ConfigError) as error:
-        raise ConfigError(f"transfer.link nccl: {error}; install phasewise[gpu]", field="transfer.link") from None
+        remedy = "install phasewise[gpu], or use transfer.link object_store, which is slower"
+        raise ConfigError(f"transfer.link nccl: {error}; {remedy}", field="transfer.link") from None

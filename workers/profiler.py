@@ -16,7 +16,7 @@ from engine.batch import ScheduledBatch, ScheduledSequence
 from engine.kv_cache import PagedKVCache
 from engine.model_config import ModelConfig
 from engine.sequence import Sequence
-from kv_transfer.cache_port import CachePort
+from kv_transfer.cache_port import CachePort, KVPlace
 from kv_transfer.codec import Codec
 from kv_transfer.plan import PartSpan
 from phasewise.core.clock import Clock
@@ -134,7 +134,7 @@ def measure_codec(port: CachePort, codec: Codec, clock: Clock) -> float:
     wire = torch.empty(layout.num_bytes, dtype=torch.uint8, device=port.device)
 
     def pack() -> None:
-        port.pack([0], span, layout, wire)
+        port.pack(KVPlace([0]), span, layout, wire)
         if wire.is_cuda:
             torch.cuda.synchronize(wire.device)
 

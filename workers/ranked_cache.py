@@ -16,7 +16,7 @@ import torch
 
 from engine.kv_cache import PagedKVCache
 from engine.tensor_parallel import Command, Group
-from kv_transfer.cache_port import CachePort
+from kv_transfer.cache_port import CachePort, KVPlace
 from kv_transfer.codec import Codec, WireLayout
 from kv_transfer.plan import PartSpan
 from kv_transfer.staging import DTYPES, decode, encode, pack, slots_of, unpack, values_of
@@ -69,16 +69,21 @@ class LeadingCachePort(CachePort):
     def mark(self) -> None:
         """All ranks take part in packing, on the stream of their steps."""
 
-    def pack(self, block_table: Sequence[int], span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:
-        with self._together(("pack", list(block_table), span, layout.dtype)):
+    def prepare(self, place: KVPlace) -> None:
+        """Each rank does it for itself."""
+
+    def pack(self, place: KVPlace, span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:
+        block_table = list(place.block_table)
+        with self._together(("pack", block_table, span, layout.dtype)):
             parts = self._heads.gather(block_table, span, layout.dtype)
             assert parts is not None
             step = max(self._num_ranks // layout.num_kv_heads, 1)  # so many ranks have the same head
             values = torch.cat([part.view(torch.uint8) for part in parts[::step]], dim=3)
             encode(values.view(parts[0].dtype), layout, wire)
 
-    def unpack(self, block_table: Sequence[int], span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:
-        with self._together(("unpack", list(block_table), span, layout)):
+    def unpack(self, place: KVPlace, span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:
+        block_table = list(place.block_table)
+        with self._together(("unpack", block_table, span, layout)):
             values = decode(wire.to(self.device), layout, DTYPES[layout.dtype])
             self._heads.scatter(block_table, span, layout, values)
 

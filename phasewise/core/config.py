@@ -122,9 +122,10 @@ class SchedulerConfig(_Section):
 class TransferConfig(_Section):
     """How KV moves from prefill to decode workers."""
 
-    link: Literal["object_store", "nccl", "tcp"] = Field(
-        "object_store",
-        description="object_store: Ray's shared memory; nccl: between GPUs; tcp: between CPU workers",
+    link: Literal["auto", "object_store", "nccl", "tcp"] = Field(
+        "auto",
+        description="object_store: Ray's shared memory; nccl: between GPUs; tcp: between CPU workers; "
+        "auto: nccl on GPUs, object_store on CPUs",
     )
     codec: Literal["none", "fp8", "int8"] = Field(
         "none", description="How KV may be compressed on a link that is slower than compressing it; both lose precision"
@@ -141,7 +142,7 @@ class TransferConfig(_Section):
         description="Prompts from this length are pushed layer group by layer group; default: where that pays",
     )
     layers_per_part: int = Field(8, ge=1, description="Layers in one part of a layer-wise push")
-    window_mib: int = Field(256, ge=1, description="Most bytes in flight per sending worker, in MiB")
+    window_mib: int = Field(1024, ge=1, description="Most bytes in flight per sending worker, in MiB")
     timeout_s: float = Field(30.0, gt=0, description="Longest time from reservation's end of prompt to commit")
 
 

@@ -1,6 +1,7 @@
 """Direct links between real processes: right tokens over them, also when a worker at their end stops, dies or ends.
 
-The tests share a cluster, in this order; the last but one ends it.
+Over NCCL where there are GPUs for all workers, else over TCP. The tests share a cluster, in this order; the last but
+one ends it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import phasewise
 from tests.cluster.test_life import session_processes, shared_memory
@@ -23,8 +25,9 @@ from tests.support.tiny_model import greedy
 pytestmark = pytest.mark.cluster
 
 STALL_S = 1.0
+WIRE = "nccl" if torch.cuda.device_count() >= 3 else "tcp"
 CONFIG = f"""
-transfer: {{link: tcp, stall_s: {STALL_S}, slab_mib: 1, layerwise_threshold_tokens: 200, layers_per_part: 1}}
+transfer: {{link: {WIRE}, stall_s: {STALL_S}, slab_mib: 1, layerwise_threshold_tokens: 200, layers_per_part: 1}}
 """
 
 
@@ -80,7 +83,7 @@ def expected(model: Any, prompts: list[list[int]], num_tokens: int) -> list[list
     return [greedy(model, prompt, num_tokens) for prompt in prompts]
 
 
-async def test_handoffs_go_over_tcp_and_not_through_the_object_store(
+async def test_handoffs_go_over_the_link_and_not_through_the_object_store(
     linked: Served, tiny_model: tuple[Path, Any]
 ) -> None:
     prompts = [prompt_of(seed, (1, 40, 199, 200, 700, 1500)[seed % 6]) for seed in range(12)]

@@ -129,7 +129,8 @@ def test_a_kernel_that_waits_too_long_is_aborted_and_the_link_opened_again(here:
     try:
         here.links.open("there", process.address, OPEN_S)
         assert here.try_send("there", 0, 1 << 20)
-        assert "stalled" in here.next(LinkLost, SETTINGS["stall_s"] + CLEAN_WITHIN_S).reason
+        reason = here.next(LinkLost, SETTINGS["stall_s"] + CLEAN_WITHIN_S).reason
+        assert "stalled" in reason or "closed" in reason, reason  # whoever noticed first
         assert here.is_clean
         torch.cuda.synchronize(0)
         until(lambda: here.links.is_up("there"), 20.0)

@@ -232,7 +232,7 @@ def test_slabs_that_do_not_fit_are_said_with_their_key(monkeypatch: pytest.Monke
         def allocate(self, num_bytes: int) -> torch.Tensor:
             raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(links, "_wire_device", lambda settings, host: Full())
+    monkeypatch.setattr(links, "_wire_device", lambda settings, link, host: Full())
     config = build_config({"transfer": {"link": "tcp", "slab_mib": 4096}}, source="test")
     settings = WorkerSettings("decode-0", WorkerRole.DECODE, "cpu", 1, config, secret="of the cluster")
     with pytest.raises(ConfigError, match="no room for 2 slabs of 4096 MiB") as caught:

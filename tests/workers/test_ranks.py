@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from engine.batch import ScheduledBatch, ScheduledSequence
 from engine.sequence import Sequence
+from kv_transfer.cache_port import KVPlace
 from kv_transfer.codec import Codec
 from kv_transfer.plan import PartSpan
 from phasewise.core.clock import MonotonicClock
@@ -150,7 +151,7 @@ def test_a_part_that_fails_on_rank_0_ends_the_worker(
     layout = port.layout(span, port.spec.dtype, Codec.NONE)
     monkeypatch.setattr("workers.ranked_cache.pack" if does == "pack" else "workers.ranked_cache.decode", fail)
     with pytest.raises(torch.OutOfMemoryError):
-        getattr(port, does)([0], span, layout, torch.zeros(layout.num_bytes, dtype=torch.uint8))
+        getattr(port, does)(KVPlace([0]), span, layout, torch.zeros(layout.num_bytes, dtype=torch.uint8))
     assert "OutOfMemoryError in a handoff: no memory for a part" in started.lost.get(timeout=1.0)
 
 
