@@ -79,5 +79,5 @@ def test_two_processes_hand_prompts_over(pair: dict[str, Node]) -> None:
     start_s = sender.call("give_all", "receiver", [1, 1000, 17])
     assert receiver.end() > start_s
     assert receiver.call("num_checksum_failures") == 0
-    with pytest.raises(RuntimeError, match="out of bounds"):
+    with pytest.raises(RuntimeError, match="does not fit 1024 slots"):
         sender.call("content", 5000)
