@@ -42,7 +42,7 @@ POOLS = {
 }
 OURS, PEER = POOLS
 TRACES = {"conversation": "AzureLLMInferenceTrace_conv_2023.csv", "code": "AzureLLMInferenceTrace_code_2023.csv"}
-RATES = {"conversation": (8.0, 16.0, 24.0, 32.0), "code": (4.0, 8.0, 12.0, 18.0)}
+RATES = {"conversation": (8.0, 20.0, 32.0), "code": (4.0, 10.0, 18.0)}
 SLOS = {
     "tight": Slo(ttft_s=0.4, tbt_s=0.015),
     "middle": Slo(ttft_s=1.0, tbt_s=0.025),

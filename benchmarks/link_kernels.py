@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.offline import local_device
 from engine.kv_cache import PagedKVCache
-from kv_transfer.cache_port import CachePort
+from kv_transfer.cache_port import CachePort, KVPlace
 from kv_transfer.codec import Codec, wire_dtype
 from kv_transfer.plan import PartSpan
 from kv_transfer.staging import is_intact
@@ -59,11 +59,12 @@ class Kernels:
         sender, receiver = self._port(source), self._port(target)
         layout = sender.layout(self._span, wire_dtype(source, target), codec)
         wire = torch.empty(layout.num_bytes, dtype=torch.uint8, device=local_device())
-        sender.pack(self._table, self._span, layout, wire)
+        place, target_place = KVPlace(self._table), KVPlace(self._table)
+        sender.pack(place, self._span, layout, wire)
         sizes = [self._span.num_tokens * port.spec.bytes_per_token for port in (sender, receiver)]
         calls: list[tuple[str, Callable[[], object], int, int]] = [
-            ("pack with sum", lambda: sender.pack(self._table, self._span, layout, wire), sizes[0], sizes[0]),
-            ("unpack", lambda: receiver.unpack(self._table, self._span, layout, wire), sizes[1], sizes[1]),
+            ("pack with sum", lambda: sender.pack(place, self._span, layout, wire), sizes[0], sizes[0]),
+            ("unpack", lambda: receiver.unpack(target_place, self._span, layout, wire), sizes[1], sizes[1]),
             ("check of the sum", lambda: is_intact(wire), layout.num_bytes, 0),
         ]
         return [

@@ -167,13 +167,13 @@ class LinkSettings:
     slab_bytes: int = 128 * MIB
 
 
-def link_device(channels: int) -> WireDevice:
-    """The GPU, or the host where there is none."""
+def link_device(channels: int, *, is_alone: bool = True) -> WireDevice:
+    """The GPU, or the host where there is none. `is_alone`: nothing else in the process uses NCCL."""
     if torch.cuda.is_available():
         from kv_transfer.nccl_wire import NcclDevice
 
         torch.cuda.init()
-        return NcclDevice(0, channels)
+        return NcclDevice(0, channels, is_alone=is_alone)
     from kv_transfer.tcp_wire import TcpDevice
 
     return TcpDevice("127.0.0.1")

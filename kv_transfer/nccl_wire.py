@@ -25,16 +25,19 @@ class NcclDevice:
 
     `num_channels` is how many multiprocessors a transfer takes, at both ends the same. NCCL reads it once in a process,
     so it must be made before any other communicator, and an operator's own NCCL_MAX_P2P_NCHANNELS wins; collectives
-    are not bound by it. Multicast stays off: two ranks gain nothing by it, and it takes memory of the switches.
+    are bound by it only where nothing else in the process uses NCCL (`is_alone`): each communicator has memory for all
+    of its channels, whether they are used or not. Multicast stays off: two ranks gain nothing by it, and it takes memory of the switches.
 
     Raises:
         ConfigError: CuPy finds no NCCL.
     """
 
-    def __init__(self, index: int, num_channels: int = 16) -> None:
+    def __init__(self, index: int, num_channels: int = 16, *, is_alone: bool = False) -> None:
         if not nccl.available:
             raise ConfigError("links over NCCL need the library that CuPy was built for: pip install nvidia-nccl-cu13")
         os.environ.setdefault("NCCL_MAX_P2P_NCHANNELS", str(num_channels))
+        if is_alone:
+            os.environ.setdefault("NCCL_MAX_CTAS", str(num_channels))
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
         self.index = index
         self._torch_device = torch.device("cuda", index)
@@ -57,10 +60,10 @@ class NcclDevice:
 
 
 class CudaMark:
-    """An event. To wait for it sleeps, or spins outside of the interpreter: whoever sleeps is late by a wake-up."""
+    """An event. Waiting for it spins, outside of the interpreter: who sleeps is late by a wake-up, and others wait."""
 
-    def __init__(self, stream: torch.cuda.Stream, *, spins: bool = False) -> None:
-        self.event = torch.cuda.Event(blocking=not spins)
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.event = torch.cuda.Event()
         self.event.record(stream)
 
     def wait(self) -> None:
@@ -73,7 +76,7 @@ class NcclReceipt:
     def __init__(self, is_right: torch.Tensor, stream: torch.cuda.Stream) -> None:
         self._is_right = torch.empty(1, dtype=torch.bool, pin_memory=True)
         self._is_right.copy_(is_right, non_blocking=True)
-        self._mark = CudaMark(stream, spins=True)  # the bytes are on their way: it is a matter of a millisecond
+        self._mark = CudaMark(stream)
 
     def wait(self) -> bool:
         self._mark.wait()
@@ -113,7 +116,7 @@ class NcclWire:
                 assert isinstance(after, CudaMark)
                 self._stream.wait_event(after.event)
             self._call(self._communicator.send, data)
-            return CudaMark(self._stream, spins=True)
+            return CudaMark(self._stream)
 
     def receive(self, data: torch.Tensor, after: Mark | None, check: Check) -> NcclReceipt:
         with self._lock, torch.cuda.device(self._index), torch.cuda.stream(self._stream):

@@ -123,7 +123,8 @@ def _wire_device(settings: WorkerSettings, link: str, host: str) -> WireDevice:
     try:
         from kv_transfer.nccl_wire import NcclDevice  # needs CuPy, which CPU machines do not have
 
-        return NcclDevice(torch.cuda.current_device(), settings.config.transfer.nccl_channels)
+        channels, is_alone = settings.config.transfer.nccl_channels, settings.tensor_parallel == 1
+        return NcclDevice(torch.cuda.current_device(), channels, is_alone=is_alone)
     except (ImportError, ConfigError) as error:
         remedy = "install phasewise[gpu], or use transfer.link object_store, which is slower"
         raise ConfigError(f"transfer.link nccl: {error}; {remedy}", field="transfer.link") from None

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.cluster
 STALL_S = 1.0
 WIRE = "nccl" if torch.cuda.device_count() >= 3 else "tcp"
 CONFIG = f"""
+model: {{dtype: float32}}
 transfer: {{link: {WIRE}, stall_s: {STALL_S}, slab_mib: 1, layerwise_threshold_tokens: 200, layers_per_part: 1}}
 """
 
