@@ -26,7 +26,8 @@ class NcclDevice:
     `num_channels` is how many multiprocessors a transfer takes, at both ends the same. NCCL reads it once in a process,
     so it must be made before any other communicator, and an operator's own NCCL_MAX_P2P_NCHANNELS wins; collectives
     are bound by it only where nothing else in the process uses NCCL (`is_alone`): each communicator has memory for all
-    of its channels, whether they are used or not. Multicast stays off: two ranks gain nothing by it, and it takes memory of the switches.
+    of its channels, whether they are used or not. Multicast stays off: two ranks gain nothing by it, and it takes
+    memory of the switches.
 
     Raises:
         ConfigError: CuPy finds no NCCL.
