@@ -69,6 +69,9 @@ class DeviceLost(Exception):
 class PendingStep(Protocol):
     """A step that was given to the device."""
 
+    def is_done(self) -> bool:
+        """Whether `collect` would not wait."""
+
     def collect(self) -> StepResult:
         """Waits until the step is computed. Called once, in the order of the steps. May raise DeviceLost."""
 
@@ -78,6 +81,9 @@ class ComputedStep:
     """The PendingStep of a runner that computes at once."""
 
     result: StepResult
+
+    def is_done(self) -> bool:
+        return True
 
     def collect(self) -> StepResult:
         return self.result

@@ -18,6 +18,7 @@ import socket
 import struct
 import threading
 from dataclasses import dataclass, field
+from typing import Any
 
 from kv_transfer.plan import WIRE_VERSION
 from phasewise.core.clock import Clock, MonotonicClock
@@ -149,7 +150,7 @@ class Channel:
 
     def send(self, message: ChannelMessage) -> None:
         """Raises OSError when the peer is gone."""
-        body = json.dumps([type(message).__name__, dataclasses.asdict(message)]).encode()
+        body = json.dumps([type(message).__name__, _plain(message)]).encode()
         with self._lock:
             self._socket.sendall(_LENGTH.pack(len(body)) + body)
 
@@ -188,6 +189,14 @@ class Channel:
         if len(data) < num_bytes:
             raise ConnectionError("the peer closed the connection")
         return data
+
+
+def _plain(value: Any) -> Any:
+    """Messages as what JSON knows; `dataclasses.asdict` takes ten times as long."""
+    fields = getattr(value, "__dataclass_fields__", None)
+    if fields is not None:
+        return {name: _plain(getattr(value, name)) for name in fields}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _decode(body: bytes) -> ChannelMessage:

@@ -61,10 +61,10 @@ class NcclDevice:
 
 
 class CudaMark:
-    """An event. Waiting for it spins, outside of the interpreter: who sleeps is late by a wake-up, and others wait."""
+    """An event. To wait for it sleeps, or spins outside of the interpreter: whoever sleeps is late by a wake-up."""
 
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self.event = torch.cuda.Event()
+    def __init__(self, stream: torch.cuda.Stream, *, spins: bool = False) -> None:
+        self.event = torch.cuda.Event(blocking=not spins)
         self.event.record(stream)
 
     def wait(self) -> None:
@@ -77,7 +77,7 @@ class NcclReceipt:
     def __init__(self, is_right: torch.Tensor, stream: torch.cuda.Stream) -> None:
         self._is_right = torch.empty(1, dtype=torch.bool, pin_memory=True)
         self._is_right.copy_(is_right, non_blocking=True)
-        self._mark = CudaMark(stream)
+        self._mark = CudaMark(stream, spins=True)  # the bytes are on their way: it is a matter of a millisecond
 
     def wait(self) -> bool:
         self._mark.wait()
@@ -117,7 +117,7 @@ class NcclWire:
                 assert isinstance(after, CudaMark)
                 self._stream.wait_event(after.event)
             self._call(self._communicator.send, data)
-            return CudaMark(self._stream)
+            return CudaMark(self._stream, spins=True)
 
     def receive(self, data: torch.Tensor, after: Mark | None, check: Check) -> NcclReceipt:
         with self._lock, torch.cuda.device(self._index), torch.cuda.stream(self._stream):

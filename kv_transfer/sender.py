@@ -25,6 +25,8 @@ from phasewise.core.placement import WorkerId
 from phasewise.core.ports import PeerPort
 from phasewise.core.request import Request, SampledToken
 
+_PADDING_BYTES = 16
+
 
 @dataclass(frozen=True, slots=True)
 class _Computed:
@@ -162,8 +164,9 @@ class KVSender:
             transfer.started_unix_s = self._clock.unix_s()
         clipped = clip_tokens(computed.span, transfer.num_cached_tokens)
         if clipped is not None:
-            cell_bytes = self._cache.layout(PartSpan(0, 1, 0, 1), transfer.dtype, Codec.NONE).num_bytes
-            max_cells = self._link.max_part_bytes(transfer.peer) // cell_bytes
+            cell = self._cache.layout(PartSpan(0, 1, 0, 1), transfer.dtype, Codec.NONE)
+            seal_bytes = cell.num_bytes - cell.content_bytes  # at most: padding and checksum
+            max_cells = (self._link.max_part_bytes(transfer.peer) - seal_bytes - _PADDING_BYTES) // cell.content_bytes
             parts = cut(clipped, max_cells)
             transfer.waiting.extend(replace(computed, span=part) for part in parts)
 
@@ -213,6 +216,11 @@ class KVSender:
             due = transfer.commit is not None and not transfer.waiting
             if due and transfer.status in (SendStatus.ACCEPTED, SendStatus.SENDING):
                 self._send_commit(transfer)
+
+    @property
+    def is_held_back(self) -> bool:
+        """Whether computed KV waits for what is under way to arrive."""
+        return self._bytes_in_flight > 0 and any(transfer.waiting for transfer in self._transfers.values())
 
     def expire(self) -> None:
         """Fails transfers whose time is over."""

@@ -2,7 +2,7 @@
 
 A round of the loop:
 
-    mailbox → phases (messages are taken between steps, never inside one)
+    mailbox → phases (messages are taken between steps; inside one only that a part has arrived, if others wait for it)
     poll      deadlines, leases, ended handoffs, new offers
     plan      the decode phase its tokens first, then the prefill phase within what is left of the token budget
     submit    one ragged batch to the engine; KV of long prompts leaves while later layers compute
@@ -63,6 +63,7 @@ from workers.roles import may_prefill, may_reserve
 
 logger = logging.getLogger(__name__)
 
+_ACKNOWLEDGEMENT_S = 0.0005  # how late a step's end may be noticed while parts are held back
 _UNUSABLE = "the model computed NaN or infinite logits for this request; its KV or the weights may be damaged"
 
 
@@ -138,6 +139,7 @@ class Worker:
         self._settings = settings
         self._mailbox: queue.SimpleQueue[tuple[WorkerMessage | ProbeLink, ArrivedPart | None] | None]
         self._mailbox = queue.SimpleQueue()
+        self._kept: deque[tuple[WorkerMessage | ProbeLink, ArrivedPart | None]] = deque()  # came inside a step
         self._role = info.role
         self._state = WorkerState.READY
         self._stopping = False
@@ -249,6 +251,8 @@ class Worker:
     def _collect(self, flight: _StepInFlight) -> None:
         parts, items = self._parts, (*flight.decodes, *flight.prompts)
         try:
+            while parts.sender.is_held_back and not flight.step.is_done():
+                self._take_acknowledgement()
             result = flight.step.collect()
         except DeviceLost:
             raise
@@ -281,7 +285,22 @@ class Worker:
             self._parts.prefill.fail(request_id, error)
             self._parts.decode.fail(request_id, error)
 
+    def _take_acknowledgement(self) -> None:
+        """Inside a step: lets the next part go when one has arrived. Everything else waits for the step's end."""
+        try:
+            entry = self._mailbox.get(timeout=_ACKNOWLEDGEMENT_S)
+        except queue.Empty:
+            return
+        if entry is None:
+            return  # `stop`: seen behind this round
+        if isinstance(entry[0], KVPartAck):
+            self._dispatch(*entry)
+        else:
+            self._kept.append(entry)
+
     def _drain_mailbox(self) -> None:
+        while self._kept:
+            self._dispatch(*self._kept.popleft())
         while True:
             try:
                 entry = self._mailbox.get_nowait()

@@ -396,6 +396,10 @@ class _CudaStep:
     prompt_logprobs: tuple[tuple[SampledToken, ...], ...] | None  # if they are known already
 
     @_loses_device
+    def is_done(self) -> bool:
+        return self.event.query()
+
+    @_loses_device
     @torch.inference_mode()
     def collect(self) -> StepResult:
         self.event.synchronize()

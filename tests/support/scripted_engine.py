@@ -49,11 +49,15 @@ def expected_tokens(prompt: list[int], num_tokens: int, sample_index: int = 0) -
 
 
 class ScriptedStep:
-    """A submitted step. `fails` makes `collect` raise."""
+    """A submitted step. `fails` makes `collect` raise; `on_look` is asked whether it is done."""
 
-    def __init__(self, result: StepResult, fails: bool) -> None:
+    def __init__(self, result: StepResult, fails: bool, on_look: Callable[[], bool]) -> None:
         self._result = result
         self._fails = fails
+        self._on_look = on_look
+
+    def is_done(self) -> bool:
+        return self._on_look()
 
     def collect(self) -> StepResult:
         if self._fails:
@@ -74,6 +78,7 @@ class ScriptedRunner:
         self.fail_next = False
         self.fail_late = False
         self.is_device_lost = False
+        self.on_look: Callable[[], bool] = lambda: True
         self.batches: list[ScheduledBatch] = []
         self._newest: dict[Sequence, int] = {}
 
@@ -94,7 +99,7 @@ class ScriptedRunner:
         sampled = zip(batch.items, result.tokens, strict=True)
         self._newest = {item.sequence: tokens[0].token_id if tokens else 0 for item, tokens in sampled if tokens != ()}
         fails, self.fail_late = self.fail_late, False
-        return ScriptedStep(result, fails)
+        return ScriptedStep(result, fails, self.on_look)
 
     def _run(
         self, batch: ScheduledBatch, on_layers_done: Callable[[int, int], None] | None, layers_per_group: int

@@ -39,6 +39,7 @@ class ChaosBox(GatewayBox):
         for name, worker in self.workers.items():
             mailboxes[name] = self._late(name, worker.post)
             worker._parts.sender._link.hurries = rng.random() < 0.5  # type: ignore[attr-defined]
+            self.runners[name].on_look = lambda: rng.random() < 0.7
 
     def _late(self, to: WorkerId, post: Callable[..., None]) -> Callable[..., None]:
         def put(message: Any, arrived: Any = None) -> None:

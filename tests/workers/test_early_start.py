@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from phasewise.core.lifecycle import Stage
@@ -109,4 +111,28 @@ def test_a_refusal_behind_the_first_token_ends_the_request() -> None:
     box.abort("r")  # as the gateway does
     box.run()
     assert "the test says no" in box.failures["r"].message
+    box.assert_empty()
+
+
+def test_parts_go_on_leaving_while_a_step_computes() -> None:
+    """What is held back must not wait for the step's end: it may be that of other prompts, and a long one."""
+    box = WorkerBox(PAIR, transfer=LAYERWISE)
+    box.num_steps_ahead = 1
+    prefill, decode, runner = box.workers["prefill-0"], box.workers["decode-0"], box.runners["prefill-0"]
+    runner.num_steps_ahead = 1
+    sender = prefill._parts.sender
+    sender._limits = replace(sender._limits, window_bytes=1)  # a part at a time
+    box.submit("r", prompt_of(100), "prefill-0", "decode-0", max_tokens=8)
+    sent_inside: list[int] = []
+
+    def on_look() -> bool:
+        decode.round()
+        box.abort("somebody else")
+        sent_inside.append(sender.num_bytes_sent)
+        return not sender.is_held_back
+
+    runner.on_look = on_look
+    box.run()
+    assert len(set(sent_inside)) > 1, "parts left between two looks at a step that was not done"
+    assert box.output("r") == expected_tokens(prompt_of(100), 8)
     box.assert_empty()
