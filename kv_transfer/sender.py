@@ -180,12 +180,16 @@ class KVSender:
         transfer = self._transfers[transfer_id]
         if transfer.status is SendStatus.FAILED:
             return
-        started = transfer.started_unix_s or self._clock.unix_s()
-        transfer.commit = KVCommit(transfer_id, 0, num_tokens, first_tokens, started)
+        transfer.commit = KVCommit(transfer_id, 0, num_tokens, first_tokens, 0.0)
         transfer.commit_timeout_s = timeout_s
         if transfer.status is not SendStatus.OFFERED:
             self._bound(transfer)
             self.pump()
+
+    def commit_waits_for_answer(self, transfer_id: str) -> bool:
+        """Whether `commit` was called and the offer is not answered: until then it may be called again."""
+        transfer = self._transfers[transfer_id]
+        return transfer.status is SendStatus.OFFERED and transfer.commit is not None
 
     def abort(self, transfer_id: str, reason: str) -> None:
         """Gives a transfer up and tells the receiver."""
@@ -355,7 +359,8 @@ class KVSender:
         assert transfer.commit is not None
         c = transfer.commit
         self._move(transfer, SendStatus.COMMITTED)
-        commit = replace(c, num_parts=transfer.num_parts)
+        started = transfer.started_unix_s or self._clock.unix_s()
+        commit = replace(c, num_parts=transfer.num_parts, started_unix_s=started)
         self._link.hurry(transfer.peer, commit)
         self._peers.send(transfer.peer, commit)
 

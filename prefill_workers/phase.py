@@ -113,6 +113,8 @@ class PrefillPhase:
         if sample_index is not None:
             job.ended_samples.add(sample_index)
             if len(job.ended_samples) < job.task.request.sampling.n:
+                if job.transfer_id and self._sender.commit_waits_for_answer(job.transfer_id):
+                    self._commit(job)  # once more: the receiver has no reservation in which it could note this
                 return True
         self._drop(job, RequestStatus.CANCELLED, "the request was cancelled")
         return True
@@ -307,8 +309,10 @@ class PrefillPhase:
         peers = {other.task.placement.decode_worker for other in computed}
         if not peers:
             return True
-        num_blocks = self._blocks.blocks_for(job.sequence.num_tokens)
-        return job.task.placement.decode_worker not in peers and num_blocks <= self._blocks.num_free_blocks
+        return job.task.placement.decode_worker not in peers and self._fits(job)
+
+    def _fits(self, job: PrefillJob) -> bool:
+        return self._blocks.blocks_for(job.sequence.num_tokens) <= self._blocks.num_free_blocks
 
     def _is_unanswered(self, job: PrefillJob) -> bool:
         return bool(job.transfer_id) and self._sender.status(job.transfer_id) is SendStatus.OFFERED
@@ -316,6 +320,8 @@ class PrefillPhase:
     def _may_start(self, job: PrefillJob) -> bool:
         """Is there room to decode what this prompt leads to? Never needed when its first token is its last."""
         request = job.task.request
+        if self._computed_without_room() and not self._fits(job):
+            return False  # it waits for blocks that they hold; those behind it may have the room that they wait for
         if request.max_new_tokens == 1:
             return True
         if job.needs_handoff:
@@ -325,8 +331,12 @@ class PrefillPhase:
         return self._has_decode_room(request.sampling.n)
 
     def _may_start_unanswered(self, job: PrefillJob) -> bool:
-        """Nothing else would run; and if the answer takes long, others can pass: half of the free blocks are left."""
-        if self.scheduler.running or self._computed_without_room():
+        """Nothing else would run; and if the answer takes long, others can pass: half of the free blocks are left.
+
+        Only the first in the queue: one that passed others would then take their offers' places, again and again.
+        """
+        first = next(other for other in self.scheduler.waiting if other.needs_handoff)
+        if first is not job or self.scheduler.running or self._computed_without_room():
             return False
         return 2 * self._blocks.blocks_for(job.sequence.num_tokens) <= self._blocks.num_free_blocks
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from phasewise.core.lifecycle import Stage
-from phasewise.core.messages import KVAbort, KVAccepted, KVCommit, KVOffer, KVRefused
+from phasewise.core.messages import KVAbort, KVAccepted, KVCommit, KVOffer, KVRefused, WorkerMessage
 from tests.support.scripted_engine import expected_tokens
 from tests.support.worker_box import WorkerBox
 from tests.workers.test_interleavings import hold_first
@@ -136,3 +136,73 @@ def test_parts_go_on_leaving_while_a_step_computes() -> None:
     assert len(set(sent_inside)) > 1, "parts left between two looks at a step that was not done"
     assert box.output("r") == expected_tokens(prompt_of(100), 8)
     box.assert_empty()
+
+
+def test_those_behind_a_prompt_that_waits_for_a_computed_ones_blocks_pass_it() -> None:
+    """Else both prefill workers wait: each for room that a prompt of the other has, which stands behind such a one."""
+    two = {"prefill-0": "prefill", "prefill-1": "prefill", "decode-0": "decode", "decode-1": "decode"}
+    box = WorkerBox(two, num_blocks=64)
+    held: list[tuple[str, WorkerMessage]] = []
+    deliver = box.send
+
+    def send(worker_id: str, message: WorkerMessage) -> None:
+        if isinstance(message, KVOffer) and message.request.request_id.startswith("computed"):
+            held.append((worker_id, message))
+        else:
+            deliver(worker_id, message)
+
+    box.send = send  # type: ignore[method-assign]
+    for i in (0, 1):
+        here, there, other = f"prefill-{i}", f"decode-{i}", f"decode-{1 - i}"
+        box.submit(f"computed-{i}", prompt_of(500, i), here, there, max_tokens=4)
+        box.submit(f"too-large-{i}", prompt_of(600, i), here, there, max_tokens=1)
+        box.submit(f"has-room-{i}", prompt_of(500, i + 2), here, other, max_tokens=4)
+    for _ in range(3):
+        box.round()
+    for entry in held:
+        deliver(*entry)
+    box.run()
+    assert not box.failures and len(box.finish) == 6
+    box.assert_empty()
+
+
+def test_small_prompts_do_not_pass_a_large_one_for_ever() -> None:
+    box = WorkerBox(PAIR, num_blocks=64, scheduler={"token_budget": 1024})
+    box.submit("first", prompt_of(300), "prefill-0", "decode-0", max_tokens=40)
+    for _ in range(6):
+        box.round()
+    box.submit("large", prompt_of(700), "prefill-0", "decode-0", max_tokens=4)
+    for i in range(100):
+        if i % 4 == 0:
+            box.submit(f"small-{i}", prompt_of(100, i), "prefill-0", "decode-0", max_tokens=12)
+        box.round()
+    assert ("large", 0) in box.finish
+    box.run()
+    box.assert_empty()
+
+
+def test_a_sample_that_ends_while_the_commit_waits_for_room_is_not_decoded() -> None:
+    box = WorkerBox(PAIR, num_blocks=20)
+    box.submit("fills", prompt_of(200), "prefill-0", "decode-0", max_tokens=40)
+    for _ in range(6):
+        box.round()
+    box.submit("r", prompt_of(100, 1), "prefill-0", "decode-0", max_tokens=8, n=2)
+    box.run_until(lambda: box.tokens[("r", 1)])
+    assert ("fills", 0) not in box.finish
+    box.abort("r", 1)
+    box.run()
+    assert len(box.output("r")) == 8 and len(box.output("r", 1)) == 1
+    box.assert_empty()
+
+
+def test_the_wait_for_the_answer_is_no_part_of_a_handoffs_time() -> None:
+    box = WorkerBox(PAIR)
+    kept, deliver = hold_first(box, KVAccepted)
+    box.submit("r", prompt_of(100), "prefill-0", "decode-0", max_tokens=8)
+    for _ in range(5):
+        box.round()
+    box.clock.advance(20)
+    deliver(*kept[0])
+    box.run()
+    (end,) = [e for output in box.outputs for e in output.events if e.stage is Stage.HANDOFF_END]
+    assert end.duration_s < 1
