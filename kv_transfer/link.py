@@ -70,6 +70,10 @@ class Link(Protocol):
         """
 
     @property
+    def is_full(self) -> bool:
+        """Whether `buffer` gave none last because all room is in use: smaller parts must not take what comes free."""
+
+    @property
     def uses_store(self) -> bool:
         """Whether the buffer that was given out last goes through the object store."""
 

@@ -55,6 +55,10 @@ class LoopbackLink:
         return torch.empty(num_bytes, dtype=torch.uint8)
 
     @property
+    def is_full(self) -> bool:
+        return False
+
+    @property
     def uses_store(self) -> bool:
         return False
 

@@ -63,6 +63,10 @@ class ObjectStoreLink:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
     @property
+    def is_full(self) -> bool:
+        return False
+
+    @property
     def uses_store(self) -> bool:
         return True
 

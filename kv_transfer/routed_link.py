@@ -44,6 +44,10 @@ class RoutedLink:
         return self._given_out.buffer(peer, num_bytes)
 
     @property
+    def is_full(self) -> bool:
+        return self._given_out.is_full
+
+    @property
     def uses_store(self) -> bool:
         return self._given_out.uses_store
 

@@ -214,7 +214,10 @@ class KVSender:
                 is_full = self._bytes_in_flight > 0 and (
                     self._bytes_in_flight + layout.num_bytes > self._limits.window_bytes
                 )
-                if is_full or not self._send(transfer_id, transfer, computed, layout):
+                if is_full:
+                    break
+                if not self._send(transfer_id, transfer, computed, layout):
+                    is_full = self._link.is_full  # nor one that the link has no room for
                     break
                 transfer.waiting.popleft()
             due = transfer.commit is not None and not transfer.waiting
