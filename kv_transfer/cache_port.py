@@ -69,9 +69,20 @@ class CachePort:
         if self._side is None or mark is None:
             yield
             return
-        with torch.cuda.stream(self._side):
+        with self.aside():
             self._side.wait_event(mark)
             yield
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """As `beside`, waiting for nothing: all that is put into a link's buffers is put there in one order."""
+        with contextlib.nullcontext() if self._side is None else torch.cuda.stream(self._side):
+            yield
+
+    def rejoin(self) -> None:
+        """What the current stream gets from now on waits for what is on the other: it may write where that reads."""
+        if self._side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._side)
 
     def layout(self, span: PartSpan, dtype: str, codec: Codec) -> WireLayout:
         """What a part looks like on the wire."""

@@ -373,6 +373,8 @@ class KVSender:
 
     def _fail(self, transfer: _Transfer, reason: str) -> None:
         self._move(transfer, SendStatus.FAILED)
+        if transfer.num_parts:  # its blocks may be given away now, and its commit be on its way
+            self._cache.rejoin()
         transfer.reason = reason
         transfer.early.clear()
         transfer.waiting.clear()
