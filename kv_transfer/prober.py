@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kv_transfer.cache_port import CachePort
 from kv_transfer.link import Link
 from phasewise.core.clock import Clock
 from phasewise.core.links import PROBE_ALIGNMENT, SMALLEST_PROBE_BYTES, LinkProbe
@@ -41,8 +42,9 @@ class _Probe:
 class LinkProber:
     """The probes of one worker. Used by the step loop's thread alone."""
 
-    def __init__(self, worker_id: WorkerId, link: Link, clock: Clock) -> None:
+    def __init__(self, worker_id: WorkerId, cache: CachePort, link: Link, clock: Clock) -> None:
         self._worker_id = worker_id
+        self._cache = cache
         self._link = link
         self._clock = clock
         self._probes: dict[str, _Probe] = {}
@@ -94,6 +96,10 @@ class LinkProber:
         return min((probe.deadline_s for probe in self._probes.values()), default=float("inf"))
 
     def _send(self, probe_id: str, probe: _Probe) -> None:
+        with self._cache.aside():  # a slab may come back before it is filled: its next writer must come behind
+            self._fill_and_send(probe_id, probe)
+
+    def _fill_and_send(self, probe_id: str, probe: _Probe) -> None:
         order = probe.order
         try:
             wire = self._link.buffer(order.peer, order.num_bytes)

@@ -366,6 +366,6 @@ def assemble(
         decode.adopt,
         decode.has_room,
     )
-    prober = LinkProber(info.worker_id, ports.link, clock)
+    prober = LinkProber(info.worker_id, port, ports.link, clock)
     parts = WorkerParts(runner, blocks, prefill, decode, sender, receiver, prober, outbox)
     return Worker(info, parts, ports.peers, ports.loads, clock, loop)
