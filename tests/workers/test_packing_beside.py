@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from kv_transfer.link import ArrivedPart
-from kv_transfer.loopback_link import LoopbackLink
 from kv_transfer.staging import is_intact
 from phasewise.core.messages import AbortRequest, KVAbort, KVPart, KVPartAck
 from phasewise.core.placement import WorkerId
@@ -27,7 +26,6 @@ class LateDevice:
         self._pack = sender._cache.pack
         sender._cache.pack = self._pack_later
         sender._cache.rejoin = self.finish
-        assert isinstance(sender._link, LoopbackLink)
         self._mailboxes = sender._link._mailboxes
         sender._link.send_part = self._send_later
         self._worker_id = worker_id
