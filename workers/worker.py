@@ -250,9 +250,9 @@ class Worker:
 
     def _collect(self, flight: _StepInFlight) -> None:
         parts, items = self._parts, (*flight.decodes, *flight.prompts)
+        while parts.sender.is_held_back and not flight.step.is_done():
+            self._take_acknowledgement()
         try:
-            while parts.sender.is_held_back and not flight.step.is_done():
-                self._take_acknowledgement()
             result = flight.step.collect()
         except DeviceLost:
             raise
