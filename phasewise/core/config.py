@@ -133,8 +133,8 @@ class TransferConfig(_Section):
     nccl_channels: int = Field(
         16, ge=1, le=32, description="NCCL channels of a link: more are faster and take more GPU memory"
     )
-    slab_mib: int = Field(128, ge=1, description="Staging memory of a part on its way over a direct link, in MiB")
-    num_slabs: int = Field(2, ge=2, description="Such parts at once, in each direction of a worker")
+    slab_mib: int = Field(128, ge=1, description="Most KV in one part over a direct link, in MiB")
+    num_slabs: int = Field(2, ge=2, description="Room for so many of the largest parts, in each direction of a worker")
     stall_s: float = Field(5.0, gt=0, description="A part on its way over a direct link for longer means a broken link")
     layerwise_threshold_tokens: int | None = Field(
         None,
