@@ -333,8 +333,10 @@ def assemble(
     loop = LoopSettings(
         budget, transfer.layers_per_part if is_alone else 0, config.health.heartbeat_s, pushes_within_steps=is_alone
     )
+    # What has room in slabs must not wait for the window. A part is more than its KV: by less than a hundredth.
+    slabs_mib = transfer.num_slabs * transfer.slab_mib * 1.01
     sending = SendLimits(
-        transfer.window_mib * 2**20,
+        int(max(transfer.window_mib, slabs_mib) * 2**20),
         Codec(transfer.codec),
         codec_bytes_per_s,
         num_groups=ceil(spec.num_layers / (loop.layers_per_part or spec.num_layers)),

@@ -142,7 +142,7 @@ class TransferConfig(_Section):
         description="Prompts from this length are pushed layer group by layer group; default: where that pays",
     )
     layers_per_part: int = Field(8, ge=1, description="Layers in one part of a layer-wise push")
-    window_mib: int = Field(1024, ge=1, description="Most bytes in flight per sending worker, in MiB")
+    window_mib: int = Field(256, ge=1, description="Most bytes in flight per sending worker, in MiB")
     timeout_s: float = Field(30.0, gt=0, description="Longest time from reservation's end of prompt to commit")
 
 
