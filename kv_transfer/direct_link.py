@@ -213,7 +213,7 @@ class DirectLinks:
             assert peer not in self._peers, f"a link to {peer} exists"
             self._peers[peer] = entry
         self._start(f"send-{peer}", self._keep_open, entry, timeout_s)
-        if not entry.has_answer.wait(timeout_s + 1.0):
+        if not entry.has_answer.wait(timeout_s + _JOIN_S):  # its epoch says sooner what is wrong
             entry.failure = f"no answer after {timeout_s:.0f} s"
         if entry.failure:
             self.forget(peer)
