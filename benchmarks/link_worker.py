@@ -37,9 +37,8 @@ class WorkerEnd(LinkEnd):
         values: dict[str, Any],
         tensor_parallel: int = 1,
     ) -> None:
-        link_device(
-            settings.channels, is_alone=tensor_parallel == 1
-        )  # first: NCCL reads its channels once, before the ranks' communicator
+        # First: NCCL reads its channels once, before the ranks' communicator.
+        link_device(settings.channels, is_alone=tensor_parallel == 1)
         config = build_config(values, source="benchmark")
         worker_settings = WorkerSettings(
             name, WorkerRole.MIXED, local_device(), 1, config, tensor_parallel=tensor_parallel

@@ -95,7 +95,7 @@ class DirectLinks:
         self._out = Room(device, out_pool, post, check, self._clock, stall_s, trial_bytes)
         self._in = Room(device, in_pool, post, check, self._clock, stall_s, trial_bytes)
         self._packing: dict[int, tuple[Slab, Mark]] = {}  # by address: given out by `buffer` at that mark, not sent yet
-        self._is_full = False
+        self.is_full = False
         self._process = uuid.uuid4().hex
         self._lock = threading.Lock()
         self._peers: dict[WorkerId, _Peer] = {}
@@ -134,7 +134,7 @@ class DirectLinks:
         """Also after a LinkLost of another peer it pays to ask again."""
         if num_bytes > self._out.pool.slab_bytes:
             raise ValueError(f"a part of {num_bytes} bytes; at most {self._out.pool.slab_bytes} go at once")
-        self._is_full = False
+        self.is_full = False
         entry, pool = self._peers.get(peer), self._out.pool
         epoch = entry.epoch if entry is not None else None
         if len(self._peers) > 1 and epoch is not None:
@@ -143,7 +143,7 @@ class DirectLinks:
                 return None  # a peer that grants nothing must not hold what others could use
         slab = pool.try_take(num_bytes)
         if slab is None:
-            self._is_full = True
+            self.is_full = True
             return None
         self._packing[slab.buffer.data_ptr()] = slab, self._device.mark()
         return slab.buffer
@@ -151,10 +151,6 @@ class DirectLinks:
     def give_back(self, wire: torch.Tensor) -> None:
         slab, _ = self._packing.pop(wire.data_ptr())
         self._out.pool.give_back(slab, self._device.mark())
-
-    @property
-    def is_full(self) -> bool:
-        return self._is_full
 
     @property
     def uses_store(self) -> bool:

@@ -178,7 +178,8 @@ class PrefillPhase:
     def plan(self, budget: int) -> list[ScheduledSequence]:
         """Prompt chunks for the next step, within `budget` tokens."""
         items = []
-        for job, num_tokens in self.scheduler.schedule(budget, self._may_start):
+        has_computed = bool(self._computed_without_room())  # once: the queue may be long, and each job is asked about
+        for job, num_tokens in self.scheduler.schedule(budget, lambda job: self._may_start(job, has_computed)):
             sequence = job.sequence
             if sequence.num_scheduled_tokens == job.num_cached_tokens:
                 self._begin(job)
@@ -317,16 +318,19 @@ class PrefillPhase:
     def _is_unanswered(self, job: PrefillJob) -> bool:
         return bool(job.transfer_id) and self._sender.status(job.transfer_id) is SendStatus.OFFERED
 
-    def _may_start(self, job: PrefillJob) -> bool:
-        """Is there room to decode what this prompt leads to? Never needed when its first token is its last."""
+    def _may_start(self, job: PrefillJob, has_computed: bool) -> bool:
+        """Is there room to decode what this prompt leads to? Never needed when its first token is its last.
+
+        `has_computed`: whether computed prompts wait for room.
+        """
         request = job.task.request
-        if self._computed_without_room() and not self._fits(job):
+        if has_computed and not self._fits(job):
             return False  # it waits for blocks that they hold; those behind it may have the room that they wait for
         if request.max_new_tokens == 1:
             return True
         if job.needs_handoff:
             if self._is_unanswered(job):
-                return self._may_start_unanswered(job)
+                return not has_computed and self._may_start_unanswered(job)
             return bool(job.transfer_id) and self._sender.status(job.transfer_id) is SendStatus.ACCEPTED
         return self._has_decode_room(request.sampling.n)
 
@@ -336,7 +340,7 @@ class PrefillPhase:
         Only the first in the queue: one that passed others would then take their offers' places, again and again.
         """
         first = next(other for other in self.scheduler.waiting if other.needs_handoff)
-        if first is not job or self.scheduler.running or self._computed_without_room():
+        if first is not job or self.scheduler.running:
             return False
         return 2 * self._blocks.blocks_for(job.sequence.num_tokens) <= self._blocks.num_free_blocks
 
