@@ -6,7 +6,7 @@ in the residual stream add to it themselves. A layer is then
 
     qkv = x · Wqkv          scale, bias, head norms, rotary, cache      (rope_and_cache)
     attention               x += attended · Wo
-    gate_up = x · Wgu       scale, silu, product                         (silu_mul)
+    gate_up = x · Wgu       scale, silu, product                         (silu_mul; for long prompts within the product)
                             x += act · Wdown
 
 Of several ranks each has a part of the heads and of the MLP: a product that ends in x is partial there, and
@@ -23,7 +23,7 @@ import torch
 from engine.cuda.all_reduce import FastReduce
 from engine.cuda.elementwise import rope_and_cache, row_scales, silu_mul
 from engine.cuda.fp8 import Fp8Product
-from engine.cuda.products import gemv, skinny_product, skinny_tile
+from engine.cuda.products import gate_up_silu, gemv, has_gate_up_silu, skinny_product, skinny_tile
 from engine.cuda.sampling import greedy
 from engine.layers.linear import Linear
 from engine.layers.rotary import rope_frequencies
@@ -110,8 +110,7 @@ class CudaDecoder:
             )
             attended = attend(index, qkv, workspace)
             scales = self._add_product(x, attended.view(num_tokens, -1), layer.output, layer.output_bias, turn=0)
-            gate_up = _product(x, layer.gate_up)
-            silu_mul(gate_up, x, scales, self._eps, act)
+            self._activate(x, scales, layer.gate_up, act)
             scales = self._add_product(x, act, layer.down, None, turn=1)
         return x
 
@@ -142,6 +141,13 @@ class CudaDecoder:
         if self._reduce is None:
             return ids
         return self._reduce.max_(ids.clone() if self._model.group.rank == 0 else torch.full_like(ids, -1))
+
+    def _activate(self, x: torch.Tensor, scales: torch.Tensor | None, weight: Weight, act: torch.Tensor) -> None:
+        """The MLP up to its activation, into `act`."""
+        if scales is not None and isinstance(weight, torch.Tensor) and has_gate_up_silu(len(x), weight):
+            gate_up_silu(x, weight, scales, act)
+        else:
+            silu_mul(_product(x, weight), x, scales, self._eps, act)
 
     def _scales(self, x: torch.Tensor) -> torch.Tensor | None:
         return row_scales(x, self._eps) if len(x) >= _ROWS_FOR_SCALES else None

@@ -31,7 +31,7 @@ pytest.importorskip("triton")
 
 from engine.cuda.attention import RaggedAttention
 from engine.cuda.decode_attention import DecodeAttention
-from engine.cuda.products import gemv, skinny_product
+from engine.cuda.products import gate_up_silu, gemv, has_gate_up_silu, skinny_product
 from engine.cuda.prompt_attention import prompt_attention
 from engine.cuda.runner import CudaModelRunner
 from engine.cuda.step_inputs import PromptChunk, Upload
@@ -230,6 +230,31 @@ def test_skinny_product_against_the_product(num_tokens: int, rows: int, columns:
         assert (out.double() - wanted).norm() / wanted.norm() < 3e-3
         skinny_product(x, weight, out, tile, adds=True)
         assert (out.double() - 2 * wanted).norm() / wanted.norm() < 8e-3
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="measured on Hopper alone")
+@pytest.mark.parametrize("size", [128, 14336])
+@pytest.mark.parametrize("num_tokens", [1, 127, 130, 1025, 2048 + 77])
+def test_the_product_that_ends_in_the_activation(num_tokens: int, size: int) -> None:
+    """Beside float64; a tile that hangs over the last row writes to no other memory."""
+    columns = 256 if size > 128 else 4096
+    generator = torch.Generator("cuda").manual_seed(num_tokens)
+    x = torch.randn(num_tokens, columns, generator=generator, device="cuda").bfloat16()
+    weight = (torch.randn(2 * size, columns, generator=generator, device="cuda") / columns**0.5).bfloat16()
+    scales = torch.rand(num_tokens, generator=generator, device="cuda") + 0.5
+    beside = torch.full((num_tokens + 128, size), torch.nan, dtype=torch.bfloat16, device="cuda")
+    out = gate_up_silu(x, weight, scales, beside[:num_tokens])
+    gate, up = ((x.double() @ weight.double().t()) * scales.double()[:, None]).chunk(2, dim=1)
+    torch.testing.assert_close(out.double(), torch.nn.functional.silu(gate) * up, rtol=0.01, atol=0.002)
+    assert beside[num_tokens:].isnan().all()
+
+
+def test_where_the_activation_is_within_the_product() -> None:
+    weight = torch.empty(28672, 4096, dtype=torch.bfloat16, device="cuda")
+    assert has_gate_up_silu(2048, weight) == (torch.cuda.get_device_capability()[0] == 9)
+    assert not has_gate_up_silu(512, weight)  # 448 tiles for 132 multiprocessors: the last round is half empty
+    assert not has_gate_up_silu(2048, weight.half())
+    assert not has_gate_up_silu(2048, weight[:1100])
 
 
 def test_a_chunk_split_at_its_context_against_the_plain_twin() -> None:
