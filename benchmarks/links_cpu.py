@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.link_nodes import unchecked
 from benchmarks.offline import device_name, write_result
 from cli.launch import LOOPBACK
 from engine.kv_cache import PagedKVCache
@@ -31,7 +32,7 @@ from kv_transfer.direct_link import DirectLinks
 from kv_transfer.link import ArrivedPart, Link
 from kv_transfer.object_store_link import ObjectStoreLink
 from kv_transfer.plan import PartSpan
-from kv_transfer.staging import is_intact
+from kv_transfer.staging import check
 from kv_transfer.tcp_wire import TcpDevice, TcpWire
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.mailboxes import WorkerMailboxes
@@ -60,7 +61,7 @@ class End:
         self._device = TcpDevice(HOST)
         self._wire: TcpWire | None = None
         if road == "tcp":
-            self._direct = DirectLinks(name, self._device, self._post, is_intact, fingerprint="", host=HOST)
+            self._direct = DirectLinks(name, self._device, self._post, check, fingerprint="", host=HOST)
         self._store = ObjectStoreLink(name, self._peers, torch.device("cpu"), self._post)
         self._link: Link = self._direct or self._store
 
@@ -131,16 +132,16 @@ class End:
 
     def _raw(self, rank: int, size: int, count: int) -> list[float]:
         assert self._wire is not None
-        data, right, times = self._device.allocate(size).zero_(), torch.tensor(True), []
+        data, times = self._device.allocate(size).zero_(), []
         request = torch.zeros(1, dtype=torch.uint8)
         for _ in range(count):
             if rank == 0:
-                self._wire.receive(request, None, lambda _: right).wait()
+                self._wire.receive(request, None, unchecked).wait()
                 times.append(time.perf_counter())
                 self._wire.send(data)
             else:
                 self._wire.send(request)
-                self._wire.receive(data, None, lambda _: right).wait()
+                self._wire.receive(data, None, unchecked).wait()
                 times.append(time.perf_counter())
         return times
 

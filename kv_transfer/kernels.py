@@ -7,12 +7,14 @@ of a few MB is still in the L2 cache then. Enqueued on the current stream; no ho
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from kv_transfer.checksum import GOLDEN, ROW_WORDS
-from kv_transfer.codec import FP8_MAX, SMALLEST_MAGNITUDE, WireLayout
+from kv_transfer.codec import CHECKSUM_BYTES, FP8_MAX, SMALLEST_MAGNITUDE, WireLayout
 
 _TILE = 4096  # elements, or words, of a program
 _SUM_ROWS = 256
@@ -20,6 +22,8 @@ _SUM_PROGRAMS = 1056  # eight for each multiprocessor of an H100
 _FP8_MAX = tl.constexpr(FP8_MAX)
 _SMALLEST = tl.constexpr(SMALLEST_MAGNITUDE)
 _GOLDEN = tl.constexpr(GOLDEN)
+_compiled: dict[tuple[Any, ...], Any] = {}
+_scratches: dict[tuple[torch.device, int], torch.Tensor] = {}
 _ROUNDER = tl.constexpr(1.5 * 2**23)  # added and taken away: leaves a float32 below 2^22 rounded to the nearest even
 
 
@@ -112,8 +116,18 @@ def _place_weight(place):
     return (spread ^ (spread >> 29)) | 1
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_rows"])
-def _sums_kernel(words_ptr, sums_ptr, num_pairs, num_rows, row_words: tl.constexpr, rows: tl.constexpr):
+@triton.jit(do_not_specialize=["num_pairs", "num_rows"], do_not_specialize_on_alignment=["answer_ptr"])
+def _sums_kernel(
+    words_ptr,
+    answer_ptr,
+    scratch_ptr,
+    num_pairs,
+    num_rows,
+    row_words: tl.constexpr,
+    rows: tl.constexpr,
+    seals: tl.constexpr,
+):
+    """The last program to end finds both sums in the scratch: it writes the trailer or compares, and clears them."""
     column = tl.arange(0, row_words)
     weights = _place_weight(column)
     first = tl.zeros((rows,), tl.int64)
@@ -126,8 +140,20 @@ def _sums_kernel(words_ptr, sums_ptr, num_pairs, num_rows, row_words: tl.constex
         folded = row_sum ^ ((row_sum >> 32) & 0xFFFFFFFF)
         first += row_sum
         second += folded * _place_weight(row)
-    tl.atomic_add(sums_ptr, tl.sum(first, axis=0), sem="relaxed")
-    tl.atomic_add(sums_ptr + 1, tl.sum(second, axis=0), sem="relaxed")
+    tl.atomic_add(scratch_ptr, tl.sum(first, axis=0), sem="relaxed")
+    tl.atomic_add(scratch_ptr + 1, tl.sum(second, axis=0), sem="relaxed")
+    num_ended = tl.atomic_add(scratch_ptr + 2, 1, sem="acq_rel")
+    if num_ended == tl.num_programs(0) - 1:
+        first_sum = tl.atomic_xchg(scratch_ptr, 0)
+        second_sum = tl.atomic_xchg(scratch_ptr + 1, 0)
+        tl.atomic_xchg(scratch_ptr + 2, 0)
+        trailer_ptr = words_ptr + num_pairs.to(tl.int64) * 2
+        if seals:
+            tl.store(trailer_ptr, first_sum)
+            tl.store(trailer_ptr + 1, second_sum)
+        else:
+            is_right = (tl.load(trailer_ptr) == first_sum) & (tl.load(trailer_ptr + 1) == second_sum)
+            tl.store(answer_ptr, is_right)
 
 
 def pack(
@@ -152,11 +178,34 @@ def unpack(
     _move(_unpack_kernel, storage, slots, layout, values, scales)
 
 
-def add_sums(words: torch.Tensor, sums: torch.Tensor) -> None:
-    """Adds the two sums of int64 [num_words], an even number (kv_transfer/checksum.py), to `sums`, int64 [2]."""
-    num_rows = triton.cdiv(len(words), ROW_WORDS)
-    grid = (min(triton.cdiv(num_rows, _SUM_ROWS), _SUM_PROGRAMS),)
-    _sums_kernel[grid](words, sums, len(words) // 2, num_rows, ROW_WORDS, _SUM_ROWS, num_warps=8)
+def seal(wire: torch.Tensor) -> None:
+    """Writes the sums of uint8 [num_bytes] without its last 16 bytes into those (kv_transfer/checksum.py)."""
+    _sum(wire, wire, seals=True)
+
+
+def check(wire: torch.Tensor, answer: torch.Tensor) -> None:
+    """Whether the last 16 bytes are what `seal` would write, into `answer`: bool [1], on the device or pinned."""
+    _sum(wire, answer, seals=False)
+
+
+def _sum(wire: torch.Tensor, answer: torch.Tensor, *, seals: bool) -> None:
+    words = wire.view(torch.int64)
+    num_words = len(words) - CHECKSUM_BYTES // 8
+    num_rows = triton.cdiv(num_words, ROW_WORDS)
+    grid = (max(1, min(triton.cdiv(num_rows, _SUM_ROWS), _SUM_PROGRAMS)),)
+    arguments = words, answer, _scratch(wire), num_words // 2, num_rows, ROW_WORDS, _SUM_ROWS, seals
+    key = id(_sums_kernel), wire.device, seals, wire.data_ptr() % 16
+    _launch(_sums_kernel, key, (*grid, 1, 1), arguments)
+
+
+def _scratch(wire: torch.Tensor) -> torch.Tensor:
+    """Two sums and a counter for the kernels of the current stream, zero between them.  # int64 [3]"""
+    stream = torch.cuda.current_stream(wire.device).cuda_stream if wire.is_cuda else 0
+    key = wire.device, stream
+    scratch = _scratches.get(key)
+    if scratch is None:
+        scratch = _scratches[key] = torch.zeros(3, dtype=torch.int64, device=wire.device)
+    return scratch
 
 
 def _move(
@@ -174,17 +223,18 @@ def _move(
     dim_padded = triton.next_power_of_2(dim)
     rows = max(1, _TILE // dim_padded)
     num_rows = layout.num_tokens * layout.num_kv_heads
-    kernel[(triton.cdiv(num_rows, rows), 2 * layout.num_layers)](
-        storage,
-        slots,
-        values,
-        values if scales is None else scales,
-        num_rows,
-        storage.shape[2],
-        layout.num_kv_heads,
-        dim,
-        dim_padded,
-        rows,
-        scales is not None,
-        num_warps=8,
-    )
+    places = storage, slots, values, values if scales is None else scales
+    shape = layout.num_kv_heads, dim, dim_padded, rows, scales is not None
+    alignment = storage.data_ptr() % 16, values.data_ptr() % 16
+    key = id(kernel), storage.device, storage.dtype, values.dtype, *alignment, *shape
+    grid = triton.cdiv(num_rows, rows), 2 * layout.num_layers, 1
+    _launch(kernel, key, grid, (*places, num_rows, storage.shape[2], *shape))
+
+
+def _launch(kernel, key: tuple[Any, ...], grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
+    """`key` tells apart what Triton compiles apart. To find that out itself takes it 36 us a launch, this 8."""
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[grid](*arguments, num_warps=8)
+    else:
+        compiled[grid](*arguments)

@@ -253,14 +253,16 @@ class SendEpoch(_Epoch):
                 self.break_(str(error))
         return True
 
-    def hurry(self, commit: KVCommit) -> None:
-        """Sends a commit on, if it is small; no answer comes."""
+    def hurry(self, commit: KVCommit) -> bool:
+        """Sends a commit on, if it is small, and says whether it did; no answer comes."""
         if len(commit.first_tokens) != 1 or any(token and token.top_logprobs for token in commit.first_tokens):
-            return
+            return False
         try:
             self._channel.send(Commit(commit))
         except OSError as error:
             self.break_(str(error))
+            return False
+        return True
 
     def serve(self) -> None:
         """Takes the receiver's answers until the epoch ends. Raises OSError."""
@@ -351,7 +353,7 @@ class ReceiveEpoch(_Epoch):
         channel, room = self._channel, self._room
         pattern = self._pattern()
         trial = self._trial = room.device.allocate(room.trial_bytes)
-        room.check(trial)  # compiles what it needs
+        room.check(trial, torch.empty(1, dtype=torch.bool, device=trial.device))  # compiles what it needs
         room.device.mark().wait()  # the wire's stream must not write to what the last owner's kernels still use
         channel.send(answer)
         token = channel.receive()

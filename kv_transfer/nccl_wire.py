@@ -72,11 +72,11 @@ class CudaMark:
 
 
 class NcclReceipt:
-    """The answer of a check, on its way to the host. After an abort it says anything."""
+    """The answer of a check, which the device writes to the host. After an abort it says anything."""
 
-    def __init__(self, is_right: torch.Tensor, stream: torch.cuda.Stream) -> None:
+    def __init__(self, data: torch.Tensor, check: Check, stream: torch.cuda.Stream) -> None:
         self._is_right = torch.empty(1, dtype=torch.bool, pin_memory=True)
-        self._is_right.copy_(is_right, non_blocking=True)
+        check(data, self._is_right)
         self._mark = CudaMark(stream, spins=True)  # the bytes are on their way: it is a matter of a millisecond
 
     def wait(self) -> bool:
@@ -125,7 +125,7 @@ class NcclWire:
                 assert isinstance(after, CudaMark)
                 self._stream.wait_event(after.event)
             self._call(self._communicator.recv, data)
-            return NcclReceipt(check(data), self._stream)
+            return NcclReceipt(data, check, self._stream)
 
     def error(self) -> str:
         if not self._lock.acquire(blocking=False):

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from kv_transfer.checksum import word_sums
-from kv_transfer.codec import CHECKSUM_BYTES, FP8_MAX, SMALLEST_MAGNITUDE, Codec, WireLayout
+from kv_transfer.codec import ALIGNMENT, CHECKSUM_BYTES, FP8_MAX, SMALLEST_MAGNITUDE, Codec, WireLayout
 from phasewise.core.kv_spec import FP8
 
 FP8_DTYPE = torch.float8_e4m3fn
@@ -45,8 +45,9 @@ def pack(storage: torch.Tensor, slots: torch.Tensor, first_layer: int, layout: W
         from kv_transfer import kernels
 
         kernels.pack(storage[first_layer:], slots, layout, values_of(layout, wire), scales_of(layout, wire))
-        wire[layout.content_bytes :].zero_()
-        kernels.add_sums(wire[:-CHECKSUM_BYTES].view(torch.int64), wire[-CHECKSUM_BYTES:].view(torch.int64))
+        if layout.content_bytes % ALIGNMENT:
+            wire[layout.content_bytes : -CHECKSUM_BYTES].zero_()
+        kernels.seal(wire)
         return
     rows = _slot_words(storage[first_layer : first_layer + layout.num_layers])
     values = values_of(layout, wire)
@@ -104,18 +105,22 @@ def decode(wire: torch.Tensor, layout: WireLayout, dtype: torch.dtype) -> torch.
 
 def is_intact(wire: torch.Tensor) -> torch.Tensor:
     """Whether the checksum at the buffer's end is that of the rest.  # bool [], on the buffer's device"""
+    answer = torch.empty(1, dtype=torch.bool, device=wire.device)
+    check(wire, answer)
+    return answer[0]
+
+
+def check(wire: torch.Tensor, answer: torch.Tensor) -> None:
+    """As `is_intact`, into `answer`: bool [1], on the buffer's device or where that can write, as pinned memory is."""
     if wire.numel() < CHECKSUM_BYTES or wire.numel() % CHECKSUM_BYTES:
-        return torch.tensor(False, device=wire.device)
-    words = wire.view(torch.int64)
-    content, trailer = words[:-2], words[-2:]
-    if wire.is_cuda:
+        answer.fill_(False)
+    elif wire.is_cuda:
         from kv_transfer import kernels
 
-        sums = torch.zeros(2, dtype=torch.int64, device=wire.device)
-        kernels.add_sums(content, sums)
+        kernels.check(wire, answer)
     else:
-        sums = word_sums(content)
-    return (sums == trailer).all()
+        words = wire.view(torch.int64)
+        answer.fill_(torch.equal(word_sums(words[:-2]), words[-2:]))
 
 
 def values_of(layout: WireLayout, wire: torch.Tensor) -> torch.Tensor:

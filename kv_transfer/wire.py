@@ -7,8 +7,9 @@ from typing import Protocol
 
 import torch
 
-Check = Callable[[torch.Tensor], torch.Tensor]
-"""uint8 [num_bytes] → 0-d bool on the same device: whether what came is right. Enqueues, never waits."""
+Check = Callable[[torch.Tensor, torch.Tensor], None]
+"""(uint8 [num_bytes], answer): puts whether what came is right into `answer`, bool [1] where the device can write.
+Enqueues, never waits."""
 
 
 class WireError(Exception):

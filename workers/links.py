@@ -17,7 +17,7 @@ from kv_transfer.direct_link import DirectLinks
 from kv_transfer.link import Link, Post
 from kv_transfer.object_store_link import ObjectStoreLink
 from kv_transfer.routed_link import RoutedLink
-from kv_transfer.staging import is_intact
+from kv_transfer.staging import check
 from kv_transfer.tcp_wire import TcpDevice
 from kv_transfer.wire import WireDevice
 from phasewise.core.errors import ConfigError, ServingError
@@ -84,7 +84,7 @@ def _direct_links(settings: WorkerSettings, post: Post) -> DirectLinks | None:
             settings.worker_id,
             device,
             post,
-            is_intact,
+            check,
             fingerprint="",
             host=host,
             secret=settings.secret,

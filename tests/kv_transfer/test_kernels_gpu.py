@@ -144,9 +144,16 @@ def test_a_changed_bit_anywhere_is_seen_on_the_gpu() -> None:
 @pytest.mark.parametrize("num_words", [2, 14, 16, 30, 4096, 4098, 1056 * 256 * 16 + 4096 + 2])
 def test_sums_of_every_length(num_words: int) -> None:
     words = torch.randint(-(2**63), 2**63 - 1, (num_words,), generator=torch.Generator().manual_seed(1))
-    sums = torch.tensor([5, -3], device="cuda")
-    kernels.add_sums(words.cuda(), sums)
-    assert torch.equal(sums.cpu(), word_sums(words) + torch.tensor([5, -3]))
+    wire = torch.cat((words, torch.tensor([5, -3]))).cuda().view(torch.uint8)
+    assert not is_intact(wire)
+    for _ in range(3):  # each finds the scratch as the one before left it
+        kernels.seal(wire)
+        assert torch.equal(wire[-16:].view(torch.int64).cpu(), word_sums(words))
+        assert is_intact(wire)
+    answer = torch.zeros(1, dtype=torch.bool, pin_memory=True)
+    kernels.check(wire, answer)
+    torch.cuda.synchronize()
+    assert answer
 
 
 def test_a_cache_beyond_32_bit_places() -> None:

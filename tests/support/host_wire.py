@@ -80,10 +80,10 @@ class HostWire(TcpWire):
         return True
 
     def _receive(self, data: torch.Tensor, after: Mark | None, check: Check) -> bool:
-        def hooked(received: torch.Tensor) -> torch.Tensor:
+        def hooked(received: torch.Tensor, answer: torch.Tensor) -> None:
             if message >= 0:
                 self._device.hook("received", message, self)
-            return check(received)
+            check(received, answer)
 
         with self._Message(self) as message:
             return super()._receive(data, after, hooked)

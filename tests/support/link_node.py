@@ -35,8 +35,8 @@ def content(index: int, num_bytes: int) -> torch.Tensor:
     return data
 
 
-def is_intact(wire: torch.Tensor) -> torch.Tensor:
-    return wire[:-8].sum(dtype=torch.int64) == wire[-8:].view(torch.int64)[0]
+def is_intact(wire: torch.Tensor, answer: torch.Tensor) -> None:
+    answer.copy_(wire[:-8].sum(dtype=torch.int64) == wire[-8:].view(torch.int64)[0], non_blocking=True)
 
 
 class LinkNode:

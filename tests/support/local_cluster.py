@@ -28,7 +28,7 @@ from kv_transfer.direct_link import DirectLinks
 from kv_transfer.link import Link
 from kv_transfer.loopback_link import LoopbackLink
 from kv_transfer.routed_link import RoutedLink
-from kv_transfer.staging import is_intact
+from kv_transfer.staging import check
 from kv_transfer.tcp_wire import TcpDevice
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.config import ServingConfig, build_config
@@ -111,7 +111,7 @@ class LocalCluster:
             info.worker_id,
             TcpDevice("127.0.0.1"),
             post,
-            is_intact,
+            check,
             fingerprint=info.kv_spec.content,
             host="127.0.0.1",
             slab_bytes=2**16,
