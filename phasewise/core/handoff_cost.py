@@ -40,15 +40,19 @@ class HandoffPath:
     def is_layerwise(self, num_tokens: int) -> bool:
         """Whether a prompt is pushed while it is computed.
 
-        With `n` parts all but one part's bytes can be hidden, and n - 1 more parts cost their sender something. So it
-        pays where the bytes of a part take longer than it costs: tokens * bytes_per_token / n / bytes_per_s > part_s.
+        At once all is seen: `k` parts as large as the link takes them, and all bytes. Layer by layer, in n parts, one
+        part is seen and its bytes; for that the sender pays for n - k more parts, if that many. So it pays where
+        (k - 1) * part_s + bytes_s * (n - 1) / n > (n - k) * part_s: of one part's KV where its nth takes longer than a
+        part costs, and of more always if n is not much larger than k.
         """
         if self.threshold_tokens is not None:
             return num_tokens >= self.threshold_tokens
         if self.bytes_per_s <= 0:
             return num_tokens >= UNMEASURED_THRESHOLD_TOKENS
+        n, k = self._num_layerwise_parts(num_tokens), self._num_largest_parts(num_tokens)
         bytes_s = num_tokens * self.bytes_per_token / self.bytes_per_s
-        return bytes_s > self._num_layerwise_parts(num_tokens) * self.part_s
+        hidden_s = (k - 1) * self.part_s + bytes_s * (n - 1) / n
+        return n > 1 and hidden_s > max(n - k, 0) * self.part_s
 
     def total_s(self, num_tokens: int) -> float:
         """From the first part's start to the last one's arrival, were all of the KV there at once.
@@ -75,10 +79,13 @@ class HandoffPath:
         if self.bytes_per_s <= 0:
             raise ValueError("the link's rate is not known; measure it first")
         num_bytes = num_tokens * self.bytes_per_token
-        num_parts = ceil(num_bytes / self.max_part_bytes)
+        num_parts = self._num_largest_parts(num_tokens)
         if self.is_layerwise(num_tokens):
             num_parts = max(num_parts, self._num_layerwise_parts(num_tokens))
         return num_parts * self.part_s + num_bytes / self.bytes_per_s
+
+    def _num_largest_parts(self, num_tokens: int) -> int:
+        return ceil(num_tokens * self.bytes_per_token / self.max_part_bytes)
 
     def _num_layerwise_parts(self, num_tokens: int) -> int:
         return self.num_groups * ceil(num_tokens / self.chunk_tokens)

@@ -48,6 +48,20 @@ def test_short_prompts_go_at_once_and_all_of_that_is_seen() -> None:
     assert small.total_s(40) == pytest.approx(0.04 + 0.04), "four parts, because the link takes no larger ones"
 
 
+def test_what_the_link_takes_in_several_parts_anyway_goes_layer_by_layer() -> None:
+    """At once three parts of 10 ms and all bytes are seen, layer by layer one and a quarter of the bytes."""
+    path = replace(PATH, bytes_per_s=1e7)
+    assert not path.is_layerwise(90)
+    assert replace(path, max_part_bytes=30_000).is_layerwise(90)
+    at_once = replace(path, max_part_bytes=30_000, threshold_tokens=1000)
+    assert at_once.visible_s(90, 1.0) == pytest.approx(3 * 0.01 + 0.009)
+    assert replace(at_once, threshold_tokens=1).visible_s(90, 1.0) == pytest.approx(0.01 + 0.009 / 4)
+
+
+def test_one_group_of_layers_is_nothing_to_hide_behind() -> None:
+    assert not replace(PATH, num_groups=1, max_part_bytes=10_000).is_layerwise(100)
+
+
 def test_chunks_make_more_parts() -> None:
     path = replace(PATH, part_s=0.02)
     assert path.is_layerwise(100)  # 4 parts of 25 ms
