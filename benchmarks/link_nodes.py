@@ -305,8 +305,8 @@ class CacheEnd(LinkEnd):
         self._port = CachePort(cache, spec)
         self._table = random.Random(name).sample(range(num_blocks), num_blocks)
         clock = MonotonicClock()
-        self._sender = KVSender(name, self._port, self.links, self, clock, SendLimits(window_bytes))
-        self._receiver = KVReceiver(self._port, self, clock)
+        self._sender = KVSender(name, self._port, self.links, self, self, clock, SendLimits(window_bytes))
+        self._receiver = KVReceiver(self._port, self, self, clock)
         self._num_offers = 0
         self._num_taken = 0
 

@@ -83,8 +83,8 @@ class Link(Protocol):
     def send_part(self, peer: WorkerId, part: KVPart, wire: torch.Tensor) -> None:
         """Takes over a buffer that work on the current stream fills, and returns at once."""
 
-    def hurry(self, peer: WorkerId, commit: KVCommit) -> None:
-        """Brings a commit, which is also sent otherwise, sooner if it can; a link that cannot does nothing."""
+    def hurry(self, peer: WorkerId, commit: KVCommit) -> bool:
+        """Brings a commit, which is also sent otherwise, sooner if it can, and says whether it did; it may be lost."""
 
     def forget(self, peer: WorkerId) -> None:
         """The peer is gone for good."""

@@ -362,8 +362,9 @@ class ReceiveEpoch(_Epoch):
         wire = self._make_wire(bytes.fromhex(token.data), 1)
         wire.connect()
 
-        def matches(data: torch.Tensor) -> torch.Tensor:
-            return (data.view(torch.int64) == pattern[: data.numel()].view(torch.int64)).all()
+        def matches(data: torch.Tensor, answer: torch.Tensor) -> None:
+            is_right = (data.view(torch.int64) == pattern[: data.numel()].view(torch.int64)).all()
+            answer.copy_(is_right, non_blocking=True)
 
         small, large = _SMALL_TRIAL_BYTES, room.trial_bytes
         sizes = [small, large, small] + [large] * _NUM_TRIALS

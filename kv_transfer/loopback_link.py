@@ -78,9 +78,10 @@ class LoopbackLink:
 
         mailbox(part, ArrivedPart(came if is_intact(came) else None, release))
 
-    def hurry(self, peer: WorkerId, commit: KVCommit) -> None:
+    def hurry(self, peer: WorkerId, commit: KVCommit) -> bool:
         if self.hurries:
             self._mailboxes[peer](commit)
+        return self.hurries
 
     def forget(self, peer: WorkerId) -> None:
         pass

@@ -50,12 +50,16 @@ class ReceiverCounters:
 
 
 class KVReceiver:
-    """All incoming transfers of one worker. Ended ones stay until their owner takes them with `pop_ended`."""
+    """All incoming transfers of one worker. Ended ones stay until their owner takes them with `pop_ended`.
 
-    def __init__(self, cache: CachePort, peers: PeerPort, clock: Clock) -> None:
+    `late` brings what nobody waits for: that a transfer is done.
+    """
+
+    def __init__(self, cache: CachePort, peers: PeerPort, late: PeerPort, clock: Clock) -> None:
         self._cache = cache
         self._spec = cache.spec
         self._peers = peers
+        self._late = late
         self._clock = clock
         self._reservations: dict[str, Reservation] = {}
         self._ended: list[Reservation] = []
@@ -197,7 +201,7 @@ class KVReceiver:
             self.fail(commit.transfer_id, f"{reservation.num_cells} layer-token cells came, {wanted} were due")
             return
         self._end(reservation, ReceiveStatus.DONE, "")
-        self._peers.send(reservation.offer.sender, KVDone(commit.transfer_id))
+        self._late.send(reservation.offer.sender, KVDone(commit.transfer_id))
 
     def _end(self, reservation: Reservation, status: ReceiveStatus, reason: str) -> None:
         self._move(reservation, status)

@@ -75,15 +75,26 @@ class SendLimits:
 
 
 class KVSender:
-    """All outgoing transfers of one worker. Parts that the window or the link has no room for wait as block ids."""
+    """All outgoing transfers of one worker. Parts that the window or the link has no room for wait as block ids.
+
+    `late` brings what nobody waits for: a commit that goes over the link, too.
+    """
 
     def __init__(
-        self, worker_id: WorkerId, cache: CachePort, link: Link, peers: PeerPort, clock: Clock, limits: SendLimits
+        self,
+        worker_id: WorkerId,
+        cache: CachePort,
+        link: Link,
+        peers: PeerPort,
+        late: PeerPort,
+        clock: Clock,
+        limits: SendLimits,
     ) -> None:
         self._worker_id = worker_id
         self._cache = cache
         self._link = link
         self._peers = peers
+        self._late = late
         self._clock = clock
         self._limits = limits
         self._transfers: dict[str, _Transfer] = {}
@@ -364,8 +375,8 @@ class KVSender:
         self._move(transfer, SendStatus.COMMITTED)
         started = transfer.started_unix_s or self._clock.unix_s()
         commit = replace(c, num_parts=transfer.num_parts, started_unix_s=started)
-        self._link.hurry(transfer.peer, commit)
-        self._peers.send(transfer.peer, commit)
+        is_on_its_way = self._link.hurry(transfer.peer, commit)
+        (self._late if is_on_its_way else self._peers).send(transfer.peer, commit)
 
     def _move(self, transfer: _Transfer, status: SendStatus) -> None:
         check_send(transfer.status, status)

@@ -35,7 +35,7 @@ from phasewise.core.gguf_file import GGUFFile
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.messages import WorkerInfo
 from phasewise.core.model_source import ModelSource, config_file, resolve_model
-from phasewise.core.outbox import Outbox
+from phasewise.core.outbox import LatePeers, Outbox
 from phasewise.core.ports import GatewayPort, LoadPort, PeerPort
 from phasewise.core.profile import DeviceProfile, ProfileFacts
 from prefill_workers.phase import PrefillLimits, PrefillPhase
@@ -328,7 +328,7 @@ def assemble(
     spec, scheduler, transfer = info.kv_spec, config.scheduler, config.transfer
     budget = token_budget(config, info.device)
     blocks = BlockManager(info.num_kv_blocks, spec.block_size, prefix_caching=config.cache.prefix_caching)
-    outbox = Outbox(info.worker_id, ports.gateways, clock)
+    outbox, late = Outbox(info.worker_id, ports.gateways, clock), LatePeers(ports.peers)
     is_alone = not isinstance(port, LeadingCachePort)
     loop = LoopSettings(
         budget, transfer.layers_per_part if is_alone else 0, config.health.heartbeat_s, pushes_within_steps=is_alone
@@ -343,8 +343,8 @@ def assemble(
         chunk_tokens=budget,
         threshold_tokens=transfer.layerwise_threshold_tokens,
     )
-    sender = KVSender(info.worker_id, port, ports.link, ports.peers, clock, sending)
-    receiver = KVReceiver(port, ports.peers, clock)
+    sender = KVSender(info.worker_id, port, ports.link, ports.peers, late, clock, sending)
+    receiver = KVReceiver(port, ports.peers, late, clock)
     prompts = PrefillScheduler(blocks, lookahead_tokens=2 * budget)
     decode = DecodePhase(
         blocks,
@@ -369,5 +369,5 @@ def assemble(
         decode.has_room,
     )
     prober = LinkProber(info.worker_id, port, ports.link, clock)
-    parts = WorkerParts(runner, blocks, prefill, decode, sender, receiver, prober, outbox)
+    parts = WorkerParts(runner, blocks, prefill, decode, sender, receiver, prober, outbox, late)
     return Worker(info, parts, ports.peers, ports.loads, clock, loop)

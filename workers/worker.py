@@ -9,6 +9,8 @@ A round of the loop:
     collect   the results of the step before: an engine on a GPU computes one step while the next is prepared
     take      each phase its results; one message to each gateway; a load report when something changed
 
+What another worker does not wait for is sent to it behind `submit` and at the end.
+
 A sequence may so be part of a step before the token of the step before is known here: the engine feeds it on the
 device. What such a step computed for a sequence that turns out to have ended is dropped.
 
@@ -54,7 +56,7 @@ from phasewise.core.messages import (
     WorkerLoad,
     WorkerMessage,
 )
-from phasewise.core.outbox import Outbox
+from phasewise.core.outbox import LatePeers, Outbox
 from phasewise.core.placement import WorkerState
 from phasewise.core.ports import LoadPort, PeerPort
 from phasewise.core.recent import RecentNames
@@ -108,6 +110,7 @@ class WorkerParts:
     receiver: KVReceiver
     prober: LinkProber
     outbox: Outbox
+    late: LatePeers
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,10 +196,12 @@ class Worker:
         has_work = bool(decodes or prompts)
         # Behind no new step, all are taken: the one after them may not find their newest tokens on the device.
         num_ahead = parts.runner.num_steps_ahead if has_work and self._submit(decodes, prompts) else 0
+        parts.late.flush()
         while len(self._in_flight) > num_ahead:
             has_work = True
             self._collect(self._in_flight.popleft())
         parts.outbox.flush()
+        parts.late.flush()
         self._report(idle=False)
         return has_work or parts.decode.has_made_room
 

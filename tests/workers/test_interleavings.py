@@ -41,13 +41,15 @@ def corrupt_once() -> Callable[[KVPart, torch.Tensor], torch.Tensor]:
     return fault
 
 
-def hold_first(box: WorkerBox, kind: type) -> tuple[list[tuple[str, WorkerMessage]], Callable[..., None]]:
-    """Keeps the first message of a kind back; (what was kept, how to deliver it)."""
+def hold_first(
+    box: WorkerBox, kind: type, transfer: str = ""
+) -> tuple[list[tuple[str, WorkerMessage]], Callable[..., None]]:
+    """Keeps the first message of a kind back, or that of a transfer; (what was kept, how to deliver it)."""
     kept: list[tuple[str, WorkerMessage]] = []
     real = box.send
 
     def send(worker_id: str, message: WorkerMessage) -> None:
-        if isinstance(message, kind) and not kept:
+        if isinstance(message, kind) and not kept and transfer in ("", getattr(message, "transfer_id", "")):
             kept.append((worker_id, message))
         else:
             real(worker_id, message)
@@ -243,7 +245,7 @@ def test_a_lost_done_repeats_no_token_and_frees_prefill() -> None:
 def test_a_second_offer_behind_the_commit_in_one_drain() -> None:
     """The sender gave up what had just become whole, while the receiver was inside a step."""
     box = WorkerBox(PAIR)
-    kept, _ = hold_first(box, KVDone)
+    kept, _ = hold_first(box, KVDone, "r#prefill-0.1")
     box.submit("r", prompt_of(60), "prefill-0", "decode-0", max_tokens=50, time_left_s=600)
     prefill, decode = box.workers["prefill-0"], box.workers["decode-0"]
     prefill.round()

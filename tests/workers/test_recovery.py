@@ -95,7 +95,7 @@ async def test_a_worker_lost_before_the_commit_or_the_word_that_it_came(side: in
             real(worker_id, message)  # type: ignore[arg-type]
 
     for worker in box.workers.values():
-        worker._parts.sender._peers = worker._parts.receiver._peers = _Port(send)  # type: ignore[assignment]
+        worker._parts.sender._peers = worker._parts.late._port = _Port(send)  # type: ignore[assignment]
     await box.ask("r", prompt_of(50), max_tokens=20)
     await box.until(lambda: bool(lost))
     box.lose(lost[0])
