@@ -31,25 +31,29 @@ class Cache(Protocol):
 class KVPlace:
     """Where a sequence's KV lies: its blocks, and their slots on the device from their first use on.
 
-    Read on one side of a handoff only, so always in the same stream.
+    Read on one side of a handoff only, so always in the same stream. `vacated`: behind it nobody uses the blocks but
+    this handoff, where that was not waited for yet.
     """
 
     block_table: Sequence[int]
     slots: torch.Tensor | None = None
+    vacated: torch.cuda.Event | None = None
 
 
 class CachePort:
     """A worker's cache. `spec` is that of the whole worker.
 
-    What comes in is put on the current stream, between the steps that write and read the same blocks there. What goes
-    out is read on a stream of its own, as soon as it is written (`mark`, `beside`): a long step holds nothing up.
+    What goes out is read on a stream of its own, as soon as it is written (`mark`, `beside`), and what comes in is
+    written on another (`prepare`, `inward`, `join`): steps under way, or enqueued already, hold nothing up.
     """
 
     def __init__(self, cache: Cache, spec: KVCacheSpec) -> None:
         self.cache = cache
         self.spec = spec
         self._storage = cache.storage
-        self._side = torch.cuda.Stream(self.device, priority=-1) if self.device.type == "cuda" else None
+        has_streams = self.device.type == "cuda"
+        self._side = torch.cuda.Stream(self.device, priority=-1) if has_streams else None
+        self._inward = torch.cuda.Stream(self.device, priority=-1) if has_streams else None
 
     @property
     def device(self) -> torch.device:
@@ -84,14 +88,31 @@ class CachePort:
         if self._side is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._side)
 
+    @contextlib.contextmanager
+    def inward(self) -> Iterator[None]:
+        """Within it the current stream is the one for what comes in: its last use, too, is to be marked there."""
+        with contextlib.nullcontext() if self._inward is None else torch.cuda.stream(self._inward):
+            yield
+
+    def join(self) -> None:
+        """What the current stream gets from now on finds all that was unpacked, and may write to the same blocks."""
+        if self._inward is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._inward)
+
     def layout(self, span: PartSpan, dtype: str, codec: Codec) -> WireLayout:
         """What a part looks like on the wire."""
         spec = self.spec
         return WireLayout(span.num_layers, span.num_tokens, spec.num_kv_heads, spec.head_dim, dtype, codec)
 
     def prepare(self, place: KVPlace) -> None:
-        """Puts on the device what `unpack` needs, ahead of it."""
-        self._slots(place)
+        """Puts on the device what `unpack` needs, ahead of it.
+
+        What is on the current stream now may use the blocks yet; what comes later must not, until `join`.
+        """
+        if self._inward is not None:
+            place.vacated = self.mark()
+        with self.inward():
+            self._slots(place)
 
     def pack(self, place: KVPlace, span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:
         """Fills a wire buffer with KV of a sequence, its checksum included."""
@@ -99,6 +120,9 @@ class CachePort:
 
     def unpack(self, place: KVPlace, span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:
         """Writes what came into a sequence's blocks."""
+        if place.vacated is not None:
+            torch.cuda.current_stream(self.device).wait_event(place.vacated)
+            place.vacated = None
         unpack(self._storage, self._slots_of_part(place, span), span.first_layer, layout, wire)
 
     def warm_up(self, dtypes: Iterable[str], codec: Codec) -> None:

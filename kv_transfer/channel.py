@@ -82,14 +82,21 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Go:
-    """The bytes start now: post the receive."""
+    """The KV is computed: post the receive."""
+
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Posted:
+    """The receive is on the receiver's device: the send has nothing to wait for."""
 
     seq: int
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """A handoff's commit, a first time: it comes to the mailbox by the workers' own way, too."""
+    """A handoff's commit."""
 
     commit: KVCommit
 
@@ -106,8 +113,8 @@ class Ping:
     """The process lives."""
 
 
-ChannelMessage = Hello | Refused | Token | Ready | Announce | Grant | Go | Commit | Left | Ping
-_TYPES = {cls.__name__: cls for cls in (Hello, Refused, Token, Ready, Announce, Grant, Go, Commit, Left, Ping)}
+ChannelMessage = Hello | Refused | Token | Ready | Announce | Grant | Go | Posted | Commit | Left | Ping
+_TYPES = {cls.__name__: cls for cls in (Hello, Refused, Token, Ready, Announce, Grant, Go, Posted, Commit, Left, Ping)}
 _HELLO_FIELDS = frozenset(field.name for field in dataclasses.fields(Hello))
 
 

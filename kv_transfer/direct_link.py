@@ -165,10 +165,10 @@ class DirectLinks:
             self._out.pool.give_back(slab)
             self._post(LinkLost(peer, f"the link to {peer} is not up", frozenset({part.transfer_id})), None)
 
-    def hurry(self, peer: WorkerId, commit: KVCommit) -> bool:
+    def send_commit(self, peer: WorkerId, commit: KVCommit) -> bool:
         entry = self._peers.get(peer)
         epoch = entry.epoch if entry is not None else None
-        return epoch is not None and epoch.is_up and epoch.hurry(commit)
+        return epoch is not None and epoch.is_up and epoch.send_commit(commit)
 
     def forget(self, peer: WorkerId) -> None:
         with self._lock:

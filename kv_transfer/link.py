@@ -8,7 +8,7 @@ worker what happened through its mailbox, too:
     KVPartAck                      a part that was sent has arrived, or was given up there
     LinkLost                       the link to a worker broke; parts of these transfers will not arrive
 
-Control messages (offer, commit, …) go from mailbox to mailbox; a commit may come this way, too, and so earlier.
+Control messages (offer, …) go from mailbox to mailbox; a commit may take this road, which is faster.
 """
 
 from __future__ import annotations
@@ -83,8 +83,11 @@ class Link(Protocol):
     def send_part(self, peer: WorkerId, part: KVPart, wire: torch.Tensor) -> None:
         """Takes over a buffer that work on the current stream fills, and returns at once."""
 
-    def hurry(self, peer: WorkerId, commit: KVCommit) -> bool:
-        """Brings a commit, which is also sent otherwise, sooner if it can, and says whether it did; it may be lost."""
+    def send_commit(self, peer: WorkerId, commit: KVCommit) -> bool:
+        """Brings a commit, sooner than the workers' own way, or says that it does not.
+
+        Like a part it may be lost when the link breaks: LinkLost comes, which does not name its transfer.
+        """
 
     def forget(self, peer: WorkerId) -> None:
         """The peer is gone for good."""

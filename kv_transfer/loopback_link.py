@@ -18,7 +18,7 @@ class LoopbackLink:
     """Puts parts of one worker straight into its peers' mailboxes.
 
     `fault` sees every part and returns what arrives: the buffer, another one (corruption), or None (loss).
-    With `hurries` commits come this way, too.
+    With `brings_commits` commits come this way.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class LoopbackLink:
         self._max_part_bytes = max_part_bytes
         self._rate = rate
         self._part_s = part_s
-        self.hurries = False
+        self.brings_commits = False
 
     def name(self, peer: WorkerId) -> str:
         return "loopback"
@@ -78,10 +78,10 @@ class LoopbackLink:
 
         mailbox(part, ArrivedPart(came if is_intact(came) else None, release))
 
-    def hurry(self, peer: WorkerId, commit: KVCommit) -> bool:
-        if self.hurries:
+    def send_commit(self, peer: WorkerId, commit: KVCommit) -> bool:
+        if self.brings_commits:
             self._mailboxes[peer](commit)
-        return self.hurries
+        return self.brings_commits
 
     def forget(self, peer: WorkerId) -> None:
         pass

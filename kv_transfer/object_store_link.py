@@ -92,7 +92,7 @@ class ObjectStoreLink:
         receive = self._receive_on_device if self._threads else self._arrived
         self._run(1, sender, part, lambda: receive(sender, part, wire))
 
-    def hurry(self, peer: WorkerId, commit: KVCommit) -> bool:
+    def send_commit(self, peer: WorkerId, commit: KVCommit) -> bool:
         return False
 
     def forget(self, peer: WorkerId) -> None:

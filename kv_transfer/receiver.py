@@ -52,7 +52,7 @@ class ReceiverCounters:
 class KVReceiver:
     """All incoming transfers of one worker. Ended ones stay until their owner takes them with `pop_ended`.
 
-    `late` brings what nobody waits for: that a transfer is done.
+    `late` brings what the step need not wait for: that a transfer is done.
     """
 
     def __init__(self, cache: CachePort, peers: PeerPort, late: PeerPort, clock: Clock) -> None:
@@ -64,6 +64,11 @@ class KVReceiver:
         self._reservations: dict[str, Reservation] = {}
         self._ended: list[Reservation] = []
         self.counters = ReceiverCounters()
+
+    @property
+    def is_receiving(self) -> bool:
+        """Whether more parts are to come for a handoff of which some are here."""
+        return any(r.status is ReceiveStatus.RECEIVING for r in self._reservations.values())
 
     @property
     def num_reservations(self) -> int:
@@ -93,13 +98,14 @@ class KVReceiver:
 
         Of a probe (kv_transfer/prober.py) nothing is written.
         """
-        try:
-            if part.is_probe:
-                self.counters.checksum_failures += arrived.wire is None
-            else:
-                self._take_part(part, arrived)
-        finally:
-            arrived.release()
+        with self._cache.inward():
+            try:
+                if part.is_probe:
+                    self.counters.checksum_failures += arrived.wire is None
+                else:
+                    self._take_part(part, arrived)
+            finally:
+                arrived.release()
 
     def on_commit(self, commit: KVCommit) -> None:
         reservation = self._reservations.get(commit.transfer_id)
@@ -148,8 +154,13 @@ class KVReceiver:
         return min((r.lease_end_s for r in self._reservations.values()), default=float("inf"))
 
     def pop_ended(self) -> list[Reservation]:
-        """Reservations that are DONE (their blocks are the caller's now) or FAILED (free them), once each."""
+        """Reservations that are DONE (their blocks are the caller's now) or FAILED (free them), once each.
+
+        What the current stream gets behind this may read and write those blocks.
+        """
         ended, self._ended = self._ended, []
+        if any(reservation.parts for reservation in ended):
+            self._cache.join()
         return ended
 
     # ---- inside

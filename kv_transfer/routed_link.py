@@ -57,8 +57,8 @@ class RoutedLink:
     def send_part(self, peer: WorkerId, part: KVPart, wire: torch.Tensor) -> None:
         self._given_out.send_part(peer, part, wire)
 
-    def hurry(self, peer: WorkerId, commit: KVCommit) -> bool:
-        return self._route(peer).hurry(peer, commit)
+    def send_commit(self, peer: WorkerId, commit: KVCommit) -> bool:
+        return self._route(peer).send_commit(peer, commit)
 
     def forget(self, peer: WorkerId) -> None:
         self._direct.forget(peer)

@@ -52,6 +52,7 @@ class _Transfer:
     in_flight: dict[int, int] = field(default_factory=dict)  # part index → bytes
     num_parts: int = 0
     commit: KVCommit | None = None
+    on_link: KVCommit | None = None  # the commit, while nothing else brings it
     commit_timeout_s: float = float("inf")  # from the commit, or from the acceptance if that is later
 
 
@@ -77,7 +78,7 @@ class SendLimits:
 class KVSender:
     """All outgoing transfers of one worker. Parts that the window or the link has no room for wait as block ids.
 
-    `late` brings what nobody waits for: a commit that goes over the link, too.
+    `late` brings what the step need not wait for: offers.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class KVSender:
         self._num_offers += 1
         transfer_id = f"{request.request_id}#{self._worker_id}.{self._num_offers}"
         self._transfers[transfer_id] = _Transfer(peer, self._clock.now_s() + min(time_left_s, timeout_s))
-        self._peers.send(
+        self._late.send(
             peer,
             KVOffer(transfer_id, WIRE_VERSION, self._worker_id, self._cache.spec, request, gateway_id, time_left_s),
         )
@@ -291,10 +292,17 @@ class KVSender:
         self._link.forget(peer)
 
     def on_link_lost(self, lost: LinkLost) -> None:
-        """Gives up the transfers whose parts were on that link. Another attempt takes another road."""
+        """Gives up the transfers whose parts were on that link. Another attempt takes another road.
+
+        A commit may have been on it behind parts that had all arrived: it is sent again.
+        """
         self.num_links_lost += 1
         for transfer_id in lost.transfer_ids:
             self.abort(transfer_id, f"the link to {lost.peer} broke: {lost.reason}")
+        for transfer in self._transfers.values():
+            if transfer.peer == lost.peer and transfer.status is SendStatus.COMMITTED and transfer.on_link is not None:
+                self._peers.send(transfer.peer, transfer.on_link)
+                transfer.on_link = None
         self.pump()  # its buffers are free
 
     # ---- inside
@@ -375,8 +383,10 @@ class KVSender:
         self._move(transfer, SendStatus.COMMITTED)
         started = transfer.started_unix_s or self._clock.unix_s()
         commit = replace(c, num_parts=transfer.num_parts, started_unix_s=started)
-        is_on_its_way = self._link.hurry(transfer.peer, commit)
-        (self._late if is_on_its_way else self._peers).send(transfer.peer, commit)
+        if self._link.send_commit(transfer.peer, commit):
+            transfer.on_link = commit
+        else:
+            self._peers.send(transfer.peer, commit)
 
     def _move(self, transfer: _Transfer, status: SendStatus) -> None:
         check_send(transfer.status, status)

@@ -331,7 +331,7 @@ def assemble(
     outbox, late = Outbox(info.worker_id, ports.gateways, clock), LatePeers(ports.peers)
     is_alone = not isinstance(port, LeadingCachePort)
     loop = LoopSettings(
-        budget, transfer.layers_per_part if is_alone else 0, config.health.heartbeat_s, pushes_within_steps=is_alone
+        budget, transfer.layers_per_part if is_alone else 0, config.health.heartbeat_s, is_alone=is_alone
     )
     # What has room in slabs must not wait for the window. A part is more than its KV: by less than a hundredth.
     slabs_mib = transfer.num_slabs * transfer.slab_mib * 1.01

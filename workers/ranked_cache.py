@@ -62,7 +62,7 @@ class LeadingCachePort(CachePort):
 
     def __init__(self, cache: PagedKVCache, spec: KVCacheSpec, group: Group, ranks: Ranks) -> None:
         super().__init__(cache, spec)
-        self._side = None  # all ranks take part in packing, on the stream of their steps
+        self._side = self._inward = None  # all ranks take part in both, on the stream of their steps
         self._heads = RankHeads(cache, group)
         self._num_ranks = group.size
         self._ranks = ranks

@@ -2,14 +2,14 @@
 
 A round of the loop:
 
-    mailbox → phases (messages are taken between steps; inside one only that a part has arrived, if others wait for it)
+    mailbox → phases (messages are taken between steps; inside one only parts, and that some have arrived)
     poll      deadlines, leases, ended handoffs, new offers
     plan      the decode phase its tokens first, then the prefill phase within what is left of the token budget
     submit    one ragged batch to the engine; KV of long prompts leaves while later layers compute
     collect   the results of the step before: an engine on a GPU computes one step while the next is prepared
     take      each phase its results; one message to each gateway; a load report when something changed
 
-What another worker does not wait for is sent to it behind `submit` and at the end.
+What this step need not wait for is sent to other workers when the device has something to do, and at the end.
 
 A sequence may so be part of a step before the token of the step before is known here: the engine feeds it on the
 device. What such a step computed for a sequence that turns out to have ended is dropped.
@@ -65,7 +65,7 @@ from workers.roles import may_prefill, may_reserve
 
 logger = logging.getLogger(__name__)
 
-_ACKNOWLEDGEMENT_S = 0.0005  # how late a step's end may be noticed while parts are held back
+_PART_S = 0.0005  # how late a step's end may be noticed while parts are under way
 _UNUSABLE = "the model computed NaN or infinite logits for this request; its KV or the weights may be damaged"
 
 
@@ -87,15 +87,15 @@ class Runner(Protocol):
 class LoopSettings:
     """What the loop needs of the configuration.
 
-    With `pushes_within_steps` KV leaves while later layers compute; else, of each chunk, right behind its step: several
-    ranks take part in packing, and they are not between two layers together.
+    With `is_alone`, a worker of one rank, KV leaves and comes while layers compute; else right behind a step: several
+    ranks take part in packing and unpacking, and they are not between two layers together.
     """
 
     token_budget: int
     layers_per_part: int
     heartbeat_s: float
     report_interval_s: float = 0.05
-    pushes_within_steps: bool = True
+    is_alone: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,10 +234,11 @@ class Worker:
         done: list[tuple[int, int]] = []
 
         def on_layers_done(first_layer: int, num_layers: int) -> None:
-            if self._settings.pushes_within_steps:
+            if self._settings.is_alone:
                 parts.prefill.on_layers_done(prompts, first_layer, num_layers)
             else:
                 done.append((first_layer, num_layers))
+            parts.late.flush()  # the device has something to do meanwhile
 
         try:
             step = parts.runner.submit(ScheduledBatch(items), on_layers_done if prompts else None, layers_per_part)
@@ -255,8 +256,8 @@ class Worker:
 
     def _collect(self, flight: _StepInFlight) -> None:
         parts, items = self._parts, (*flight.decodes, *flight.prompts)
-        while parts.sender.is_held_back and not flight.step.is_done():
-            self._take_acknowledgement()
+        while self._has_parts_under_way() and not flight.step.is_done():
+            self._take_part_inside()
         try:
             result = flight.step.collect()
         except DeviceLost:
@@ -290,15 +291,20 @@ class Worker:
             self._parts.prefill.fail(request_id, error)
             self._parts.decode.fail(request_id, error)
 
-    def _take_acknowledgement(self) -> None:
-        """Inside a step: lets the next part go when one has arrived. Everything else waits for the step's end."""
+    def _has_parts_under_way(self) -> bool:
+        """Whether parts wait for the room of others: here for their acknowledgements, there for this worker's cache."""
+        parts = self._parts
+        return parts.sender.is_held_back or (self._settings.is_alone and parts.receiver.is_receiving)
+
+    def _take_part_inside(self) -> None:
+        """Inside a step: takes a part, or the word that one has arrived. Everything else waits for the step's end."""
         try:
-            entry = self._mailbox.get(timeout=_ACKNOWLEDGEMENT_S)
+            entry = self._mailbox.get(timeout=_PART_S)
         except queue.Empty:
             return
         if entry is None:
             return  # `stop`: seen behind this round
-        if isinstance(entry[0], KVPartAck):
+        if isinstance(entry[0], KVPartAck) or (self._settings.is_alone and isinstance(entry[0], KVPart)):
             self._dispatch(*entry)
         else:
             self._kept.append(entry)

@@ -1,4 +1,4 @@
-"""Collects what a worker has to say: for gateways one message per step; for workers what nobody there waits for."""
+"""Collects what a worker has to say: for gateways one message per step; for workers what no step waits for."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Outbox:
 class LatePeers:
     """A PeerPort whose messages wait for `flush`, in their order. Used by the step loop's thread alone.
 
-    A call of another actor takes its caller 0.3 to 0.6 ms: too long between KV that came in and the step that reads it.
+    A call of another actor takes its caller 0.3 to 0.6 ms: too long before a step for which everything is there.
     """
 
     def __init__(self, port: PeerPort) -> None:

@@ -96,14 +96,14 @@ def test_a_small_commit_comes_with_the_parts(node: Make, token: SampledToken | N
     sender, receiver = node("prefill-0"), node("decode-0")
     connect(sender, receiver)
     commit = KVCommit("t", 2, 30, (token,), 1.5)
-    sender.links.hurry("decode-0", commit)
+    sender.links.send_commit("decode-0", commit)
     assert receiver.next(KVCommit) == commit
     for large in ((token, token), (SampledToken(5, -1.0, ((5, -1.0), (6, -2.0))),)):
-        sender.links.hurry("decode-0", KVCommit("t", 2, 30, large, 1.5))
+        sender.links.send_commit("decode-0", KVCommit("t", 2, 30, large, 1.5))
     assert sender.try_send("decode-0", 0, 64)
     receiver.take(0, 64)  # and nothing before it: larger ones come by the workers' own way alone
     assert sender.next(KVPartAck) == KVPartAck("t", 0)
-    sender.links.hurry("stranger", commit)
+    sender.links.send_commit("stranger", commit)
 
 
 def test_both_directions_of_a_pair_at_once(node: Make) -> None:

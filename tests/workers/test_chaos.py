@@ -17,6 +17,7 @@ from phasewise.core.errors import RequestCancelled, TransferFailed, Unavailable,
 from phasewise.core.messages import KVPart, LinkLost, PeerLost, WorkerMessage, WorkerOutput
 from phasewise.core.placement import WorkerId
 from tests.support.gateway_box import GatewayBox
+from tests.support.late_unpacking import LateUnpacking
 from tests.support.scripted_engine import expected_tokens
 from tests.support.worker_box import corrupt
 from tests.workers.test_request_life import prompt_of
@@ -38,8 +39,10 @@ class ChaosBox(GatewayBox):
         mailboxes = next(iter(self.workers.values()))._parts.sender._link._mailboxes  # type: ignore[attr-defined]
         for name, worker in self.workers.items():
             mailboxes[name] = self._late(name, worker.post)
-            worker._parts.sender._link.hurries = rng.random() < 0.5  # type: ignore[attr-defined]
+            worker._parts.sender._link.brings_commits = rng.random() < 0.5  # type: ignore[attr-defined]
             self.runners[name].on_look = lambda: rng.random() < 0.7
+            if rng.random() < 0.5:
+                LateUnpacking(self, name)
 
     def _late(self, to: WorkerId, post: Callable[..., None]) -> Callable[..., None]:
         def put(message: Any, arrived: Any = None) -> None:

@@ -110,6 +110,33 @@ def test_parts_lost_with_the_link_are_sent_again_beside_it(
     box.assert_empty()
 
 
+@pytest.mark.parametrize("arrives", [True, False])
+def test_a_commit_lost_with_the_link_is_sent_beside_it(arrives: bool) -> None:
+    """Behind parts that had arrived, so that nothing else of its handoff was lost."""
+    box = LinkedBox()
+    on_link: list[KVCommit] = []
+
+    def send_commit(peer: str, commit: KVCommit) -> bool:
+        on_link.append(commit)
+        if arrives:
+            box.workers[peer].post(commit)
+        return True
+
+    box.direct.send_commit = send_commit  # type: ignore[method-assign]
+    box.submit("r", prompt_of(100), "prefill-0", "decode-0", max_tokens=8)
+    for _ in range(10):
+        box.round()
+    assert on_link and not committed(box)
+    assert box.workers["prefill-0"].load().num_handoffs_out == (not arrives)
+    box.break_link("prefill-0")
+    box.break_link("prefill-0")  # the news may come twice
+    box.run()
+    assert box.output("r") == expected_tokens(prompt_of(100), 8)
+    assert sum(isinstance(m, KVCommit) for _, m in box.sent) == (not arrives)
+    assert box.workers["prefill-0"].load().counters["handoff_failures"] == 0
+    box.assert_empty()
+
+
 def test_a_link_that_breaks_with_nothing_on_it_costs_nothing() -> None:
     box = LinkedBox()
     box.submit("a", prompt_of(100), "prefill-0", "decode-0", max_tokens=8)

@@ -1,8 +1,9 @@
-"""KV that is read for parts beside the steps: a device may be late with it, and its blocks come free meanwhile."""
+"""KV that is read and written for parts beside the steps: a device may be late, and blocks come free meanwhile."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from kv_transfer.link import ArrivedPart
 from kv_transfer.staging import is_intact
 from phasewise.core.messages import AbortRequest, KVAbort, KVPart, KVPartAck
 from phasewise.core.placement import WorkerId
+from tests.support.late_unpacking import LateUnpacking
 from tests.support.scripted_engine import expected_tokens
 from tests.support.worker_box import WorkerBox
 from tests.workers.test_interleavings import hold_first
+from tests.workers.test_links import LAYERWISE, LinkedBox
 from tests.workers.test_request_life import PAIR, prompt_of
 
 
@@ -71,4 +74,57 @@ def test_no_block_is_written_again_before_it_was_read_for_a_part() -> None:
         box.round()
         device.finish()
     assert box.output("same") == expected_tokens(prompt_of(100), 8)
+    box.assert_empty()
+
+
+def test_no_step_reads_a_handoff_before_all_of_it_is_in_the_cache() -> None:
+    box = WorkerBox(PAIR, transfer=LAYERWISE)
+    LateUnpacking(box, "decode-0")
+    for i in range(4):
+        box.submit(f"r{i}", prompt_of(90, i), "prefill-0", "decode-0", max_tokens=8)
+    box.run()
+    for i in range(4):
+        assert box.output(f"r{i}") == expected_tokens(prompt_of(90, i), 8)
+    box.assert_empty()
+
+
+def test_no_part_of_a_handoff_that_failed_is_written_into_the_blocks_of_the_next() -> None:
+    box = LinkedBox(num_blocks=8, transfer=LAYERWISE)
+    unpacking = LateUnpacking(box, "decode-0")
+    box.direct.num_delivered = 1
+    box.submit("cancelled", prompt_of(100), "prefill-0", "decode-0", max_tokens=8)
+    box.run_until(lambda: unpacking.num_parts > 0)
+    box.abort("cancelled")
+    box.round()
+    box.direct.num_delivered = 2**31
+    box.submit("next", prompt_of(100, 1), "prefill-0", "decode-0", max_tokens=8)
+    box.run()
+    unpacking.finish()
+    assert box.output("next") == expected_tokens(prompt_of(100, 1), 8)
+    box.assert_empty()
+
+
+def test_parts_are_taken_while_a_step_computes() -> None:
+    """They wait for each other's room: a handoff must not take a step for each."""
+    box = WorkerBox({**PAIR, "prefill-1": "prefill"}, transfer=LAYERWISE)
+    box.num_steps_ahead = 1
+    decode, runner = box.workers["decode-0"], box.runners["decode-0"]
+    runner.num_steps_ahead = 1
+    receiver, sender = decode._parts.receiver, box.workers["prefill-0"]._parts.sender
+    sender._limits = replace(sender._limits, window_bytes=1)  # a part at a time
+    box.submit("decodes", prompt_of(40), "prefill-1", "decode-0", max_tokens=60)
+    box.run_until(lambda: ("decodes", 0) in box.tokens and len(box.tokens[("decodes", 0)]) > 3)
+    box.submit("comes", prompt_of(100, 1), "prefill-0", "decode-0", max_tokens=8)
+    seen: list[int] = []
+
+    def on_look() -> bool:
+        box.workers["prefill-0"].round()
+        seen.append(sum(len(reservation.parts) for reservation in receiver.reservations))
+        return not receiver.is_receiving or seen[-3:] == [seen[-1]] * 3
+
+    runner.on_look = on_look
+    box.run()
+    assert len(set(seen)) > 1, "parts were taken between two looks at a step that was not done"
+    assert box.output("comes") == expected_tokens(prompt_of(100, 1), 8)
+    assert box.output("decodes") == expected_tokens(prompt_of(40), 60)
     box.assert_empty()
