@@ -170,8 +170,7 @@ class Benchmark:
                 "cache": {"kv_cache_gib": 0.05 if self._quick else 40, "prefix_caching": False},
                 "scheduler": {"max_running": batch + 32},
             }
-            # Parts leave their slabs between two steps: two slabs would hold the duty below what is wanted.
-            settings = LinkSettings(self._settings.channels, 6, 6, (16 if self._quick else 128) * MIB)
+            settings = LinkSettings(self._settings.channels, slab_bytes=(16 if self._quick else 128) * MIB)
             controls = pipes(("prefill", "decode"), ("pusher", "decode"))
             kinds = {"prefill": (0, WorkerEnd, (values,)), "decode": (1, WorkerEnd, (values,))}
             with self._nodes(kinds, settings, controls) as nodes:

@@ -31,7 +31,7 @@ engine)
   tests cuda 260 tests/engine/test_cuda.py &
   tests sampling 260 tests/engine/test_cuda_sampling.py &
   tests fp8 260 tests/engine/test_cuda_fp8.py &
-  tests packing 260 tests/kv_transfer/test_kernels_gpu.py &
+  tests packing 260 tests/kv_transfer/test_kernels_gpu.py tests/kv_transfer/test_cache_port_gpu.py &
   wait
   tests memory 120 tests/engine/test_cuda_memory.py # measures the whole GPU: alone
   go engine 240 "$python" -m benchmarks.engine --output "$out/engine.json"

@@ -38,6 +38,10 @@ from phasewise.core.placement import Placement, WorkerId
 
 logger = logging.getLogger(__name__)
 
+_KEEP_ALIVE_S = 75
+"""An idle connection is kept for longer than clients and load balancers do (60 s): who closes first may close under a
+request that is on its way, and the other side cannot tell whether it was read."""
+
 _LINKS_TIMEOUT_S = 5.0  # for a worker to tell of its links
 
 
@@ -384,7 +388,14 @@ class GatewayActor:
         addresses["grpc"] = f"{host}:{port}"
         app = build_app(loop, max_body_bytes=max_bytes)
         self._http = uvicorn.Server(
-            uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=5)
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                timeout_graceful_shutdown=5,
+                timeout_keep_alive=_KEEP_ALIVE_S,
+            )
         )
         self._http_task = asyncio.create_task(self._http.serve(sockets=[self._socket]))
         loop.start_admitting()
