@@ -52,8 +52,9 @@ class CachePort:
         self.spec = spec
         self._storage = cache.storage
         has_streams = self.device.type == "cuda"
-        self._side = torch.cuda.Stream(self.device, priority=-1) if has_streams else None
-        self._inward = torch.cuda.Stream(self.device, priority=-1) if has_streams else None
+        # Of another priority than those of wires: torch hands out 32 of each again and again, and steps wait for these.
+        self._side = torch.cuda.Stream(self.device, priority=-2) if has_streams else None
+        self._inward = torch.cuda.Stream(self.device, priority=-2) if has_streams else None
 
     @property
     def device(self) -> torch.device:

@@ -72,7 +72,8 @@ class KVReceiver:
 
     @property
     def num_reservations(self) -> int:
-        return len(self._reservations)
+        """With those that have ended and were not taken: they hold blocks."""
+        return len(self._reservations) + len(self._ended)
 
     @property
     def reservations(self) -> list[Reservation]:

@@ -306,6 +306,7 @@ class Worker:
             return  # `stop`: seen behind this round
         if isinstance(entry[0], KVPartAck) or (self._settings.is_alone and isinstance(entry[0], KVPart)):
             self._dispatch(*entry)
+            self._parts.late.flush()  # a sender holds blocks until it hears that it is done
         else:
             self._kept.append(entry)
 

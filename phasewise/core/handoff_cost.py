@@ -50,9 +50,11 @@ class HandoffPath:
         if self.bytes_per_s <= 0:
             return num_tokens >= UNMEASURED_THRESHOLD_TOKENS
         n, k = self._num_layerwise_parts(num_tokens), self._num_largest_parts(num_tokens)
+        if n <= 1:
+            return False
         bytes_s = num_tokens * self.bytes_per_token / self.bytes_per_s
         hidden_s = (k - 1) * self.part_s + bytes_s * (n - 1) / n
-        return n > 1 and hidden_s > max(n - k, 0) * self.part_s
+        return hidden_s > max(n - k, 0) * self.part_s
 
     def total_s(self, num_tokens: int) -> float:
         """From the first part's start to the last one's arrival, were all of the KV there at once.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 
 from phasewise.core.clock import Clock
@@ -82,12 +82,12 @@ class LatePeers:
 
     def __init__(self, port: PeerPort) -> None:
         self._port = port
-        self._pending: list[tuple[WorkerId, WorkerMessage]] = []
+        self._pending: deque[tuple[WorkerId, WorkerMessage]] = deque()
 
     def send(self, worker_id: WorkerId, message: WorkerMessage) -> None:
         self._pending.append((worker_id, message))
 
     def flush(self) -> None:
-        pending, self._pending = self._pending, []
-        for worker_id, message in pending:
-            self._port.send(worker_id, message)
+        """A message that cannot be sent raises, and is the only one that is lost."""
+        while self._pending:
+            self._port.send(*self._pending.popleft())

@@ -96,14 +96,39 @@ def test_a_small_commit_comes_with_the_parts(node: Make, token: SampledToken | N
     sender, receiver = node("prefill-0"), node("decode-0")
     connect(sender, receiver)
     commit = KVCommit("t", 2, 30, (token,), 1.5)
-    sender.links.send_commit("decode-0", commit)
+    assert sender.links.send_commit("decode-0", commit)
     assert receiver.next(KVCommit) == commit
     for large in ((token, token), (SampledToken(5, -1.0, ((5, -1.0), (6, -2.0))),)):
-        sender.links.send_commit("decode-0", KVCommit("t", 2, 30, large, 1.5))
+        assert not sender.links.send_commit("decode-0", KVCommit("t", 2, 30, large, 1.5))
     assert sender.try_send("decode-0", 0, 64)
-    receiver.take(0, 64)  # and nothing before it: larger ones come by the workers' own way alone
+    receiver.take(0, 64)  # and nothing before it: larger ones come by the workers' own way
     assert sender.next(KVPartAck) == KVPartAck("t", 0)
-    sender.links.send_commit("stranger", commit)
+    assert not sender.links.send_commit("stranger", commit)
+
+
+def test_nothing_is_sent_before_its_receive_is_posted(node: Make) -> None:
+    """On a GPU a send that waits takes multiprocessors from the prompt that is computed there."""
+    is_sending = threading.Event()
+    too_early: list[bool] = []
+
+    class Posting(HostWire):
+        def receive(self, data: torch.Tensor, after: Any, check: Any) -> Any:
+            if data.numel() == 64:  # no trial message
+                too_early.append(is_sending.wait(0.2))
+            return super().receive(data, after, check)
+
+    class Device(HostDevice):
+        def make(self, token: bytes, rank: int) -> HostWire:
+            assert rank == 1
+            return Posting(self, token, None)
+
+    sender = node("prefill-0", HostDevice(lambda stage, part, wire: is_sending.set()))
+    receiver = node("decode-0", Device())
+    connect(sender, receiver)
+    assert sender.try_send("decode-0", 0, 64)
+    receiver.take(0, 64)
+    assert sender.next(KVPartAck) == KVPartAck("t", 0)
+    assert too_early == [False] and is_sending.is_set()
 
 
 def test_both_directions_of_a_pair_at_once(node: Make) -> None:

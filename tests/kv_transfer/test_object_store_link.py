@@ -12,7 +12,7 @@ import torch
 from kv_transfer.link import ArrivedPart
 from kv_transfer.object_store_link import ObjectStoreLink
 from phasewise.core.mailboxes import WorkerMailboxes
-from phasewise.core.messages import KVPart, LinkLost
+from phasewise.core.messages import KVCommit, KVPart, LinkLost
 
 PART = KVPart("t", 0, 0, 1, 0, 1, 2**20, "float32", "none")
 
@@ -80,6 +80,7 @@ def test_a_part_that_went_well_is_measured() -> None:
     box = Box(Actor(None, at_once=True))
     box.send()
     assert box.posted == [] and box.link.bytes_per_s("decode-0") > 0
+    assert not box.link.send_commit("decode-0", KVCommit("t", 1, 30, (None,), 0.0)), "it goes by the workers' own way"
 
 
 def test_what_fails_behind_the_end_is_not_told() -> None:

@@ -60,6 +60,7 @@ def test_what_the_link_takes_in_several_parts_anyway_goes_layer_by_layer() -> No
 
 def test_one_group_of_layers_is_nothing_to_hide_behind() -> None:
     assert not replace(PATH, num_groups=1, max_part_bytes=10_000).is_layerwise(100)
+    assert not PATH.is_layerwise(0)
 
 
 def test_chunks_make_more_parts() -> None:
