@@ -82,14 +82,7 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Go:
-    """The KV is computed: post the receive."""
-
-    seq: int
-
-
-@dataclass(frozen=True, slots=True)
-class Posted:
-    """The receive is on the receiver's device: the send has nothing to wait for."""
+    """The bytes start now: post the receive."""
 
     seq: int
 
@@ -113,8 +106,8 @@ class Ping:
     """The process lives."""
 
 
-ChannelMessage = Hello | Refused | Token | Ready | Announce | Grant | Go | Posted | Commit | Left | Ping
-_TYPES = {cls.__name__: cls for cls in (Hello, Refused, Token, Ready, Announce, Grant, Go, Posted, Commit, Left, Ping)}
+ChannelMessage = Hello | Refused | Token | Ready | Announce | Grant | Go | Commit | Left | Ping
+_TYPES = {cls.__name__: cls for cls in (Hello, Refused, Token, Ready, Announce, Grant, Go, Commit, Left, Ping)}
 _HELLO_FIELDS = frozenset(field.name for field in dataclasses.fields(Hello))
 
 

@@ -3,12 +3,9 @@
     sender                                  receiver
     put: Announce ────────────────────────► asks its pool for a slab, behind all who asked before
                   ◄──────────────────────── Grant
-    the KV is computed: Go ───────────────► wire.receive into the slab, and the check
-    wire.send behind the packing ◄───────── Posted
+    the KV is computed
+    Go, wire.send behind the packing ─────► wire.receive into the slab, and the check
                   ◄──────────────────────── Left; the part goes to the owner's mailbox
-
-An operation that waits for its other end takes multiprocessors meanwhile, and a prompt's products wait for those: so
-the send begins when it has nothing to wait for. The receiver, whose decode steps wait for memory, loses less.
 
 A slab belongs to the epoch from `put` or Grant on: at the sender until Left, at the receiver until the part is in the
 mailbox. The first `break_` ends an epoch: it shuts the connection and aborts the wire, and only then does `tear_down`
@@ -37,7 +34,6 @@ from kv_transfer.channel import (
     Hello,
     Left,
     Ping,
-    Posted,
     Ready,
     Refused,
     Token,
@@ -58,8 +54,8 @@ _OPENING = -1  # among the deadlines, which are those of parts otherwise
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What opening a link measured: its rate, and what a part costs besides: two round trips of control messages, and a
-    message of next to no bytes."""
+    """What opening a link measured: its rate, and what a part costs besides: one and a half round trips of control
+    messages, and a message of next to no bytes."""
 
     bytes_per_s: float
     part_s: float
@@ -191,7 +187,6 @@ class SendEpoch(_Epoch):
         self.peer = peer
         self._num_parts = 0
         self._parts: dict[int, _Outgoing] = {}  # until Left
-        self._num_sent = 0  # in their order
         self._unsent: deque[_Outgoing] = deque()
         self._pusher = threading.Thread(target=self._push, daemon=True, name=f"kv-link-push-{peer}")
 
@@ -224,7 +219,7 @@ class SendEpoch(_Epoch):
             round_trip_s = min(round_trip_s, room.clock.now_s() - start_s)
         start_s = room.clock.now_s()
         wire.send(self._trial[:_SMALL_TRIAL_BYTES]).wait()
-        part_s = 2 * round_trip_s + room.clock.now_s() - start_s
+        part_s = 1.5 * round_trip_s + room.clock.now_s() - start_s
         start_s = room.clock.now_s()
         for _ in range(_NUM_TRIALS):
             mark = wire.send(self._trial)
@@ -277,10 +272,6 @@ class SendEpoch(_Epoch):
                 with self._changed:
                     self._parts[message.seq].is_granted = True
                     self._changed.notify_all()
-            elif isinstance(message, Posted) and message.seq == self._num_sent and message.seq in self._deadlines:
-                self._num_sent += 1
-                assert self._wire is not None
-                self._wire.send(self._parts[message.seq].slab.buffer, self._parts[message.seq].packed)
             elif isinstance(message, Left) and message.seq in self._deadlines:
                 with self._lock:
                     if self.reason:
@@ -306,7 +297,7 @@ class SendEpoch(_Epoch):
         return frozenset(entry.part.transfer_id for entry in self._parts.values())
 
     def _push(self) -> None:
-        """Second thread: starts parts in their order, each when it is granted and its KV computed."""
+        """Second thread: sends parts in their order, each when it is granted and its KV computed."""
         try:
             while True:
                 with self._changed:
@@ -317,6 +308,8 @@ class SendEpoch(_Epoch):
                 entry.ready.wait()
                 self._start_deadline(entry.seq)
                 self._channel.send(Go(entry.seq))
+                assert self._wire is not None
+                self._wire.send(entry.slab.buffer, entry.packed)
         except Exception as error:  # whatever it is, such as one of the device: nobody else would notice
             self.break_(str(error) or type(error).__name__)
 
@@ -435,7 +428,6 @@ class ReceiveEpoch(_Epoch):
         self._start_deadline(entry.seq)
         entry.receipt = self._wire.receive(entry.slab.buffer, entry.slab.last_use, self._room.check)
         self._arriving.put(entry)
-        self._channel.send(Posted(entry.seq))
 
     def _finish(self) -> None:
         """Second thread: hands parts over in their order, each when it is in."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-WIRE_VERSION = 4
+WIRE_VERSION = 3
 """Of the handoff's messages and of what parts look like. Both ends must have the same; raise it when either changes."""
 
 

@@ -106,31 +106,6 @@ def test_a_small_commit_comes_with_the_parts(node: Make, token: SampledToken | N
     assert not sender.links.send_commit("stranger", commit)
 
 
-def test_nothing_is_sent_before_its_receive_is_posted(node: Make) -> None:
-    """On a GPU a send that waits takes multiprocessors from the prompt that is computed there."""
-    is_sending = threading.Event()
-    too_early: list[bool] = []
-
-    class Posting(HostWire):
-        def receive(self, data: torch.Tensor, after: Any, check: Any) -> Any:
-            if data.numel() == 64:  # no trial message
-                too_early.append(is_sending.wait(0.2))
-            return super().receive(data, after, check)
-
-    class Device(HostDevice):
-        def make(self, token: bytes, rank: int) -> HostWire:
-            assert rank == 1
-            return Posting(self, token, None)
-
-    sender = node("prefill-0", HostDevice(lambda stage, part, wire: is_sending.set()))
-    receiver = node("decode-0", Device())
-    connect(sender, receiver)
-    assert sender.try_send("decode-0", 0, 64)
-    receiver.take(0, 64)
-    assert sender.next(KVPartAck) == KVPartAck("t", 0)
-    assert too_early == [False] and is_sending.is_set()
-
-
 def test_both_directions_of_a_pair_at_once(node: Make) -> None:
     one, other = node("mixed-0"), node("mixed-1")
     one.links.open("mixed-1", other.links.address, 10.0)
