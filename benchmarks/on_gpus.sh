@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What only GPUs can show: their tests, then their benchmarks. From the repository's root:
 #   benchmarks/on_gpus.sh engine FOLDER     one GPU, 10 minutes: the engine
-#   benchmarks/on_gpus.sh soak FOLDER       one GPU, 10 minutes: a soak that preempts, beside the cost of fp8
+#   benchmarks/on_gpus.sh soak FOLDER       one GPU, 12 minutes: a soak that preempts, beside the cost of fp8
 #   benchmarks/on_gpus.sh ranks FOLDER      two GPUs, 9 minutes: tensor parallelism, a device profile
 #   benchmarks/on_gpus.sh links FOLDER      two GPUs, 15 minutes: NCCL links and the handoff; with three also workers killed
 #   benchmarks/on_gpus.sh traces FOLDER     two GPUs, 12 minutes: does disaggregation pay; TRACES is the traces' folder
@@ -39,7 +39,7 @@ engine)
   ;;
 soak)
   names=(soak accuracy)
-  go soak 590 "$python" -m benchmarks.soak --minutes "${MINUTES:-8}" --kv-cache-gib 0.5 --rate 25 --output "$out/soak.json" &
+  go soak 780 "$python" -m benchmarks.soak --minutes "${MINUTES:-10}" --kv-cache-gib 0.5 --rate 7 --output "$out/soak.json" &
   go accuracy 300 "$python" benchmarks/fp8_accuracy.py ${MODEL:+--model "$MODEL"} --output "$out/fp8-accuracy.json"
   wait
   cat "$out/accuracy.log"
