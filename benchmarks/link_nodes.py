@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import queue
 import random
+import sys
 import threading
 import time
 import traceback
@@ -56,6 +57,7 @@ from phasewise.core.messages import (
     LinkLost,
 )
 from phasewise.core.request import Request, SampledToken, SamplingParams
+from workers.actor import SWITCH_S
 
 MIB = 2**20
 TIMEOUT_S = 120.0  # of whatever a process was told to do
@@ -121,6 +123,7 @@ class Node:
 
 def _serve(pipe: Connection, kind: type, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    sys.setswitchinterval(SWITCH_S)
     try:
         end = kind(*arguments)
     except Exception:

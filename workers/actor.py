@@ -30,7 +30,7 @@ from workers.worker import Worker
 
 logger = logging.getLogger(__name__)
 
-_SWITCH_S = 0.0005
+SWITCH_S = 0.0005
 """How long the loop's thread keeps the interpreter while another wants it (5 ms by default): those of links do little,
 and the next part waits for them."""
 
@@ -39,7 +39,7 @@ class WorkerActor:
     """One worker of a cluster. `ray.remote` is applied where the cluster is launched."""
 
     def __init__(self, settings: WorkerSettings) -> None:
-        sys.setswitchinterval(_SWITCH_S)
+        sys.setswitchinterval(SWITCH_S)
         logs = settings.config.logging
         setup_logging(settings.worker_id, log_format=logs.format, level=logs.level, collector=settings.log_collector)
         self._settings = settings
