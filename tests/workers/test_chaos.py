@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from phasewise.core.errors import RequestCancelled, TransferFailed, Unavailable, WorkerLost
-from phasewise.core.messages import KVPart, LinkLost, PeerLost, WorkerMessage, WorkerOutput
+from phasewise.core.messages import KVCommit, KVPart, LinkLost, PeerLost, WorkerMessage, WorkerOutput
 from phasewise.core.placement import WorkerId
 from tests.support.gateway_box import GatewayBox
 from tests.support.late_unpacking import LateUnpacking
@@ -39,7 +39,8 @@ class ChaosBox(GatewayBox):
         mailboxes = next(iter(self.workers.values()))._parts.sender._link._mailboxes  # type: ignore[attr-defined]
         for name, worker in self.workers.items():
             mailboxes[name] = self._late(name, worker.post)
-            worker._parts.sender._link.brings_commits = rng.random() < 0.5  # type: ignore[attr-defined]
+            if rng.random() < 0.5:
+                worker._parts.sender._link.send_commit = self._commits_of(name, mailboxes)  # type: ignore[method-assign]
             self.runners[name].on_look = lambda: rng.random() < 0.7
             if rng.random() < 0.5:
                 LateUnpacking(self, name)
@@ -49,6 +50,19 @@ class ChaosBox(GatewayBox):
             self._under_way.append((to, self._said_by, lambda: post(message, arrived)))
 
         return put
+
+    def _commits_of(self, sender: WorkerId, mailboxes: dict[WorkerId, Any]) -> Callable[[WorkerId, KVCommit], bool]:
+        """A link that brings commits, or breaks under one: its sender hears of that, at some time."""
+
+        def send_commit(peer: WorkerId, commit: KVCommit) -> bool:
+            if self._rng.random() < self._bad:
+                post = self.workers[sender].post
+                self._under_way.append((sender, None, lambda: post(LinkLost(peer, "chaos", frozenset()))))
+            else:
+                mailboxes[peer](commit)
+            return True
+
+        return send_commit
 
     def _fault(self, part: KVPart, wire: torch.Tensor) -> torch.Tensor | None:
         draw = self._rng.random()
