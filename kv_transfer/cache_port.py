@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -78,27 +79,21 @@ class CachePort:
             self._side.wait_event(mark)
             yield
 
-    @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
+    def aside(self) -> AbstractContextManager[object]:
         """As `beside`, waiting for nothing: all that is put into a link's buffers is put there in one order."""
-        with contextlib.nullcontext() if self._side is None else torch.cuda.stream(self._side):
-            yield
+        return _on(self._side)
 
     def rejoin(self) -> None:
         """What the current stream gets from now on waits for what is on the other: it may write where that reads."""
-        if self._side is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._side)
+        self._wait_for(self._side)
 
-    @contextlib.contextmanager
-    def inward(self) -> Iterator[None]:
+    def inward(self) -> AbstractContextManager[object]:
         """Within it the current stream is the one for what comes in: its last use, too, is to be marked there."""
-        with contextlib.nullcontext() if self._inward is None else torch.cuda.stream(self._inward):
-            yield
+        return _on(self._inward)
 
     def join(self) -> None:
         """What the current stream gets from now on finds all that was unpacked, and may write to the same blocks."""
-        if self._inward is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._inward)
+        self._wait_for(self._inward)
 
     def layout(self, span: PartSpan, dtype: str, codec: Codec) -> WireLayout:
         """What a part looks like on the wire."""
@@ -140,6 +135,10 @@ class CachePort:
                 assert is_intact(wire), "the checksum of what was packed a moment ago"
                 self.unpack(KVPlace([0]), span, layout, wire)
 
+    def _wait_for(self, stream: torch.cuda.Stream | None) -> None:
+        if stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+
     def _slots(self, place: KVPlace) -> torch.Tensor:
         if place.slots is None:
             size = self.spec.block_size
@@ -148,3 +147,8 @@ class CachePort:
 
     def _slots_of_part(self, place: KVPlace, span: PartSpan) -> torch.Tensor:
         return self._slots(place)[span.first_token : span.first_token + span.num_tokens]
+
+
+def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    """Within it that stream is the current one."""
+    return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)

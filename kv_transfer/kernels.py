@@ -22,9 +22,10 @@ _SUM_PROGRAMS = 1056  # eight for each multiprocessor of an H100
 _FP8_MAX = tl.constexpr(FP8_MAX)
 _SMALLEST = tl.constexpr(SMALLEST_MAGNITUDE)
 _GOLDEN = tl.constexpr(GOLDEN)
-_compiled: dict[tuple[Any, ...], Any] = {}
-_scratches: dict[tuple[torch.device, int], torch.Tensor] = {}
 _ROUNDER = tl.constexpr(1.5 * 2**23)  # added and taken away: leaves a float32 below 2^22 rounded to the nearest even
+
+_compiled: dict[tuple[Any, ...], Any] = {}  # kernels, by what Triton compiles apart
+_scratches: dict[tuple[torch.device, int], torch.Tensor] = {}  # by device and stream
 
 
 # One compilation for all lengths: none may fall into a running step.
@@ -192,10 +193,10 @@ def _sum(wire: torch.Tensor, answer: torch.Tensor, *, seals: bool) -> None:
     words = wire.view(torch.int64)
     num_words = len(words) - CHECKSUM_BYTES // 8
     num_rows = triton.cdiv(num_words, ROW_WORDS)
-    grid = (max(1, min(triton.cdiv(num_rows, _SUM_ROWS), _SUM_PROGRAMS)),)
+    num_programs = max(1, min(triton.cdiv(num_rows, _SUM_ROWS), _SUM_PROGRAMS))
     arguments = words, answer, _scratch(wire), num_words // 2, num_rows, ROW_WORDS, _SUM_ROWS, seals
     key = id(_sums_kernel), wire.device, seals, wire.data_ptr() % 16
-    _launch(_sums_kernel, key, (*grid, 1, 1), arguments)
+    _launch(_sums_kernel, key, (num_programs, 1, 1), arguments)
 
 
 def _scratch(wire: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from kv_transfer.cache_port import CachePort, KVPlace
-from kv_transfer.codec import Codec, WireLayout, choose, is_lossless, wire_dtype
+from kv_transfer.codec import ALIGNMENT, Codec, WireLayout, choose, is_lossless, wire_dtype
 from kv_transfer.link import Link
 from kv_transfer.plan import WIRE_VERSION, PartSpan, clip_tokens, cut
 from kv_transfer.state import SendStatus, check_send
@@ -24,8 +24,6 @@ from phasewise.core.messages import KVAbort, KVAccepted, KVCommit, KVOffer, KVPa
 from phasewise.core.placement import WorkerId
 from phasewise.core.ports import PeerPort
 from phasewise.core.request import Request, SampledToken
-
-_PADDING_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +176,7 @@ class KVSender:
         if clipped is not None:
             cell = self._cache.layout(PartSpan(0, 1, 0, 1), transfer.dtype, Codec.NONE)
             seal_bytes = cell.num_bytes - cell.content_bytes  # at most: padding and checksum
-            max_cells = (self._link.max_part_bytes(transfer.peer) - seal_bytes - _PADDING_BYTES) // cell.content_bytes
+            max_cells = (self._link.max_part_bytes(transfer.peer) - seal_bytes - ALIGNMENT) // cell.content_bytes
             parts = cut(clipped, max_cells)
             transfer.waiting.extend(replace(computed, span=part) for part in parts)
 

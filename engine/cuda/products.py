@@ -173,6 +173,10 @@ def _num_multiprocessors(device: torch.device) -> int:
     return properties.multi_processor_count if properties.major == 9 else 0
 
 
+def _num_mlp_tiles(num_tokens: int, size: int) -> int:
+    return triton.cdiv(num_tokens, _MLP_TOKENS) * (size // _MLP_COLUMNS)
+
+
 def has_gate_up_silu(num_tokens: int, weight: torch.Tensor) -> bool:
     """Whether `gate_up_silu` can do it, and has so many tiles that a last round of few does not matter."""
     rows, columns = weight.shape
@@ -180,8 +184,7 @@ def has_gate_up_silu(num_tokens: int, weight: torch.Tensor) -> bool:
     if weight.dtype != torch.bfloat16 or size % _MLP_COLUMNS or columns % _MLP_DEPTH:
         return False
     num_programs = _num_multiprocessors(weight.device)
-    num_tiles = triton.cdiv(num_tokens, _MLP_TOKENS) * (size // _MLP_COLUMNS)
-    return bool(num_programs) and num_tiles > 6 * num_programs
+    return bool(num_programs) and _num_mlp_tiles(num_tokens, size) > 6 * num_programs
 
 
 def gate_up_silu(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -196,8 +199,7 @@ def gate_up_silu(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, ou
     """
     rows, columns = weight.shape
     size, num_tokens = rows // 2, len(x)
-    num_tiles = triton.cdiv(num_tokens, _MLP_TOKENS) * (size // _MLP_COLUMNS)
-    num_programs = min(_num_multiprocessors(weight.device), num_tiles)
+    num_programs = min(_num_multiprocessors(weight.device), _num_mlp_tiles(num_tokens, size))
     _gate_up_silu_kernel[(num_programs,)](
         TensorDescriptor.from_tensor(x, [_MLP_TOKENS, _MLP_DEPTH]),
         TensorDescriptor.from_tensor(weight.view(2, size, columns), [2, _MLP_COLUMNS, _MLP_DEPTH]),

@@ -232,11 +232,12 @@ def test_skinny_product_against_the_product(num_tokens: int, rows: int, columns:
         assert (out.double() - 2 * wanted).norm() / wanted.norm() < 8e-3
 
 
-@pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="measured on Hopper alone")
 @pytest.mark.parametrize("size", [128, 14336])
 @pytest.mark.parametrize("num_tokens", [1, 127, 130, 1025, 2048 + 77])
 def test_the_product_that_ends_in_the_activation(num_tokens: int, size: int) -> None:
     """Beside float64; a tile that hangs over the last row writes to no other memory."""
+    if torch.cuda.get_device_capability()[0] != 9:  # asked here: where there is no GPU it raises
+        pytest.skip("its kernel runs on Hopper alone, elsewhere `has_gate_up_silu` never takes it")
     columns = 256 if size > 128 else 4096
     generator = torch.Generator("cuda").manual_seed(num_tokens)
     x = torch.randn(num_tokens, columns, generator=generator, device="cuda").bfloat16()

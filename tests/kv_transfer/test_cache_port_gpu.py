@@ -18,7 +18,7 @@ from phasewise.core.kv_spec import KVCacheSpec
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.filterwarnings("ignore"),  # of other versions of torch and Triton than the pinned ones
 ]
 
 SPEC = KVCacheSpec(4, 2, 64, 16, "bfloat16", "test")
