@@ -13,8 +13,7 @@ Sequences of a mixed worker come in through `adopt`, with their blocks. A preemp
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from decode_workers.reservations import ReservationQueue, Room
 from decode_workers.scheduler import DecodeJob, DecodePlan, DecodeScheduler
@@ -35,20 +34,25 @@ from phasewise.core.request import SampledToken
 
 
 class SwapSpace(Protocol):
+    """Places for blocks in host memory (engine/kv_cache.py)."""
+
+    @property
+    def num_free(self) -> int: ...
+
+    def give_back(self, places: Iterable[int]) -> None: ...
+
+
+class Cache(Protocol):
     """The cache's moves between its blocks and host memory (engine/kv_cache.py)."""
+
+    @property
+    def swap(self) -> SwapSpace: ...
 
     def copy_block(self, source: int, target: int) -> None: ...
 
-    def copy_out(self, blocks: list[int]) -> Any: ...
+    def copy_out(self, blocks: list[int]) -> list[int]: ...
 
-    def copy_in(self, data: Any, blocks: list[int]) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeLimits:
-    """What the phase needs of the configuration. `max_swapped_blocks` bounds preempted KV in host memory."""
-
-    max_swapped_blocks: int
+    def copy_in(self, places: list[int], blocks: list[int]) -> None: ...
 
 
 class DecodePhase:
@@ -63,25 +67,22 @@ class DecodePhase:
         scheduler: DecodeScheduler,
         offers: ReservationQueue,
         receiver: KVReceiver,
-        swap: SwapSpace,
+        cache: Cache,
         peers: PeerPort,
         outbox: Outbox,
         clock: Clock,
-        limits: DecodeLimits,
         num_staying: Callable[[], int],
     ) -> None:
         self._blocks = blocks
         self.scheduler = scheduler
         self._offers = offers
         self._receiver = receiver
-        self._swap = swap
+        self._cache = cache
         self._peers = peers
         self._outbox = outbox
         self._clock = clock
-        self._limits = limits
         self._num_staying = num_staying
-        self._swapped: dict[DecodeJob, Any] = {}
-        self._num_swapped_blocks = 0
+        self._swapped: dict[DecodeJob, list[int]] = {}  # the places of its blocks
         self._handed_in = RecentNames()
         self.has_made_room = False  # the last plan preempted somebody, who may come back at once
         self.counters: dict[str, float] = dict.fromkeys(("output_tokens", "preemptions", "handoffs_in"), 0.0)
@@ -290,17 +291,15 @@ class DecodePhase:
             if job.status is not RequestStatus.PREEMPTED:
                 continue  # its request failed a moment ago, in this loop
             self.counters["preemptions"] += 1
-            if self._num_swapped_blocks + len(blocks) > self._limits.max_swapped_blocks:
+            if len(blocks) > self._cache.swap.num_free:
                 self._fail(job, Overloaded("KV blocks and swap space are used up", retry_after_s=5.0))
                 continue
-            self._swapped[job] = self._swap.copy_out(blocks)
-            self._num_swapped_blocks += len(blocks)
+            self._swapped[job] = self._cache.copy_out(blocks)
             self._outbox.event(job.gateway_id, job.sequence.request_id, Stage.PREEMPTED)
         for source, target in plan.copies:
-            self._swap.copy_block(source, target)
+            self._cache.copy_block(source, target)
         for job in plan.swap_in:
-            self._swap.copy_in(self._swapped.pop(job), job.sequence.block_table[: job.num_swapped_blocks])
-            self._num_swapped_blocks -= job.num_swapped_blocks
+            self._cache.copy_in(self._swapped.pop(job), job.sequence.block_table[: job.num_swapped_blocks])
             self._outbox.event(job.gateway_id, job.sequence.request_id, Stage.RESUMED)
 
     def _fail(self, job: DecodeJob, error: ServingError) -> None:
@@ -315,5 +314,4 @@ class DecodePhase:
         """Nothing of the sample is left here afterwards."""
         self.scheduler.remove(job)
         job.move(status)
-        if self._swapped.pop(job, None) is not None:
-            self._num_swapped_blocks -= job.num_swapped_blocks
+        self._cache.swap.give_back(self._swapped.pop(job, ()))

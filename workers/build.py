@@ -11,7 +11,7 @@ from math import ceil
 
 import torch
 
-from decode_workers.phase import DecodeLimits, DecodePhase
+from decode_workers.phase import DecodePhase
 from decode_workers.reservations import ReservationQueue
 from decode_workers.scheduler import DecodeScheduler
 from engine.block_manager import BlockManager
@@ -149,7 +149,8 @@ def prepare_engine(
 
     def prepared(loaded: LoadedModel, spec: KVCacheSpec, num_blocks: int) -> PreparedEngine:
         max_model_len = min(wanted or context, num_blocks * spec.block_size)
-        join = Join(num_blocks, max_model_len, running)
+        num_swap_blocks = int(config.cache.swap_gib * 2**30) // (spec.bytes_per_block * settings.tensor_parallel)
+        join = Join(num_blocks, max_model_len, running, num_swap_blocks)
         if ranks is not None:
             ranks.wait_loaded()
             ranks.join(join)
@@ -211,9 +212,9 @@ def make_part(
     caching, device = settings.config.cache, loaded.device
     spec = loaded.kv_cache_spec(caching.block_size, caching.dtype)
     if ranks is not None:
-        cache: PagedKVCache = LeadingKVCache(spec, join.num_blocks, device, ranks)
+        cache: PagedKVCache = LeadingKVCache(spec, join.num_blocks, device, join.num_swap_blocks, ranks)
         return cache, make_runner(loaded, cache, join.max_model_len, join.max_batch, ranks)
-    cache = PagedKVCache(spec, join.num_blocks, device)
+    cache = PagedKVCache(spec, join.num_blocks, device, join.num_swap_blocks)
     return cache, make_runner(loaded, cache, join.max_model_len, join.max_batch)
 
 
@@ -355,7 +356,6 @@ def assemble(
         ports.peers,
         outbox,
         clock,
-        DecodeLimits(int(config.cache.swap_gib * 2**30) // spec.bytes_per_block),
         prompts.num_staying,
     )
     prefill = PrefillPhase(

@@ -100,7 +100,8 @@ def warm_up(engine: PreparedEngine, grid: Grid, clock: Clock) -> None:
 
 
 def measure_rates(engine: PreparedEngine, clock: Clock) -> ProfileFacts:
-    """The facts with the two rates: a copy on the device, and KV blocks into host memory. Overwrites the cache."""
+    """The facts with the two rates: a copy on the device, and KV blocks into host memory. Overwrites the cache, and
+    its swap space, which must be free."""
     cache = engine.cache
     layers = cache.storage.flatten(1)
     num_layers = max(min(len(layers) // 2, _COPY_BYTES // layers[0].nbytes), 1)
@@ -113,10 +114,16 @@ def measure_rates(engine: PreparedEngine, clock: Clock) -> ProfileFacts:
         if cache.device.type == "cuda":
             torch.cuda.synchronize(cache.device)
 
-    num_blocks = max(min(cache.num_blocks, _HOST_COPY_BYTES // cache.spec.bytes_per_block), 1)
+    num_blocks = min(cache.num_blocks, cache.swap.num_free, max(_HOST_COPY_BYTES // cache.spec.bytes_per_block, 1))
     blocks = list(range(num_blocks))
+
+    def swap_out() -> None:
+        cache.swap.write(blocks, blocks)
+        if cache.device.type == "cuda":
+            torch.cuda.synchronize(cache.device)
+
     copy_s = _median_s(copy, clock)
-    host_s = _median_s(lambda: cache.copy_out(blocks), clock)
+    host_s = _median_s(swap_out, clock)
     return replace(
         engine.facts,
         memory_bytes_per_s=round(2 * source.nbytes / copy_s),

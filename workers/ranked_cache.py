@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import weakref
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -29,32 +28,22 @@ logger = logging.getLogger(__name__)
 class LeadingKVCache(PagedKVCache):
     """Rank 0's cache: what moves in it moves in the other ranks' caches, too (`FollowingCache`)."""
 
-    def __init__(self, spec: KVCacheSpec, num_blocks: int, device: str, ranks: Ranks) -> None:
-        super().__init__(spec, num_blocks, device)
+    def __init__(self, spec: KVCacheSpec, num_blocks: int, device: str, num_swap_blocks: int, ranks: Ranks) -> None:
+        super().__init__(spec, num_blocks, device, num_swap_blocks)
         self._ranks = ranks
-        self._num_swaps = 0
-        self._keys: dict[int, int] = {}  # by id of what was given out
-        self._dropped: list[int] = []  # swaps that nobody will copy in any more
 
     def copy_block(self, source: int, target: int) -> None:
         self._ranks.tell(("copy_block", source, target))
         super().copy_block(source, target)
 
-    def copy_out(self, blocks: Sequence[int]) -> torch.Tensor:
-        key, self._num_swaps = self._num_swaps, self._num_swaps + 1
-        dropped, self._dropped = self._dropped, []
-        self._ranks.tell(("copy_out", key, list(blocks), dropped))
-        content = super().copy_out(blocks)
-        self._keys[id(content)] = key
-        weakref.finalize(content, self._forget, id(content)).atexit = False
-        return content
+    def copy_out(self, blocks: Sequence[int]) -> list[int]:
+        places = super().copy_out(blocks)
+        self._ranks.tell(("write", list(blocks), places))
+        return places
 
-    def copy_in(self, content: torch.Tensor, blocks: Sequence[int]) -> None:
-        self._ranks.tell(("copy_in", self._keys[id(content)], list(blocks)))
-        super().copy_in(content, blocks)
-
-    def _forget(self, content_id: int) -> None:
-        self._dropped.append(self._keys.pop(content_id))
+    def copy_in(self, places: Sequence[int], blocks: Sequence[int]) -> None:
+        self._ranks.tell(("read", list(places), list(blocks)))
+        super().copy_in(places, blocks)
 
 
 class LeadingCachePort(CachePort):
@@ -141,19 +130,16 @@ class FollowingCache:
     def __init__(self, cache: PagedKVCache, group: Group) -> None:
         self._cache = cache
         self._heads = RankHeads(cache, group)
-        self._swapped: dict[int, torch.Tensor] = {}
 
     def follow(self, command: Command) -> bool:
         """False when the command is not about the cache."""
         match command:
             case ("copy_block", source, target):
                 self._cache.copy_block(source, target)
-            case ("copy_out", key, blocks, dropped):
-                for old in dropped:
-                    self._swapped.pop(old, None)  # gone already when it was copied in
-                self._swapped[key] = self._cache.copy_out(blocks)
-            case ("copy_in", key, blocks):
-                self._cache.copy_in(self._swapped.pop(key), blocks)
+            case ("write", blocks, places):
+                self._cache.swap.write(blocks, places)
+            case ("read", places, blocks):
+                self._cache.swap.read(places, blocks)
             case ("pack", block_table, span, dtype):
                 self._heads.gather(block_table, span, dtype)
             case ("unpack", block_table, span, layout):

@@ -51,6 +51,7 @@ class Join:
     num_blocks: int
     max_model_len: int
     max_batch: int
+    num_swap_blocks: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,7 +105,7 @@ class ProfileFacts:
         device, model, dtype, tensor_parallel: what a worker must be for the times to be its own. `model` is a shape.
         kv_blocks, block_size, kv_bytes_per_token: the KV cache that the device had room for.
         memory_bytes_per_s: read and written by a copy on the device.
-        kv_to_host_bytes_per_s: gathering KV blocks into host memory, as a handoff through host memory does.
+        kv_to_host_bytes_per_s: gathering KV blocks into pinned host memory; 0 without swap space.
         versions, command, date: for whoever measures it again.
     """
 

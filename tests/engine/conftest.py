@@ -52,7 +52,9 @@ class Engine:
     ) -> None:
         self.loaded = loaded
         self.blocks = BlockManager(num_blocks, block_size)
-        self.cache = PagedKVCache(loaded.kv_cache_spec(block_size, cache_dtype), num_blocks, "cpu")
+        self.cache = PagedKVCache(
+            loaded.kv_cache_spec(block_size, cache_dtype), num_blocks, "cpu", num_swap_blocks=num_blocks
+        )
         self.cache.storage.fill_(torch.nan)  # whoever reads what nobody wrote will notice
         self.max_len = max_len
         self.runner = ModelRunner(loaded, self.cache, max_len, attention=attention)

@@ -289,7 +289,7 @@ class GpuEngine:
         source = ModelSource("hf", folder, "test")
         self.loaded = load_model(source, dtype=dtype, device="cuda", seed=0, progress=lambda share: None)
         self.blocks = BlockManager(num_blocks, 16)
-        self.cache = PagedKVCache(self.loaded.kv_cache_spec(16), num_blocks, "cuda")
+        self.cache = PagedKVCache(self.loaded.kv_cache_spec(16), num_blocks, "cuda", num_blocks)
         self.cache.storage.fill_(torch.nan)
         self.runner = CudaModelRunner(self.loaded, self.cache, 512, max_batch=16, graphs=graphs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from engine.kv_cache import PagedKVCache
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.config import build_config
 from phasewise.core.errors import ConfigError
+from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.placement import WorkerRole
 from workers.build import load_engine, prepare_engine
 from workers.profiler import full_grid, made_up_step, measure_profile, measure_rates
@@ -116,3 +119,22 @@ def test_a_profile_of_a_gpu(tmp_path: Path) -> None:
     assert facts.device == torch.cuda.get_device_name() and facts.memory_bytes_per_s > 1e12
     assert profile.prefill.largest_size == 2048 and profile.decode.largest_size == MAX_RUNNING
     assert profile.prefill_s(2048, 8192) > profile.prefill_s(256)
+
+
+def test_swapped_kv_comes_back_bit_for_bit_from_memory_that_is_pinned_once() -> None:
+    spec, rng = KVCacheSpec(3, 2, 64, 16, "bfloat16"), random.Random(0)
+    for _ in range(3):  # memory that stayed pinned could not be pinned again
+        cache = PagedKVCache(spec, 100, "cuda", num_swap_blocks=100)
+        assert cache.swap._host.is_pinned()
+        cache.storage.copy_(torch.randn(cache.storage.shape))
+        before, held = cache.blocks_view().clone(), list(range(100))
+        rng.shuffle(held)
+        swapped = [(blocks, cache.copy_out(blocks)) for blocks in (held[:3], held[3:43], held[43:])]
+        cache.storage.fill_(torch.nan)  # enqueued behind the copies, which nobody waited for
+        cache.copy_in(swapped[1][1], swapped[1][0])
+        again = cache.copy_out(swapped[1][0])
+        for blocks, places in (swapped[0], (swapped[1][0], again), swapped[2]):
+            cache.copy_in(places, blocks)
+        assert torch.equal(cache.blocks_view(), before)
+        assert cache.swap.num_free == 100
+        del cache

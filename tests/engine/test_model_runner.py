@@ -10,6 +10,7 @@ import torch
 from engine.batch import ScheduledBatch, ScheduledSequence
 from engine.kv_cache import PagedKVCache
 from engine.model_runner import ModelRunner
+from phasewise.core.errors import ConfigError
 from phasewise.core.request import SamplingParams
 
 LENGTHS = (1, 3, 8, 17, 40, 64, 65, 90)
@@ -76,18 +77,22 @@ def test_swap_out_and_in_to_other_blocks(engine: Any, kit: Any, expected: list[l
     engine.prefill(sequence)
     engine.decode([sequence], 9)
     old = list(sequence.block_table)
-    content = engine.cache.copy_out(old)
-    assert content.shape[2] == len(old) * engine.cache.block_size
+    others = engine.cache.swap.take(2)
+    engine.cache.swap.give_back(others[:1])  # so that the places are no neighbours
+    places = engine.cache.copy_out(old)
+    assert places[:2] == [0, 2]
     blocker = engine.blocks.allocate(3)
     engine.release(sequence)
     engine.cache.blocks_view()[:, :, old] = torch.nan
     sequence.block_table = engine.blocks.allocate(len(old))
     assert sequence.block_table != old
-    engine.cache.copy_in(content, sequence.block_table)
+    engine.cache.copy_in(places, sequence.block_table)
     engine.decode([sequence], NUM_TOKENS)
     assert outputs([sequence]) == [expected[4]]
     engine.release(sequence)
     engine.blocks.release(blocker)
+    engine.cache.swap.give_back(others[1:])
+    assert engine.cache.swap.num_free == 96
 
 
 def test_copied_block_serves_a_fork(engine: Any, kit: Any, expected: list[list[int]]) -> None:
@@ -231,8 +236,16 @@ def test_a_cache_of_another_model_is_refused(engine: Any, llama: Any, tmp_path: 
         ModelRunner(other, engine.cache, 256)
 
 
-def test_copy_in_checks_the_shape(llama: Any) -> None:
-    cache = PagedKVCache(llama[1].kv_cache_spec(8), 4, "cpu")
+def test_swaps_that_do_not_fit_are_refused_and_change_nothing(llama: Any) -> None:
+    cache = PagedKVCache(llama[1].kv_cache_spec(8), 4, "cpu", num_swap_blocks=2)
     assert (cache.storage == 0).all()
-    with pytest.raises(ValueError, match="expected"):
-        cache.copy_in(cache.copy_out([0, 1]), [2])
+    places = cache.copy_out([0, 1])
+    with pytest.raises(ValueError, match="2 places were given for 1 blocks"):
+        cache.copy_in(places, [2])
+    with pytest.raises(ValueError, match="1 blocks are to be swapped out, and 0 places are free"):
+        cache.copy_out([3])
+    assert cache.swap.num_free == 0 and (cache.storage == 0).all()
+    cache.copy_in(places, [3, 2])
+    assert cache.swap.num_free == 2
+    with pytest.raises(ConfigError, match=r"cache\.swap_gib: .* and this host has less memory; lower it"):
+        PagedKVCache(cache.spec, 1, "cpu", num_swap_blocks=2**40)

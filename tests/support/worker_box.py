@@ -46,6 +46,7 @@ class WorkerBox:
     ) -> None:
         self.clock = ManualClock(100.0)
         self.config = build_config(sections, source="test")
+        self.num_swap_blocks = min(int(self.config.cache.swap_gib * 2**30) // SPEC.bytes_per_block, 1024)
         self.workers: dict[WorkerId, Worker] = {}
         self.runners: dict[WorkerId, ScriptedRunner] = {}
         self.caches: dict[WorkerId, PagedKVCache] = {}
@@ -59,7 +60,7 @@ class WorkerBox:
         self.loads: dict[WorkerId, WorkerLoad] = {}
         mailboxes: dict[WorkerId, Any] = {}
         for worker_id, role in roles.items():
-            cache = PagedKVCache(SPEC, num_blocks, "cpu")
+            cache = PagedKVCache(SPEC, num_blocks, "cpu", self.num_swap_blocks)
             cache.storage.fill_(float("nan"))  # what was never written must never be read
             self.caches[worker_id] = cache
             self.runners[worker_id] = ScriptedRunner(cache, self.num_steps_ahead)

@@ -307,12 +307,12 @@ def test_swap_space_is_given_back_and_no_request_fails_twice(seed: int) -> None:
         scheduler={"reserve_headroom": 0.0},
     )
     decode = box.workers["mixed-0"]._parts.decode
-    assert decode._limits.max_swapped_blocks == num_swap
+    assert box.caches["mixed-0"].swap.num_free == num_swap
     for i in range(rng.randrange(1, 4)):
         prompt, max_tokens = prompt_of(rng.randrange(5, 60), i), rng.randrange(2, num_blocks * 16 - 60)
         box.submit(f"r{i}", prompt, "mixed-0", "mixed-0", max_tokens=max_tokens, n=rng.choice([1, 3, 4, 5]))
     box.run(5000)
-    assert decode._num_swapped_blocks == 0
+    assert box.caches["mixed-0"].swap.num_free == num_swap
     assert decode._swapped == {}
     assert len([f for output in box.outputs for f in output.failures]) == len(box.failures)
     box.assert_empty()
@@ -374,10 +374,11 @@ def test_random_order_corruption_and_aborts_leave_nothing_and_change_no_token(se
         box.workers[rng.choice(list(roles))].round()
     box.run(5000)
     box.assert_empty()
-    for worker in box.workers.values():
+    for worker_id, worker in box.workers.items():
         assert worker._parts.sender._bytes_in_flight == 0
         assert worker._parts.sender._transfers == {}
-        assert worker._parts.decode._num_swapped_blocks == 0
+        assert worker._parts.decode._swapped == {}
+        assert box.caches[worker_id].swap.num_free == box.num_swap_blocks
     for (request_id, sample), tokens in expected.items():
         if request_id not in aborted and request_id not in box.failures:
             assert box.output(request_id, sample) == tokens

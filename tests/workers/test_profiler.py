@@ -111,7 +111,7 @@ def test_grids_follow_the_limits() -> None:
 def test_rates_of_a_cache_of_one_layer_and_of_several() -> None:
     for num_layers in (1, 3):
         subject, _, _ = engine()
-        cache = PagedKVCache(KVCacheSpec(num_layers, 1, 4, 8, "float32"), 8, "cpu")
+        cache = PagedKVCache(KVCacheSpec(num_layers, 1, 4, 8, "float32"), 8, "cpu", num_swap_blocks=9)
         clock = _Ticking()
         facts = measure_rates(replace(subject, cache=cache), clock)
         assert facts.memory_bytes_per_s == 2 * cache.storage[0].nbytes // (1 if num_layers > 1 else 2)

@@ -95,11 +95,11 @@ def generate(engine: LoadedEngine, num_tokens: int, swap: bool = False, **sampli
             sequence.token_ids.append(tokens[0].token_id)
         if swap and step == 3:
             first = sequences[0]
-            content = engine.cache.copy_out(first.block_table)
             dropped = engine.cache.copy_out([0])
-            del dropped
+            places = engine.cache.copy_out(first.block_table)
+            engine.cache.swap.give_back(dropped)
             first.block_table = list(range(100, 116))
-            engine.cache.copy_in(content, first.block_table)
+            engine.cache.copy_in(places, first.block_table)
             engine.cache.copy_block(100, 120)
             first.block_table[0] = 120
     return [s.token_ids[s.num_prompt_tokens :] for s in sequences]

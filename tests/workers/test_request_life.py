@@ -257,7 +257,8 @@ def test_abort_while_preempted_frees_the_swapped_copy() -> None:
     box.run()
     assert box.output("r0") == expected_tokens(prompt_of(40, seed=0), 60)
     box.assert_empty()
-    assert box.workers["mixed-0"]._parts.decode._num_swapped_blocks == 0
+    assert box.workers["mixed-0"]._parts.decode._swapped == {}
+    assert box.caches["mixed-0"].swap.num_free == box.num_swap_blocks
 
 
 def test_abort_of_one_sample_leaves_the_others() -> None:
