@@ -38,6 +38,7 @@ from benchmarks.link_nodes import MIB, CacheEnd, LinkEnd, LinkSettings, Node, op
 from benchmarks.link_worker import WorkerEnd
 from benchmarks.offline import Rows, device_name, local_device, model_path
 from phasewise.core.kv_spec import FP8, KVCacheSpec
+from workers.links import num_channels
 
 BLOCK = 16
 PARTS = ("caches", "kernels", "interference", "cluster", "memory", "many")
@@ -234,7 +235,7 @@ class Benchmark:
                 taken = worker["worker"].call("memory")
             links = taken["device"] if self._num_gpus else taken["resident"]
             case = f"links of one worker with {num_peers} peers, {channels} channels"
-            must = 1024 if channels == self._settings.channels and num_peers == NUM_PEERS else None
+            must = 1024 if channels == num_channels(num_peers) and num_peers == NUM_PEERS else None
             self.rows.add(f"{case}: memory", "MiB", links, floor=0, must=must)
             if self._num_gpus:
                 self.rows.add(f"{case}: of which slabs, as torch reserves", "MiB", taken["reserved"], floor=0)

@@ -3,7 +3,7 @@
 #   benchmarks/on_gpus.sh engine FOLDER     one GPU, 10 minutes: the engine
 #   benchmarks/on_gpus.sh soak FOLDER       one GPU, 12 minutes: a soak that preempts, beside the cost of fp8
 #   benchmarks/on_gpus.sh ranks FOLDER      two GPUs, 9 minutes: tensor parallelism, a device profile
-#   benchmarks/on_gpus.sh links FOLDER      two GPUs, 15 minutes: NCCL links and the handoff; with three also workers killed
+#   benchmarks/on_gpus.sh links FOLDER      two GPUs, 15 minutes: NCCL links, workers killed, the handoff
 #   benchmarks/on_gpus.sh traces FOLDER     two GPUs, 12 minutes: does disaggregation pay; TRACES is the traces' folder
 # Logs and results go to FOLDER; a line for each comes last. PYTHON names the interpreter; PYTEST more of its arguments.
 set -uo pipefail
@@ -57,13 +57,11 @@ print(model_path("8b", pathlib.Path(sys.argv[1])))' "$out")
   cat "$out/tiles.log" "$out/sums.log"
   ;;
 links)
-  names=(link handoff)
+  names=(link killed handoff)
   tests link 240 tests/kv_transfer/test_nccl_link.py -s
-  if [ "$("$python" -c 'import torch; print(torch.cuda.device_count())')" -ge 3 ]; then
-    names+=(killed) # the same test as on CPUs, over NCCL; `phasewise` must lie beside the interpreter
-    # shellcheck disable=SC2086
-    go killed 240 "$python" -m pytest -m cluster ${PYTEST:-} tests/cluster/test_links_on_cluster.py
-  fi
+  # The same test as on CPUs, over NCCL; `phasewise` must lie beside the interpreter.
+  # shellcheck disable=SC2086
+  go killed 240 "$python" -m pytest -m cluster ${PYTEST:-} tests/cluster/test_links_on_cluster.py
   go handoff 700 "$python" -m benchmarks.handoff --parts "${PARTS:-caches,kernels,interference,cluster,memory,many}" \
     --output "$out/handoff.json"
   cat "$out/handoff.log"

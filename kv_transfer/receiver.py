@@ -67,8 +67,8 @@ class KVReceiver:
 
     @property
     def is_receiving(self) -> bool:
-        """Whether more parts are to come for a handoff of which some are here."""
-        return any(r.status is ReceiveStatus.RECEIVING for r in self._reservations.values())
+        """Whether parts are to come. A handoff's first, too, must not keep its buffer until a step's end."""
+        return bool(self._reservations)
 
     @property
     def num_reservations(self) -> int:

@@ -28,6 +28,8 @@ from phasewise.core.placement import WorkerId, WorkerRole
 from workers.settings import WorkerSettings
 
 _OPEN_TIMEOUT_S = 60.0
+_CHANNELS = ((2, 16), (4, 8))  # up to so many peers
+_FEWEST_CHANNELS = 4
 
 
 class Links:
@@ -101,6 +103,15 @@ def _direct_links(settings: WorkerSettings, post: Post) -> DirectLinks | None:
         ) from None
 
 
+def num_channels(num_peers: int) -> int:
+    """So many NCCL channels that the links of a worker with that many peers, its slabs with them, stay near 1 GiB.
+
+    Measured (docs/performance.md): 16 channels carry the most, and each takes memory in every link. With more peers
+    each gets a smaller share of the wire anyway. The same for all workers of a cluster, whose ends must be equal.
+    """
+    return next((channels for most, channels in _CHANNELS if num_peers <= most), _FEWEST_CHANNELS)
+
+
 def own_address(head: str) -> str:
     """The address under which those who can reach `head` can reach this host. (Its name may mean 127.0.1.1 here.)"""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -123,8 +134,9 @@ def _wire_device(settings: WorkerSettings, link: str, host: str) -> WireDevice:
     try:
         from kv_transfer.nccl_wire import NcclDevice  # needs CuPy, which CPU machines do not have
 
-        channels, is_alone = settings.config.transfer.nccl_channels, settings.tensor_parallel == 1
-        return NcclDevice(torch.cuda.current_device(), channels, is_alone=is_alone)
+        pools, given = settings.config.pools, settings.config.transfer.nccl_channels
+        channels = given or num_channels(max(pools.prefill.workers, pools.decode.workers))
+        return NcclDevice(torch.cuda.current_device(), channels, is_alone=settings.tensor_parallel == 1)
     except (ImportError, ConfigError) as error:
         remedy = "install phasewise[gpu], or use transfer.link object_store, which is slower"
         raise ConfigError(f"transfer.link nccl: {error}; {remedy}", field="transfer.link") from None

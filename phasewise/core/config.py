@@ -130,8 +130,11 @@ class TransferConfig(_Section):
     codec: Literal["none", "fp8", "int8"] = Field(
         "none", description="How KV may be compressed on a link that is slower than compressing it; both lose precision"
     )
-    nccl_channels: int = Field(
-        16, ge=1, le=32, description="NCCL channels of a link: more are faster and take more GPU memory"
+    nccl_channels: int | None = Field(
+        None,
+        ge=1,
+        le=32,
+        description="NCCL channels of a link: more are faster, and take GPU memory; default: by the number of peers",
     )
     slab_mib: int = Field(128, ge=1, description="Most KV in one part over a direct link, in MiB")
     num_slabs: int = Field(2, ge=2, description="Room for so many of the largest parts, in each direction of a worker")

@@ -1,15 +1,17 @@
 """Direct links between real processes: right tokens over them, also when a worker at their end stops, dies or ends.
 
-Over NCCL where there are GPUs for all workers, else over TCP. The tests share a cluster, in this order; the last but
-one ends it.
+Over NCCL where there are GPUs, else over TCP. Of two GPUs the decode workers share one: NCCL wants different ones only
+at the ends of a link. The tests share a cluster, in this order; the last but one ends it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import signal
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,22 +27,53 @@ from tests.support.tiny_model import greedy
 pytestmark = pytest.mark.cluster
 
 STALL_S = 1.0
-WIRE = "nccl" if torch.cuda.device_count() >= 3 else "tcp"
+NUM_WORKERS = 3
+NUM_GPUS = torch.cuda.device_count()
+WIRE = "nccl" if NUM_GPUS >= 2 else "tcp"
+SHARING_RAY = f"""
+import ray, sys
+ray = ray.init("local", num_cpus=8, num_gpus={NUM_WORKERS}, include_dashboard=False, _node_ip_address="127.0.0.1")
+print("address", ray.address_info["gcs_address"], flush=True)
+sys.stdin.read()
+"""
 CONFIG = f"""
 model: {{dtype: float32}}
+cache: {{kv_cache_gib: 1}}
 transfer: {{link: {WIRE}, stall_s: {STALL_S}, slab_mib: 1, layerwise_threshold_tokens: 200, layers_per_part: 1}}
 """
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> str:
-    file = tmp_path_factory.mktemp("links") / "tcp.yaml"
-    file.write_text(CONFIG)
+def ray_address() -> Iterator[str]:
+    """A Ray of our own where two GPUs must do for three workers; it takes the GPUs as the environment names them."""
+    if NUM_GPUS != 2:
+        yield "local"
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # `phasewise serve` must have it, too
+        with subprocess.Popen(
+            [sys.executable, "-c", SHARING_RAY],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "0,1,1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            assert process.stdin is not None and process.stdout is not None
+            yield next(line.split()[1] for line in process.stdout if line.startswith("address"))
+            process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> str:
+    file = tmp_path_factory.mktemp("links") / "links.yaml"
+    file.write_text(f"{CONFIG}ray: {{address: '{ray_address}'}}\n")
     return str(file)
 
 
 @pytest.fixture(scope="module")
-def memory_before() -> set[str]:
+def memory_before(config: str) -> set[str]:
     return shared_memory()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -266,3 +268,28 @@ def test_slabs_that_do_not_fit_are_said_with_their_key(monkeypatch: pytest.Monke
         Links(settings, WorkerMailboxes(), lambda *_: None)
     assert caught.value.field == "transfer.slab_mib"
     assert "of the cluster" not in repr(settings)
+
+
+def test_channels_become_fewer_with_peers_and_are_the_same_at_all_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each link takes memory for each of its channels; two ends with different numbers refuse each other."""
+    made: list[int] = []
+
+    class Device(HostDevice):
+        def __init__(self, index: int, channels: int, *, is_alone: bool) -> None:
+            super().__init__()
+            made.append(channels)
+
+    monkeypatch.setitem(sys.modules, "kv_transfer.nccl_wire", SimpleNamespace(NcclDevice=Device))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    def channels(prefill: int, decode: int, **transfer: Any) -> set[int]:
+        pools = {"prefill": {"workers": prefill}, "decode": {"workers": decode}}
+        config = build_config({"pools": pools, "transfer": transfer}, source="test")
+        made.clear()
+        for role in (WorkerRole.PREFILL, WorkerRole.DECODE):
+            links._wire_device(WorkerSettings(role.value, role, "cuda", 1, config), "nccl", "127.0.0.1")
+        return set(made)
+
+    assert [channels(1, count) for count in (1, 2, 3, 4, 5, 64)] == [{16}, {16}, {8}, {8}, {4}, {4}]
+    assert channels(8, 1) == {4}
+    assert channels(8, 1, nccl_channels=16) == {16}

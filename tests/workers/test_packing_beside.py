@@ -168,6 +168,37 @@ def test_parts_are_taken_while_a_step_computes(is_alone: bool) -> None:
     box.assert_empty()
 
 
+def test_the_first_part_of_a_handoff_is_taken_while_a_step_computes() -> None:
+    box = WorkerBox({**PAIR, "prefill-1": "prefill"})
+    decode, runner = box.workers["decode-0"], box.runners["decode-0"]
+    receiver = decode._parts.receiver
+    box.submit("decodes", prompt_of(40), "prefill-1", "decode-0", max_tokens=40)
+    box.run_until(lambda: len(box.tokens[("decodes", 0)]) > 3)
+    mailboxes = box.workers["prefill-0"]._parts.sender._link._mailboxes  # type: ignore[attr-defined]
+    post, held = mailboxes["decode-0"], []
+    mailboxes["decode-0"] = lambda *entry: held.append(entry)
+    box.submit("comes", prompt_of(60, 1), "prefill-0", "decode-0", max_tokens=8)
+    box.run_until(lambda: bool(held))
+    before = receiver.counters.num_bytes
+    num_looks = 0
+
+    def on_look() -> bool:
+        nonlocal num_looks
+        num_looks += 1
+        if held:
+            post(*held.pop())
+        return num_looks > 9
+
+    runner.on_look = on_look
+    while held:
+        assert decode.round()
+    assert receiver.counters.num_bytes > before
+    mailboxes["decode-0"] = post
+    box.run()
+    assert box.output("comes") == expected_tokens(prompt_of(60, 1), 8)
+    box.assert_empty()
+
+
 def test_a_handoff_that_became_whole_inside_a_step_is_in_every_load() -> None:
     """Its blocks are in use, and it is not decoded yet: a report goes out between the two."""
     box = WorkerBox({**PAIR, "prefill-1": "prefill"}, transfer=LAYERWISE)
