@@ -207,6 +207,7 @@ class LinkEnd:
             self._device,
             self.post,
             check,
+            self.land,
             fingerprint="benchmark",
             host="127.0.0.1",
             num_slabs_out=settings.num_slabs_out,
@@ -237,6 +238,10 @@ class LinkEnd:
 
     def post(self, message: Any, arrived: ArrivedPart | None = None) -> None:
         self.mailbox.put((message, arrived))
+
+    def land(self, part: KVPart, wire: torch.Tensor) -> bool:
+        """Writes a part where it belongs, if this end has a cache."""
+        return False
 
     def send(self, worker_id: str, message: Any) -> None:
         """PeerPort."""
@@ -312,6 +317,9 @@ class CacheEnd(LinkEnd):
         self._receiver = KVReceiver(self._port, self, self, clock)
         self._num_offers = 0
         self._num_taken = 0
+
+    def land(self, part: KVPart, wire: torch.Tensor) -> bool:
+        return self._receiver.land(part, wire)
 
     def give(self, peer: str, length: int, count: int) -> float:
         """Hands a prompt over so often, all at once; the moment at which the first push began."""

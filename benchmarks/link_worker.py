@@ -10,13 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
+
 from benchmarks.link_nodes import TIMEOUT_S, LinkEnd, LinkSettings, link_device
 from benchmarks.offline import local_device
 from kv_transfer.link import ArrivedPart
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.config import build_config
 from phasewise.core.kv_spec import KVCacheSpec
-from phasewise.core.messages import AbortRequest, PrefillTask, WorkerLoad, WorkerOutput
+from phasewise.core.messages import AbortRequest, KVPart, PrefillTask, WorkerLoad, WorkerOutput
 from phasewise.core.placement import Placement, WorkerRole
 from phasewise.core.profile import DeviceProfile
 from phasewise.core.request import Request, SamplingParams
@@ -68,6 +70,9 @@ class WorkerEnd(LinkEnd):
     def post(self, message: Any, arrived: ArrivedPart | None = None) -> None:
         assert self._worker is not None, "nobody sends before all processes are up"
         self._worker.post(message, arrived)
+
+    def land(self, part: KVPart, wire: torch.Tensor) -> bool:
+        return self._worker is not None and self._worker.land(part, wire)
 
     def spec(self) -> KVCacheSpec:
         return self._spec

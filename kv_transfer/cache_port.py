@@ -33,8 +33,7 @@ class Cache(Protocol):
 class KVPlace:
     """Where a sequence's KV lies: its blocks, and their slots on the device from their first use on.
 
-    Read on one side of a handoff only, so always in the same stream. `vacated`: behind it nobody uses the blocks but
-    this handoff, where that was not waited for yet.
+    `vacated`: behind it nobody uses the blocks but this handoff.
     """
 
     block_table: Sequence[int]
@@ -45,18 +44,19 @@ class KVPlace:
 class CachePort:
     """A worker's cache. `spec` is that of the whole worker.
 
-    What goes out is read on a stream of its own, as soon as it is written (`mark`, `beside`), and what comes in is
-    written on another (`prepare`, `inward`, `join`): steps under way, or enqueued already, hold nothing up.
+    What goes out is read on a stream of its own, as soon as it is written (`mark`, `beside`), and what comes in may be
+    written on any (`prepare`, `unpack`): steps under way, or enqueued already, hold nothing up.
     """
+
+    can_land = True  # `unpack` may be called by any thread, beside the steps
 
     def __init__(self, cache: Cache, spec: KVCacheSpec) -> None:
         self.cache = cache
         self.spec = spec
         self._storage = cache.storage
         has_streams = self.device.type == "cuda"
-        # Of another priority than those of wires: torch hands out 32 of each again and again, and steps wait for these.
+        # Of another priority than those of wires: torch hands out 32 of each again and again, and steps wait for this.
         self._side = torch.cuda.Stream(self.device, priority=-2) if has_streams else None
-        self._inward = torch.cuda.Stream(self.device, priority=-2) if has_streams else None
 
     @property
     def device(self) -> torch.device:
@@ -86,15 +86,8 @@ class CachePort:
 
     def rejoin(self) -> None:
         """What the current stream gets from now on waits for what is on the other: it may write where that reads."""
-        self._wait_for(self._side)
-
-    def inward(self) -> AbstractContextManager[object]:
-        """Within it the current stream is the one for what comes in: its last use, too, is to be marked there."""
-        return _on(self._inward)
-
-    def join(self) -> None:
-        """What the current stream gets from now on finds all that was unpacked, and may write to the same blocks."""
-        self._wait_for(self._inward)
+        if self._side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._side)
 
     def layout(self, span: PartSpan, dtype: str, codec: Codec) -> WireLayout:
         """What a part looks like on the wire."""
@@ -104,12 +97,10 @@ class CachePort:
     def prepare(self, place: KVPlace) -> None:
         """Puts on the device what `unpack` needs, ahead of it.
 
-        What is on the current stream now may use the blocks yet; what comes later must not, until `join`.
+        What is on the current stream now may use the blocks yet; what comes later must not, until all is unpacked.
         """
-        if self._inward is not None:
-            place.vacated = self.mark()
-        with self.inward():
-            self._slots(place)
+        self._slots(place)
+        place.vacated = self.mark()
 
     def pack(self, place: KVPlace, span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:
         """Fills a wire buffer with KV of a sequence, its checksum included."""
@@ -119,7 +110,6 @@ class CachePort:
         """Writes what came into a sequence's blocks."""
         if place.vacated is not None:
             torch.cuda.current_stream(self.device).wait_event(place.vacated)
-            place.vacated = None
         unpack(self._storage, self._slots_of_part(place, span), span.first_layer, layout, wire)
 
     def warm_up(self, dtypes: Iterable[str], codec: Codec) -> None:
@@ -135,10 +125,6 @@ class CachePort:
                 self.pack(KVPlace([0]), span, layout, wire)
                 assert is_intact(wire), "the checksum of what was packed a moment ago"
                 self.unpack(KVPlace([0]), span, layout, wire)
-
-    def _wait_for(self, stream: torch.cuda.Stream | None) -> None:
-        if stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(stream)
 
     def _slots(self, place: KVPlace) -> torch.Tensor:
         if place.slots is None:

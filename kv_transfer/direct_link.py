@@ -19,7 +19,7 @@ import uuid
 import torch
 
 from kv_transfer.channel import Channel, Hello, differences
-from kv_transfer.link import Post
+from kv_transfer.link import Land, Post
 from kv_transfer.link_epoch import ReceiveEpoch, Room, SendEpoch, Trial
 from kv_transfer.plan import WIRE_VERSION
 from kv_transfer.slabs import Slab, SlabPool
@@ -62,6 +62,7 @@ class DirectLinks:
         device: WireDevice,
         post: Post,
         check: Check,
+        land: Land = lambda part, wire: False,
         *,
         fingerprint: str,
         host: str,
@@ -92,8 +93,8 @@ class DirectLinks:
         out_pool, in_pool = (
             SlabPool(device.allocate(count * slab_bytes), slab_bytes) for count in (num_slabs_out, num_slabs_in)
         )
-        self._out = Room(device, out_pool, post, check, self._clock, stall_s, trial_bytes)
-        self._in = Room(device, in_pool, post, check, self._clock, stall_s, trial_bytes)
+        self._out = Room(device, out_pool, post, land, check, self._clock, stall_s, trial_bytes)
+        self._in = Room(device, in_pool, post, land, check, self._clock, stall_s, trial_bytes)
         self._packing: dict[int, tuple[Slab, Mark]] = {}  # by address: given out by `buffer` at that mark, not sent yet
         self.is_full = False
         self._process = uuid.uuid4().hex

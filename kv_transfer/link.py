@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 import torch
@@ -23,17 +24,38 @@ from phasewise.core.messages import KVCommit, KVPart, KVPartAck, LinkLost
 from phasewise.core.placement import WorkerId
 
 
+class Landed(Enum):
+    """What became of a part that `Land` took. The device is done with its blocks."""
+
+    RIGHT = "right"
+    WRONG = "wrong"  # its checksum
+    LOST = "lost"  # the link broke: LinkLost follows
+
+
 @dataclass(frozen=True, slots=True)
 class ArrivedPart:
     """What came for a header.
 
     Attributes:
-        wire: uint8 [header.num_bytes], on the receiver's device or its host; None when its checksum was wrong.
+        wire: uint8 [header.num_bytes], on the receiver's device or its host; None when its checksum was wrong, or when
+            its KV lies in its blocks already.
         release: called once, when the last use of `wire` is on the current stream.
+        landed: None where `wire` is still to be written.
     """
 
     wire: torch.Tensor | None
     release: Callable[[], None]
+    landed: Landed | None = None
+
+
+class Land(Protocol):
+    """Writes a part into its blocks as soon as its bytes are in, before anybody knows whether they are right."""
+
+    def __call__(self, part: KVPart, wire: torch.Tensor) -> bool:
+        """Puts the writing on the current stream, from any thread; False when the mailbox is to have the part.
+
+        Every part that it took comes to the mailbox later, as an ArrivedPart with `landed`.
+        """
 
 
 class Post(Protocol):

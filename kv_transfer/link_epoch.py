@@ -4,12 +4,13 @@
     put: Announce ────────────────────────► asks its pool for a slab, behind all who asked before
                   ◄──────────────────────── Grant
     the KV is computed
-    Go, wire.send behind the packing ─────► wire.receive into the slab, and the check
+    Go, wire.send behind the packing ─────► wire.receive into the slab; behind it `land`, and the check
                   ◄──────────────────────── Left; the part goes to the owner's mailbox
 
 A slab belongs to the epoch from `put` or Grant on: at the sender until Left, at the receiver until the part is in the
-mailbox. The first `break_` ends an epoch: it shuts the connection and aborts the wire, and only then does `tear_down`
-give slabs back. So no device writes to a slab for an epoch that is over.
+mailbox, and of a part that is not landed until its owner gives it back. The first `break_` ends an epoch: it shuts the
+connection and aborts the wire, and only then does `tear_down` give slabs back. So no device writes to a slab, nor for a
+part to a cache, when its epoch is over.
 
 Threads: `serve` reads the connection, a second one waits for the device, a third aborts. Locks are taken in the order
 pool, epoch, channel.
@@ -39,7 +40,7 @@ from kv_transfer.channel import (
     Token,
     differences,
 )
-from kv_transfer.link import ArrivedPart, Post
+from kv_transfer.link import ArrivedPart, Land, Landed, Post
 from kv_transfer.slabs import Slab, SlabPool
 from kv_transfer.wire import Check, Mark, Receipt, Wire, WireDevice, WireError
 from phasewise.core.clock import Clock
@@ -68,6 +69,7 @@ class Room:
     device: WireDevice
     pool: SlabPool
     post: Post
+    land: Land
     check: Check
     clock: Clock
     stall_s: float
@@ -322,6 +324,7 @@ class _Incoming:
     part: KVPart
     slab: Slab | None = None
     receipt: Receipt | None = None
+    is_landed: bool = False
 
 
 class ReceiveEpoch(_Epoch):
@@ -409,6 +412,8 @@ class ReceiveEpoch(_Epoch):
         for entry in self._parts.values():
             if entry.slab is not None:
                 self._room.pool.give_back(entry.slab)
+            if entry.is_landed:
+                self._room.post(entry.part, ArrivedPart(None, _nothing, Landed.LOST))
         return frozenset(entry.part.transfer_id for entry in self._parts.values())
 
     def _grant(self, entry: _Incoming, slab: Slab) -> bool:
@@ -426,7 +431,12 @@ class ReceiveEpoch(_Epoch):
     def _receive(self, entry: _Incoming) -> None:
         assert self._wire is not None and entry.slab is not None
         self._start_deadline(entry.seq)
-        entry.receipt = self._wire.receive(entry.slab.buffer, entry.slab.last_use, self._room.check)
+
+        def land_and_check(data: torch.Tensor, answer: torch.Tensor) -> None:
+            entry.is_landed = self._room.land(entry.part, data)
+            self._room.check(data, answer)
+
+        entry.receipt = self._wire.receive(entry.slab.buffer, entry.slab.last_use, land_and_check)
         self._arriving.put(entry)
 
     def _finish(self) -> None:
@@ -439,14 +449,20 @@ class ReceiveEpoch(_Epoch):
                     if self.reason:
                         return  # it may be torn: the abort ends receives, too
                     del self._parts[entry.seq], self._deadlines[entry.seq]
-                if is_right:
-                    self._room.post(entry.part, ArrivedPart(slab.buffer, partial(self._release, slab)))
+                if is_right and not entry.is_landed:
+                    arrived = ArrivedPart(slab.buffer, partial(self._release, slab))
                 else:
                     self._room.pool.give_back(slab)
-                    self._room.post(entry.part, ArrivedPart(None, lambda: None))
+                    landed = Landed.RIGHT if is_right else Landed.WRONG
+                    arrived = ArrivedPart(None, _nothing, landed if entry.is_landed else None)
+                self._room.post(entry.part, arrived)
                 self._channel.send(Left(entry.seq))
         except Exception as error:  # whatever it is, such as one of the device: nobody else would notice
             self.break_(str(error) or type(error).__name__)
 
     def _release(self, slab: Slab) -> None:
         self._room.pool.give_back(slab, self._room.device.mark())
+
+
+def _nothing() -> None:
+    """The release of a part that keeps nothing."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from kv_transfer.link import ArrivedPart, Post
+from kv_transfer.link import ArrivedPart, Land, Landed, Post
 from kv_transfer.staging import is_intact
 from phasewise.core.messages import KVCommit, KVPart, KVPartAck
 from phasewise.core.placement import WorkerId
@@ -18,7 +18,7 @@ class LoopbackLink:
     """Puts parts of one worker straight into its peers' mailboxes.
 
     `fault` sees every part and returns what arrives: the buffer, another one (corruption), or None (loss).
-    With `brings_commits` commits come this way.
+    With `brings_commits` commits come this way; the workers of `lands` take parts as direct links bring them.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class LoopbackLink:
         self._rate = rate
         self._part_s = part_s
         self.brings_commits = False
+        self.lands: dict[WorkerId, Land] = {}
 
     def name(self, peer: WorkerId) -> str:
         return "loopback"
@@ -76,7 +77,11 @@ class LoopbackLink:
             if ours is not None:
                 ours(KVPartAck(part.transfer_id, part.part_index))
 
-        mailbox(part, ArrivedPart(came if is_intact(came) else None, release))
+        land = self.lands.get(peer)
+        if land is not None and land(part, came):
+            mailbox(part, ArrivedPart(None, release, Landed.RIGHT if is_intact(came) else Landed.WRONG))
+        else:
+            mailbox(part, ArrivedPart(came if is_intact(came) else None, release))
 
     def send_commit(self, peer: WorkerId, commit: KVCommit) -> bool:
         if self.brings_commits:

@@ -3,15 +3,21 @@
 Life of a transfer: kv_transfer/state.py. Whether blocks may be set aside is not decided here but by the decode phase
 (decode_workers/reservations.py), which calls `accept` with the blocks. A part that belongs to no live transfer (late,
 aborted, expired) is counted and dropped: its transfer's id is never used again, so it can reach no block.
+
+A direct link writes parts into their blocks itself (`land`), behind their bytes and beside the steps. What the loop
+hears of a part comes later, and until then its blocks are nobody else's, even when the handoff has failed meanwhile.
 """
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
+
+import torch
 
 from kv_transfer.cache_port import CachePort, KVPlace
 from kv_transfer.codec import Codec, WireLayout, wire_dtype
-from kv_transfer.link import ArrivedPart
+from kv_transfer.link import ArrivedPart, Landed
 from kv_transfer.plan import WIRE_VERSION, PartSpan
 from kv_transfer.state import ReceiveStatus, check_receive
 from phasewise.core.clock import Clock
@@ -31,6 +37,7 @@ class Reservation:
     status: ReceiveStatus = ReceiveStatus.RESERVED
     reason: str = ""
     parts: set[int] = field(default_factory=set)
+    landing: set[int] = field(default_factory=set)  # parts that a link writes, until the loop hears of them
     num_cells: int = 0
     num_bytes: int = 0
     commit: KVCommit | None = None
@@ -61,14 +68,10 @@ class KVReceiver:
         self._peers = peers
         self._late = late
         self._clock = clock
+        self._lock = threading.Lock()  # guards which reservations there are, and what lands in them
         self._reservations: dict[str, Reservation] = {}
         self._ended: list[Reservation] = []
         self.counters = ReceiverCounters()
-
-    @property
-    def is_receiving(self) -> bool:
-        """Whether parts are to come. A handoff's first, too, must not keep its buffer until a step's end."""
-        return bool(self._reservations)
 
     @property
     def num_reservations(self) -> int:
@@ -90,23 +93,44 @@ class KVReceiver:
     def accept(self, offer: KVOffer, block_table: list[int], num_cached_tokens: int, lease_end_s: float) -> None:
         """Takes the offer into `block_table`, whose first `num_cached_tokens` tokens are in place already."""
         reservation = Reservation(offer, block_table, num_cached_tokens, lease_end_s)
-        self._reservations[offer.transfer_id] = reservation
-        self._peers.send(offer.sender, KVAccepted(offer.transfer_id, num_cached_tokens, self._spec.dtype))
         self._cache.prepare(reservation.place)
+        with self._lock:
+            self._reservations[offer.transfer_id] = reservation
+        self._peers.send(offer.sender, KVAccepted(offer.transfer_id, num_cached_tokens, self._spec.dtype))
+
+    def land(self, part: KVPart, wire: torch.Tensor) -> bool:
+        """`Land` (kv_transfer/link.py) of this worker."""
+        with self._lock:
+            reservation = self._reservations.get(part.transfer_id)
+            if reservation is None or not self._cache.can_land:
+                return False
+            layout = self._layout(part, reservation)
+            if isinstance(layout, str):
+                return False
+            reservation.landing.add(part.part_index)
+        try:
+            self._cache.unpack(reservation.place, _span(part), layout, wire)
+        except BaseException:
+            with self._lock:
+                reservation.landing.discard(part.part_index)
+            raise
+        return True
 
     def on_part(self, part: KVPart, arrived: ArrivedPart) -> None:
-        """Checks a part and writes it. A wrong sum fails the whole handoff; nothing of it is ever decoded.
+        """Takes a part, and writes it where its link did not. A wrong sum fails the whole handoff; nothing of it is
+        ever decoded.
 
         Of a probe (kv_transfer/prober.py) nothing is written.
         """
-        with self._cache.inward():
-            try:
-                if part.is_probe:
-                    self.counters.checksum_failures += arrived.wire is None
-                else:
-                    self._take_part(part, arrived)
-            finally:
-                arrived.release()
+        try:
+            if arrived.landed is not None:
+                self._touched_down(part)
+            if part.is_probe:
+                self.counters.checksum_failures += arrived.wire is None
+            elif arrived.landed is not Landed.LOST:
+                self._take_part(part, arrived)
+        finally:
+            arrived.release()
 
     def on_commit(self, commit: KVCommit) -> None:
         reservation = self._reservations.get(commit.transfer_id)
@@ -159,12 +183,17 @@ class KVReceiver:
 
         What the current stream gets behind this may read and write those blocks.
         """
-        ended, self._ended = self._ended, []
-        if any(reservation.parts for reservation in ended):
-            self._cache.join()
+        ended = [reservation for reservation in self._ended if not reservation.landing]
+        self._ended = [reservation for reservation in self._ended if reservation.landing]
         return ended
 
     # ---- inside
+
+    def _touched_down(self, part: KVPart) -> None:
+        of_ended = (r for r in self._ended if r.offer.transfer_id == part.transfer_id)
+        with self._lock:
+            reservation = self._reservations.get(part.transfer_id) or next(of_ended)
+            reservation.landing.remove(part.part_index)
 
     def _take_part(self, part: KVPart, arrived: ArrivedPart) -> None:
         reservation = self._reservations.get(part.transfer_id)
@@ -174,14 +203,16 @@ class KVReceiver:
         if part.part_index in reservation.parts:
             return
         layout = self._layout(part, reservation)
-        if isinstance(layout, str) or arrived.wire is None:
-            self.counters.checksum_failures += arrived.wire is None
+        is_right = arrived.wire is not None or arrived.landed is Landed.RIGHT
+        if isinstance(layout, str) or not is_right:
+            self.counters.checksum_failures += not is_right
             wrong_sum = f"the checksum of part {part.part_index} does not match"
             self.fail(part.transfer_id, layout if isinstance(layout, str) else wrong_sum)
             return
         if reservation.status is ReceiveStatus.RESERVED:
             self._move(reservation, ReceiveStatus.RECEIVING)
-        self._cache.unpack(reservation.place, _span(part), layout, arrived.wire)
+        if arrived.wire is not None:
+            self._cache.unpack(reservation.place, _span(part), layout, arrived.wire)
         reservation.parts.add(part.part_index)
         reservation.num_cells += part.num_layers * part.num_tokens
         reservation.num_bytes += part.num_bytes
@@ -218,8 +249,9 @@ class KVReceiver:
     def _end(self, reservation: Reservation, status: ReceiveStatus, reason: str) -> None:
         self._move(reservation, status)
         reservation.reason = reason
-        del self._reservations[reservation.offer.transfer_id]
-        self._ended.append(reservation)
+        with self._lock:
+            del self._reservations[reservation.offer.transfer_id]
+            self._ended.append(reservation)
 
     def _move(self, reservation: Reservation, status: ReceiveStatus) -> None:
         check_receive(reservation.status, status)

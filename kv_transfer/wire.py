@@ -9,7 +9,7 @@ import torch
 
 Check = Callable[[torch.Tensor, torch.Tensor], None]
 """(uint8 [num_bytes], answer): puts whether what came is right into `answer`, bool [1] where the device can write.
-Enqueues, never waits."""
+Called once for a receive, where what it enqueues comes behind the bytes. Never waits."""
 
 
 class WireError(Exception):
@@ -27,7 +27,10 @@ class Receipt(Protocol):
     """A receive under way."""
 
     def wait(self) -> bool:
-        """Blocks until the bytes are in and checked: whether they are right. WireError after an abort, if it can."""
+        """Blocks until the bytes are in and the device is done with what the check enqueued: whether they are right.
+
+        WireError after an abort, if it can.
+        """
 
 
 class Wire(Protocol):

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 
 from kv_transfer.link import ArrivedPart
 from phasewise.core.clock import MonotonicClock
@@ -61,7 +62,7 @@ class WorkerActor:
         return self._info()
 
     def _load(self) -> None:
-        self._links = Links(self._settings, self._peers, self._post_from_link)
+        self._links = Links(self._settings, self._peers, self._post_from_link, self._land)
         self._engine = load_engine(self._settings, self._set_progress, MonotonicClock())
         self._links.agree_on(self._engine.port.spec)
 
@@ -154,6 +155,9 @@ class WorkerActor:
     def _post_from_link(self, message: WorkerMessage, arrived: ArrivedPart | None = None) -> None:
         if self._worker is not None:
             self._worker.post(message, arrived)
+
+    def _land(self, part: KVPart, wire: torch.Tensor) -> bool:
+        return self._worker is not None and self._worker.land(part, wire)
 
     def _set_progress(self, share: float) -> None:
         self._progress = share

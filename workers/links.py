@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from kv_transfer.direct_link import DirectLinks
-from kv_transfer.link import Link, Post
+from kv_transfer.link import Land, Link, Post
 from kv_transfer.object_store_link import ObjectStoreLink
 from kv_transfer.routed_link import RoutedLink
 from kv_transfer.staging import check
@@ -39,9 +39,9 @@ class Links:
         ConfigError: `transfer.link` asks for one that this worker cannot have.
     """
 
-    def __init__(self, settings: WorkerSettings, workers: WorkerMailboxes, post: Post) -> None:
+    def __init__(self, settings: WorkerSettings, workers: WorkerMailboxes, post: Post, land: Land) -> None:
         device = torch.device("cuda" if settings.device != "cpu" else "cpu")
-        self._direct = _direct_links(settings, post)
+        self._direct = _direct_links(settings, post, land)
         self._object_store = ObjectStoreLink(settings.worker_id, workers, device, post)
         self.link: Link = self._object_store
         if self._direct is not None:
@@ -73,7 +73,7 @@ class Links:
         self.link.close()
 
 
-def _direct_links(settings: WorkerSettings, post: Post) -> DirectLinks | None:
+def _direct_links(settings: WorkerSettings, post: Post, land: Land) -> DirectLinks | None:
     transfer, link = settings.config.transfer, settings.config.transfer.link
     if link == "auto":
         link = "object_store" if settings.device == "cpu" else "nccl"
@@ -87,6 +87,7 @@ def _direct_links(settings: WorkerSettings, post: Post) -> DirectLinks | None:
             device,
             post,
             check,
+            land,
             fingerprint="",
             host=host,
             secret=settings.secret,

@@ -49,9 +49,11 @@ class LeadingKVCache(PagedKVCache):
 class LeadingCachePort(CachePort):
     """Rank 0's port: parts of all heads. `spec` is that of the whole worker; `cache` has rank 0's heads."""
 
+    can_land = False  # all ranks take part, between their steps
+
     def __init__(self, cache: PagedKVCache, spec: KVCacheSpec, group: Group, ranks: Ranks) -> None:
         super().__init__(cache, spec)
-        self._side = self._inward = None  # all ranks take part in both, on the stream of their steps
+        self._side = None  # all ranks take part, on the stream of their steps
         self._heads = RankHeads(cache, group)
         self._num_ranks = group.size
         self._ranks = ranks

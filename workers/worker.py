@@ -26,6 +26,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
+
 from decode_workers.phase import DecodePhase
 from engine.batch import DeviceLost, PendingStep, ScheduledBatch, ScheduledSequence
 from engine.block_manager import BlockManager
@@ -65,7 +67,7 @@ from workers.roles import may_prefill, may_reserve
 
 logger = logging.getLogger(__name__)
 
-_PART_S = 0.0005  # how late a step's end may be noticed while parts are under way
+_ACK_S = 0.0005  # how late a step's end may be noticed while parts wait
 _UNUSABLE = "the model computed NaN or infinite logits for this request; its KV or the weights may be damaged"
 
 
@@ -87,8 +89,8 @@ class Runner(Protocol):
 class LoopSettings:
     """What the loop needs of the configuration.
 
-    With `is_alone`, a worker of one rank, KV leaves and comes while layers compute; else right behind a step: several
-    ranks take part in packing and unpacking, and they are not between two layers together.
+    With `is_alone`, a worker of one rank, KV leaves while layers compute; else right behind a step: several ranks take
+    part in packing, and they are not between two layers together.
     """
 
     token_budget: int
@@ -161,6 +163,10 @@ class Worker:
     def post(self, message: WorkerMessage | ProbeLink, arrived: ArrivedPart | None = None) -> None:
         """Puts a message, and what came with the header of a part, into the mailbox."""
         self._mailbox.put((message, arrived))
+
+    def land(self, part: KVPart, wire: torch.Tensor) -> bool:
+        """`Land` (kv_transfer/link.py), for links."""
+        return self._parts.receiver.land(part, wire)
 
     def links(self, peers: Sequence[WorkerInfo]) -> WorkerLinks:
         """The ways to other workers, as far as they are known."""
@@ -256,8 +262,8 @@ class Worker:
 
     def _collect(self, flight: _StepInFlight) -> None:
         parts, items = self._parts, (*flight.decodes, *flight.prompts)
-        while self._has_parts_under_way() and not flight.step.is_done():
-            self._take_part_inside()
+        while parts.sender.is_held_back and not flight.step.is_done():
+            self._take_ack_inside()
         try:
             result = flight.step.collect()
         except DeviceLost:
@@ -291,22 +297,16 @@ class Worker:
             self._parts.prefill.fail(request_id, error)
             self._parts.decode.fail(request_id, error)
 
-    def _has_parts_under_way(self) -> bool:
-        """Whether parts wait for the room of others: here for their acknowledgements, there for this worker's cache."""
-        parts = self._parts
-        return parts.sender.is_held_back or (self._settings.is_alone and parts.receiver.is_receiving)
-
-    def _take_part_inside(self) -> None:
-        """Inside a step: takes a part, or the word that one has arrived. Everything else waits for the step's end."""
+    def _take_ack_inside(self) -> None:
+        """Inside a step: takes the word that a part has arrived, whose room others wait for. All else waits."""
         try:
-            entry = self._mailbox.get(timeout=_PART_S)
+            entry = self._mailbox.get(timeout=_ACK_S)
         except queue.Empty:
             return
         if entry is None:
             return  # `stop`: seen behind this round
-        if isinstance(entry[0], KVPartAck) or (self._settings.is_alone and isinstance(entry[0], KVPart)):
+        if isinstance(entry[0], KVPartAck):
             self._dispatch(*entry)
-            self._parts.late.flush()  # a sender holds blocks until it hears that it is done
         else:
             self._kept.append(entry)
 

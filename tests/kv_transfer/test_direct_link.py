@@ -15,12 +15,13 @@ import torch
 
 from kv_transfer import direct_link
 from kv_transfer.channel import Channel, Token
+from kv_transfer.link import Landed
 from phasewise.core.errors import TransferFailed
 from phasewise.core.messages import KVCommit, KVPart, KVPartAck, LinkLost
 from phasewise.core.request import SampledToken
 from tests.support import host_wire
 from tests.support.host_wire import HostDevice, HostWire
-from tests.support.link_node import SLAB_BYTES, LinkNode, NodeProcess
+from tests.support.link_node import SLAB_BYTES, LinkNode, NodeProcess, content
 from tests.support.served import until
 
 CLEAN_WITHIN_S = 2.0
@@ -250,6 +251,56 @@ def test_corrupted_bytes_are_told_and_cost_no_slab(node: Make) -> None:
         else:
             receiver.take(index, 4096)
         assert sender.next(KVPartAck).part_index == index
+
+
+def test_a_part_is_landed_as_soon_as_its_bytes_are_in_and_keeps_no_slab(node: Make) -> None:
+    def alter(part: int, data: bytearray) -> None:
+        if part == 1:
+            data[100] ^= 1
+
+    landed: dict[int, torch.Tensor] = {}
+
+    def land(part: KVPart, wire: torch.Tensor) -> bool:
+        landed[part.part_index] = wire.clone()
+        return part.part_index != 2
+
+    sender, receiver = node("prefill-0", HostDevice(alter=alter)), node("decode-0", land=land)
+    connect(sender, receiver)
+    for index, outcome in enumerate((Landed.RIGHT, Landed.WRONG, None, Landed.RIGHT)):
+        assert sender.try_send("decode-0", index, 4096) or sender.next(KVPartAck)
+        part, arrived = receiver.next(KVPart)
+        assert (part.part_index, arrived.landed) == (index, outcome)
+        assert receiver.is_clean == (outcome is not None), "nobody has released anything yet"
+        assert torch.equal(landed[index], content(index, 4096)) == (outcome is not Landed.WRONG)
+        assert (arrived.wire is None) == (outcome is not None)
+        arrived.release()
+        assert sender.next(KVPartAck).part_index == index
+
+
+def test_the_owner_hears_of_every_part_that_landed_also_of_those_lost_with_the_link(node: Make) -> None:
+    def land(part: KVPart, wire: torch.Tensor) -> bool:
+        if part.part_index == 1:
+            receiver.links.forget("prefill-0")
+        return True
+
+    sender, receiver = node("prefill-0"), node("decode-0", land=land)
+    connect(sender, receiver)
+    for index in range(2):
+        assert sender.try_send("decode-0", index, 4096)
+    outcomes = [receiver.next(KVPart) for _ in range(2)]
+    assert [(part.part_index, a.landed) for part, a in outcomes] == [(0, Landed.RIGHT), (1, Landed.LOST)]
+    assert receiver.next(LinkLost).transfer_ids == {"t"}
+
+
+def test_a_landing_that_fails_breaks_the_link(node: Make) -> None:
+    def land(part: KVPart, wire: torch.Tensor) -> bool:
+        raise RuntimeError("no memory")
+
+    sender, receiver = node("prefill-0"), node("decode-0", land=land)
+    connect(sender, receiver)
+    assert sender.try_send("decode-0", 0, 4096)
+    assert receiver.next(LinkLost).transfer_ids == {"t"}
+    assert sender.next(LinkLost).transfer_ids == {"t"}
 
 
 # ---- what is refused before anything moves

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from cli.launch import worker_settings
@@ -33,7 +34,7 @@ from kv_transfer.tcp_wire import TcpDevice
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.config import ServingConfig, build_config
 from phasewise.core.links import LinkProbe, WorkerLinks
-from phasewise.core.messages import PeerLost, WorkerInfo, WorkerLoad, WorkerMessage, WorkerOutput
+from phasewise.core.messages import KVPart, PeerLost, WorkerInfo, WorkerLoad, WorkerMessage, WorkerOutput
 from phasewise.core.model_source import model_facts, resolve_model
 from phasewise.core.placement import Placement, WorkerId
 from workers.build import LoadedEngine, Ports, assemble, load_engine, worker_info
@@ -65,7 +66,7 @@ class LocalCluster:
             info = worker_info(settings, engine)
             link: Link = LoopbackLink(settings.worker_id, self._mailboxes)
             if has_direct_links:
-                self.direct[settings.worker_id] = self._direct_links(info, self._mailboxes)
+                self.direct[settings.worker_id] = self._direct_links(info)
                 link = RoutedLink(self.direct[settings.worker_id], link)
             ports = Ports(self, self, self, link)
             worker = assemble(info, engine.runner, engine.port, settings.config, ports, self._clock)
@@ -100,18 +101,21 @@ class LocalCluster:
             addresses={},
         )
 
-    @staticmethod
-    def _direct_links(info: WorkerInfo, mailboxes: dict[WorkerId, Any]) -> DirectLinks:
+    def _direct_links(self, info: WorkerInfo) -> DirectLinks:
         def post(message: Any, arrived: Any = None) -> None:
-            mailbox = mailboxes.get(info.worker_id)
+            mailbox = self._mailboxes.get(info.worker_id)
             if mailbox is not None:
                 mailbox(message, arrived)
+
+        def land(part: KVPart, wire: torch.Tensor) -> bool:
+            return self.workers[info.worker_id].land(part, wire)
 
         return DirectLinks(
             info.worker_id,
             TcpDevice("127.0.0.1"),
             post,
             check,
+            land,
             fingerprint=info.kv_spec.content,
             host="127.0.0.1",
             slab_bytes=2**16,

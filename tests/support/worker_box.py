@@ -9,7 +9,7 @@ import torch
 
 from engine.kv_cache import PagedKVCache
 from kv_transfer.cache_port import CachePort
-from kv_transfer.link import ArrivedPart
+from kv_transfer.link import ArrivedPart, Land
 from kv_transfer.loopback_link import Fault, LoopbackLink
 from kv_transfer.staging import is_intact
 from phasewise.core.clock import ManualClock
@@ -37,9 +37,11 @@ class WorkerBox:
 
     Attributes:
         num_steps_ahead: how far their engines are ahead of the results that the loop takes: 1 on a GPU, 0 on a CPU.
+        has_landing: whether parts are written by their link, as direct ones do, or by the loop.
     """
 
     num_steps_ahead = 0
+    has_landing = False
 
     def __init__(
         self, roles: dict[WorkerId, str], *, num_blocks: int = 64, fault: Fault | None = None, **sections: Any
@@ -59,6 +61,7 @@ class WorkerBox:
         self.outputs: list[WorkerOutput] = []
         self.loads: dict[WorkerId, WorkerLoad] = {}
         mailboxes: dict[WorkerId, Any] = {}
+        lands: dict[WorkerId, Land] = {}
         for worker_id, role in roles.items():
             cache = PagedKVCache(SPEC, num_blocks, "cpu", self.num_swap_blocks)
             cache.storage.fill_(float("nan"))  # what was never written must never be read
@@ -77,11 +80,15 @@ class WorkerBox:
                 num_blocks * SPEC.block_size,
                 DeviceProfile.linear(0.0, 0.001, 0.0, 0.001),
             )
-            ports = Ports(self, self, self, LoopbackLink(worker_id, mailboxes, fault))
+            link = LoopbackLink(worker_id, mailboxes, fault)
+            link.lands = lands
+            ports = Ports(self, self, self, link)
             port = CachePort(cache, SPEC)
             worker = assemble(info, self.runners[worker_id], port, self.config, ports, self.clock)
             self.workers[worker_id] = worker
             mailboxes[worker_id] = worker.post
+            if self.has_landing:
+                lands[worker_id] = worker.land
 
     # ---- ports
 

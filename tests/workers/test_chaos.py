@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from kv_transfer.link import ArrivedPart, Landed
 from phasewise.core.errors import RequestCancelled, TransferFailed, Unavailable, WorkerLost
 from phasewise.core.messages import KVCommit, KVPart, LinkLost, PeerLost, WorkerMessage, WorkerOutput
 from phasewise.core.placement import WorkerId
 from tests.support.gateway_box import GatewayBox
-from tests.support.late_unpacking import LateUnpacking
+from tests.support.late_landing import late_land
 from tests.support.scripted_engine import expected_tokens
 from tests.support.worker_box import corrupt
 from tests.workers.test_request_life import prompt_of
@@ -34,6 +36,7 @@ class ChaosBox(GatewayBox):
         self._hold = hold
         self._bad = bad
         self._said_by: WorkerId | None = None
+        self._writing: list[Callable[[], None]] = []  # of the part that is on its way into the mailbox
         self._under_way: list[tuple[WorkerId | None, WorkerId | None, Callable[[], None]]] = []  # (to, from, arrival)
         super().__init__(roles, fault=self._fault, **options)
         mailboxes = next(iter(self.workers.values()))._parts.sender._link._mailboxes  # type: ignore[attr-defined]
@@ -42,14 +45,35 @@ class ChaosBox(GatewayBox):
             if rng.random() < 0.5:
                 worker._parts.sender._link.send_commit = self._commits_of(name, mailboxes)  # type: ignore[method-assign]
             self.runners[name].on_look = lambda: rng.random() < 0.7
-            if rng.random() < 0.5:
-                LateUnpacking(self, name)
+        if self.has_landing:
+            lands = next(iter(self.workers.values()))._parts.sender._link.lands  # type: ignore[attr-defined]
+            for name in self.workers:
+                lands[name] = late_land(self, name, lands[name], self._writing.append)
 
     def _late(self, to: WorkerId, post: Callable[..., None]) -> Callable[..., None]:
         def put(message: Any, arrived: Any = None) -> None:
-            self._under_way.append((to, self._said_by, lambda: post(message, arrived)))
+            if arrived is None or arrived.landed is None:
+                self._under_way.append((to, self._said_by, lambda: post(message, arrived)))
+            else:  # whoever dies, the link's own end says what became of it
+                self._under_way.append((to, None, partial(self._touch_down, to, message, arrived, self._writing.pop())))
 
         return put
+
+    def _touch_down(self, to: WorkerId, part: KVPart, arrived: ArrivedPart, write: Callable[[], None]) -> None:
+        """The device has written a part, or the link broke meanwhile, which both ends hear of."""
+        is_lost = self._rng.random() < self._bad
+        if not is_lost or self._rng.random() < 0.5:
+            write()
+        if not is_lost:
+            self.workers[to].post(part, arrived)
+            return
+        self.workers[to].post(part, ArrivedPart(None, lambda: None, Landed.LOST))
+        sender = part.transfer_id.rpartition("#")[2].rpartition(".")[0]
+        for end, peer in ((to, sender), (sender, to)):
+            if end not in self.lost:
+                post = self.workers[end].post
+                news = LinkLost(peer, "chaos", frozenset({part.transfer_id}))
+                self._under_way.append((end, None, partial(post, news)))
 
     def _commits_of(self, sender: WorkerId, mailboxes: dict[WorkerId, Any]) -> Callable[[WorkerId, KVCommit], bool]:
         """A link that brings commits, or breaks under one: its sender hears of that, at some time."""

@@ -65,6 +65,7 @@ class LinkedBox(WorkerBox):
         mailboxes = {name: worker.post for name, worker in self.workers.items()}
         self.direct = Direct("prefill-0", mailboxes)
         self.parts_beside = 0
+        self.direct.lands = {name: worker.land for name, worker in self.workers.items() if self.has_landing}
         parts = self.workers["prefill-0"]._parts
         routed = RoutedLink(self.direct, LoopbackLink("prefill-0", mailboxes, self._count))
         parts.sender._link = parts.prober._link = routed
@@ -265,7 +266,7 @@ def test_slabs_that_do_not_fit_are_said_with_their_key(monkeypatch: pytest.Monke
     config = build_config({"transfer": {"link": "tcp", "slab_mib": 4096}}, source="test")
     settings = WorkerSettings("decode-0", WorkerRole.DECODE, "cpu", 1, config, secret="of the cluster")
     with pytest.raises(ConfigError, match="no room for 2 slabs of 4096 MiB") as caught:
-        Links(settings, WorkerMailboxes(), lambda *_: None)
+        Links(settings, WorkerMailboxes(), lambda *_: None, lambda *_: False)
     assert caught.value.field == "transfer.slab_mib"
     assert "of the cluster" not in repr(settings)
 

@@ -30,7 +30,7 @@ def links() -> Iterator[Make]:
     def make(role: WorkerRole, link: str = "tcp", device: str = "cpu", head: str = "", post: Any = None) -> Links:
         config = build_config({"transfer": {"link": link, "slab_mib": 1}}, source="test")
         settings = WorkerSettings(f"{role.value}-0", role, device, 1, config, secret="s", head=head)
-        made.append(Links(settings, WorkerMailboxes(), post or (lambda message, arrived=None: None)))
+        made.append(Links(settings, WorkerMailboxes(), post or (lambda message, arrived=None: None), lambda *_: False))
         made[-1].agree_on(SPEC)
         return made[-1]
 
