@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from kv_transfer.checksum import word_sums
@@ -26,11 +27,12 @@ def slots_of(
     block_table: Sequence[int], block_size: int, first_token: int, num_tokens: int, device: torch.device
 ) -> torch.Tensor:
     """Slots of tokens first_token … first_token + num_tokens - 1 of a sequence.  # int64 [num_tokens]"""
-    tokens = torch.arange(first_token, first_token + num_tokens)
-    blocks = torch.as_tensor(block_table, dtype=torch.int64)[tokens // block_size]
-    slots = blocks * block_size + tokens % block_size
     # Pinned: a copy from other memory waits for all that the stream has to do before it.
-    return slots.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else slots.to(device)
+    slots = torch.empty(num_tokens, dtype=torch.int64, pin_memory=device.type == "cuda")
+    tokens = np.arange(first_token, first_token + num_tokens)
+    first_slots = np.asarray(block_table, dtype=np.int64) * block_size
+    np.add(first_slots[tokens // block_size], tokens % block_size, out=slots.numpy())
+    return slots.to(device, non_blocking=True)
 
 
 def pack(storage: torch.Tensor, slots: torch.Tensor, first_layer: int, layout: WireLayout, wire: torch.Tensor) -> None:

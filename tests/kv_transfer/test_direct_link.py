@@ -285,10 +285,10 @@ def test_the_owner_hears_of_every_part_that_landed_also_of_those_lost_with_the_l
 
     sender, receiver = node("prefill-0"), node("decode-0", land=land)
     connect(sender, receiver)
-    for index in range(2):
+    for index, outcome in enumerate((Landed.RIGHT, Landed.LOST)):
         assert sender.try_send("decode-0", index, 4096)
-    outcomes = [receiver.next(KVPart) for _ in range(2)]
-    assert [(part.part_index, a.landed) for part, a in outcomes] == [(0, Landed.RIGHT), (1, Landed.LOST)]
+        part, arrived = receiver.next(KVPart)
+        assert (part.part_index, arrived.landed) == (index, outcome)
     assert receiver.next(LinkLost).transfer_ids == {"t"}
 
 
