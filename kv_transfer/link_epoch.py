@@ -405,6 +405,8 @@ class ReceiveEpoch(_Epoch):
         """
         self._room.pool.withdraw(self)
         self._is_aborted.wait()
+        if self._wire is not None:
+            self._wire.abort()  # again: the first may not have waited for what this thread was just enqueueing
         self._arriving.put(None)
         if self._finisher.ident is not None:
             self._finisher.join()

@@ -26,7 +26,7 @@ from phasewise.core.placement import WorkerId
 from phasewise.core.ports import PeerPort
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Reservation:
     """Blocks set aside for one handoff, and what has come in for it."""
 
@@ -103,6 +103,8 @@ class KVReceiver:
         with self._lock:
             reservation = self._reservations.get(part.transfer_id)
             if reservation is None or not self._cache.can_land:
+                return False
+            if part.part_index in reservation.landing | reservation.parts:
                 return False
             layout = self._layout(part, reservation)
             if isinstance(layout, str):
@@ -183,8 +185,9 @@ class KVReceiver:
 
         What the current stream gets behind this may read and write those blocks.
         """
-        ended = [reservation for reservation in self._ended if not reservation.landing]
-        self._ended = [reservation for reservation in self._ended if reservation.landing]
+        with self._lock:
+            ended = [reservation for reservation in self._ended if not reservation.landing]
+            self._ended = [reservation for reservation in self._ended if reservation not in ended]
         return ended
 
     # ---- inside

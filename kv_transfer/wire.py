@@ -53,7 +53,10 @@ class Wire(Protocol):
         """What broke the wire meanwhile, or ""."""
 
     def abort(self) -> None:
-        """Ends the wire. When it returns, the device touches no buffer of it any more."""
+        """Ends the wire; may be called again. When it returns, the device touches no buffer of it any more.
+
+        But for what another thread is enqueueing at this moment: for that it waits a second and no longer.
+        """
 
 
 class WireDevice(Protocol):

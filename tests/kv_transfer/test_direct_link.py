@@ -21,7 +21,7 @@ from phasewise.core.messages import KVCommit, KVPart, KVPartAck, LinkLost
 from phasewise.core.request import SampledToken
 from tests.support import host_wire
 from tests.support.host_wire import HostDevice, HostWire
-from tests.support.link_node import SLAB_BYTES, LinkNode, NodeProcess, content
+from tests.support.link_node import SLAB_BYTES, LinkNode, NodeProcess, content, is_intact
 from tests.support.served import until
 
 CLEAN_WITHIN_S = 2.0
@@ -290,6 +290,52 @@ def test_the_owner_hears_of_every_part_that_landed_also_of_those_lost_with_the_l
         part, arrived = receiver.next(KVPart)
         assert (part.part_index, arrived.landed) == (index, outcome)
     assert receiver.next(LinkLost).transfer_ids == {"t"}
+
+
+def test_a_part_lands_before_it_is_checked(node: Make) -> None:
+    """Whoever has the answer knows that its KV is there."""
+    seen: list[str] = []
+
+    def check(wire: torch.Tensor, answer: torch.Tensor) -> None:
+        seen.append("check")
+        is_intact(wire, answer)
+
+    def land(part: KVPart, wire: torch.Tensor) -> bool:
+        seen.append("land")
+        return True
+
+    sender, receiver = node("prefill-0"), node("decode-0", land=land, check=check)
+    connect(sender, receiver)
+    seen.clear()
+    assert sender.try_send("decode-0", 0, 4096)
+    receiver.next(KVPart)
+    assert seen == ["land", "check"]
+
+
+def test_what_lands_while_its_wire_is_aborted_is_over_when_the_owner_hears_of_it(
+    node: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An abort does not wait for ever for a thread that is enqueueing: it is done again behind that."""
+    aborts: list[str] = []
+    abort = HostWire.abort
+
+    def land(part: KVPart, wire: torch.Tensor) -> bool:
+        receiver.links.forget("prefill-0")
+        until(lambda: bool(aborts), 5.0)
+        aborts.append("landed")
+        return True
+
+    def watched(wire: HostWire) -> None:
+        if wire._device is receiver.device:
+            aborts.append("abort")
+        abort(wire)
+
+    sender, receiver = node("prefill-0"), node("decode-0", land=land)
+    connect(sender, receiver)
+    monkeypatch.setattr(HostWire, "abort", watched)
+    assert sender.try_send("decode-0", 0, 4096)
+    assert receiver.next(KVPart)[1].landed is Landed.LOST
+    assert "abort" in aborts[aborts.index("landed") :]
 
 
 def test_a_landing_that_fails_breaks_the_link(node: Make) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from kv_transfer.cache_port import KVPlace
 from kv_transfer.codec import Codec
 from kv_transfer.link import ArrivedPart, Landed
 from kv_transfer.plan import PartSpan
@@ -160,17 +159,18 @@ def test_a_part_with_a_wrong_sum_fails_its_handoff_though_it_was_written() -> No
 def test_a_link_may_write_from_the_moment_on_that_the_sender_hears_of_the_blocks() -> None:
     """What writing needs is there before: another thread does it."""
     box = WorkerBox(PAIR)
-    cache: Any = box.workers["decode-0"]._parts.receiver._cache
-    prepare, seen = cache.prepare, []
+    receiver = box.workers["decode-0"]._parts.receiver
+    send, seen = box.send, []
 
-    def watched(place: KVPlace) -> None:
-        prepare(place)
-        seen.append((place.slots is not None, any(isinstance(m, KVAccepted) for _, m in box.sent)))
+    def watched(worker_id: WorkerId, message: Any) -> None:
+        if isinstance(message, KVAccepted):
+            seen.append(receiver._reservations[message.transfer_id].place.slots is not None)
+        send(worker_id, message)
 
-    cache.prepare = watched
+    box.send = watched  # type: ignore[method-assign]
     box.submit("r", prompt_of(60), "prefill-0", "decode-0", max_tokens=5)
     box.run()
-    assert seen == [(True, False)]
+    assert seen == [True]
 
 
 @pytest.mark.usefixtures("landing")
@@ -185,5 +185,37 @@ def test_what_no_reservation_waits_for_is_not_written() -> None:
     good = KVPart(reservation.offer.transfer_id, 7, 0, 2, 0, 60, layout.num_bytes, "float32", "none")
     for bad in ({"transfer_id": "x"}, {"num_layers": 9}, {"first_token": 1}, {"dtype": "bfloat16"}, {"num_bytes": 8}):
         assert not worker.land(replace(good, **bad), wire)
+    reservation.num_cached_tokens = 16
+    assert not worker.land(good, wire), "it has those tokens"
+    reservation.num_cached_tokens = 0
+    cache: Any = worker._parts.receiver._cache
+    cache.can_land = False
+    assert not worker.land(good, wire), "several ranks must write it"
+    cache.can_land = True
     assert not reservation.landing
-    assert worker.land(good, wire) and reservation.landing == {7}
+    unpack, landing = cache.unpack, []
+
+    def watched(*arguments: Any) -> None:
+        landing.append(set(reservation.landing))
+        unpack(*arguments)
+
+    cache.unpack = watched
+    assert worker.land(good, wire) and landing == [reservation.landing] == [{7}]
+    assert not worker.land(good, wire), "it is landing already"
+
+
+@pytest.mark.usefixtures("landing")
+def test_a_landing_that_fails_leaves_the_blocks_to_the_handoffs_end() -> None:
+    box = WorkerBox(PAIR)
+    cache: Any = box.workers["decode-0"]._parts.receiver._cache
+
+    def unpack(*_: Any) -> None:
+        raise RuntimeError("no memory")
+
+    cache.unpack = unpack
+    box.submit("r", prompt_of(60), "prefill-0", "decode-0", max_tokens=5)
+    with pytest.raises(RuntimeError, match="no memory"):
+        box.run()
+    box.abort("r")
+    box.run()
+    box.assert_empty()
