@@ -48,8 +48,6 @@ class CachePort:
     written on any (`prepare`, `unpack`): steps under way, or enqueued already, hold nothing up.
     """
 
-    can_land = True  # `unpack` may be called by any thread, beside the steps
-
     def __init__(self, cache: Cache, spec: KVCacheSpec) -> None:
         self.cache = cache
         self.spec = spec
@@ -101,6 +99,10 @@ class CachePort:
         """
         self._slots(place)
         place.vacated = self.mark()
+
+    def can_land(self, place: KVPlace) -> bool:
+        """Whether another thread may unpack there now, on a stream that no step waits for and that waits for none."""
+        return place.vacated is None or place.vacated.query()
 
     def pack(self, place: KVPlace, span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:
         """Fills a wire buffer with KV of a sequence, its checksum included."""

@@ -102,7 +102,7 @@ class KVReceiver:
         """`Land` (kv_transfer/link.py) of this worker."""
         with self._lock:
             reservation = self._reservations.get(part.transfer_id)
-            if reservation is None or not self._cache.can_land:
+            if reservation is None or not self._cache.can_land(reservation.place):
                 return False
             if part.part_index in reservation.landing | reservation.parts:
                 return False

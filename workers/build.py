@@ -149,7 +149,8 @@ def prepare_engine(
 
     def prepared(loaded: LoadedModel, spec: KVCacheSpec, num_blocks: int) -> PreparedEngine:
         max_model_len = min(wanted or context, num_blocks * spec.block_size)
-        num_swap_blocks = int(config.cache.swap_gib * 2**30) // (spec.bytes_per_block * settings.tensor_parallel)
+        swap_bytes = int(config.cache.swap_gib * 2**30) if settings.role.can_decode else 0
+        num_swap_blocks = swap_bytes // (spec.bytes_per_block * settings.tensor_parallel)
         join = Join(num_blocks, max_model_len, running, num_swap_blocks)
         if ranks is not None:
             ranks.wait_loaded()

@@ -49,8 +49,6 @@ class LeadingKVCache(PagedKVCache):
 class LeadingCachePort(CachePort):
     """Rank 0's port: parts of all heads. `spec` is that of the whole worker; `cache` has rank 0's heads."""
 
-    can_land = False  # all ranks take part, between their steps
-
     def __init__(self, cache: PagedKVCache, spec: KVCacheSpec, group: Group, ranks: Ranks) -> None:
         super().__init__(cache, spec)
         self._side = None  # all ranks take part, on the stream of their steps
@@ -60,6 +58,9 @@ class LeadingCachePort(CachePort):
 
     def prepare(self, place: KVPlace) -> None:
         """Each rank does it for itself."""
+
+    def can_land(self, place: KVPlace) -> bool:
+        return False  # all ranks take part, between their steps
 
     def pack(self, place: KVPlace, span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:
         block_table = list(place.block_table)

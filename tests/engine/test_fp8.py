@@ -133,11 +133,15 @@ def test_the_fast_backend_of_the_cpu_refuses_an_fp8_cache(folder: Path) -> None:
 
 
 def test_blocks_are_copied_byte_by_byte() -> None:
-    cache = PagedKVCache(KVCacheSpec(3, 2, 16, 8, FP8), 6, "cpu", num_swap_blocks=2)
+    cache = PagedKVCache(KVCacheSpec(3, 2, 16, 8, FP8), 6, "cpu", num_swap_blocks=3)
     assert cache.storage.element_size() == 1 and cache.spec.bytes_per_block * 6 == cache.storage.numel()
     cache.storage.copy_(torch.randn(cache.storage.shape))
     before = cache.storage.view(torch.uint8).clone().view(3, 2, 6, -1)
-    cache.copy_in(cache.copy_out([4, 1]), [0, 5])
+    first, second = cache.copy_out([3]), cache.copy_out([4])
+    cache.copy_in(first, [3])
+    third = cache.copy_out([1, 2])  # into places that are no neighbours
+    cache.copy_in(second, [0])
+    cache.copy_in(third, [5, 2])
     cache.copy_block(2, 3)
     after = cache.storage.view(torch.uint8).view(3, 2, 6, -1)
     assert torch.equal(after[:, :, [0, 5, 3, 1, 2, 4]], before[:, :, [4, 1, 2, 1, 2, 4]])

@@ -67,16 +67,27 @@ def test_what_comes_in_waits_for_the_step_that_had_its_blocks(port: CachePort) -
     zeros = torch.zeros_like(wire)
     step_of(storage, 7.0)
     port.prepare(place)
+    assert not port.can_land(place), "a link's stream must not wait for a step"
     land(port, place, zeros, torch.cuda.Stream())
     land(port, place, wire, other := torch.cuda.Stream()).synchronize()  # not only the first one waits
     other.synchronize()
+    assert port.can_land(place)
     found = storage[:, :, [b * 16 + i for b in BLOCKS for i in range(16)]].clone()
     assert torch.isin(found, torch.tensor([0.0, 1.0], device="cuda")).all()
 
 
 def test_what_comes_in_does_not_wait_for_later_steps(port: CachePort) -> None:
     storage, wire, place = port.cache.storage, part_of_ones(port), KVPlace(BLOCKS)
+    torch.cuda._sleep(LONG)
+    slots_of_port = port._slots
+
+    def late(place: KVPlace) -> torch.Tensor:  # the slots are there when the place says that it is free
+        torch.cuda._sleep(LONG // 4)
+        return slots_of_port(place)
+
+    port._slots = late  # type: ignore[method-assign]
     port.prepare(place)
+    port._slots = slots_of_port  # type: ignore[method-assign]
     torch.cuda._sleep(LONG)
     step = torch.cuda.Event()
     step.record()

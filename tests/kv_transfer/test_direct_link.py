@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kv_transfer import direct_link
-from kv_transfer.channel import Channel, Token
+from kv_transfer.channel import Channel, Left, Token
 from kv_transfer.link import Landed
 from phasewise.core.errors import TransferFailed
 from phasewise.core.messages import KVCommit, KVPart, KVPartAck, LinkLost
@@ -336,6 +336,53 @@ def test_what_lands_while_its_wire_is_aborted_is_over_when_the_owner_hears_of_it
     assert sender.try_send("decode-0", 0, 4096)
     assert receiver.next(KVPart)[1].landed is Landed.LOST
     assert "abort" in aborts[aborts.index("landed") :]
+
+
+def test_lost_is_said_when_the_wire_is_quiet_and_not_before(node: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = threading.Event()
+    abort, post = HostWire.abort, LinkNode._post
+    was_said_before: list[bool] = []
+
+    def land(part: KVPart, wire: torch.Tensor) -> bool:
+        receiver.links.forget("prefill-0")
+        return True
+
+    def slow(wire: HostWire) -> None:
+        abort(wire)
+        if wire._device is receiver.device and not was_said_before:
+            was_said_before.append(said.wait(0.3))
+
+    def watched(here: LinkNode, message: Any, arrived: Any) -> None:
+        if arrived is not None:
+            said.set()
+        post(here, message, arrived)
+
+    monkeypatch.setattr(LinkNode, "_post", watched)
+    sender, receiver = node("prefill-0"), node("decode-0", land=land)
+    connect(sender, receiver)
+    monkeypatch.setattr(HostWire, "abort", slow)
+    assert sender.try_send("decode-0", 0, 4096)
+    assert receiver.next(KVPart)[1].landed is Landed.LOST
+    assert was_said_before[0] is False
+
+
+def test_a_sender_hears_that_a_part_has_left_when_its_receiver_has_it(
+    node: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender, receiver = node("prefill-0"), node("decode-0")
+    connect(sender, receiver)
+    send, had_it = Channel.send, []
+
+    def watched(channel: Channel, message: Any) -> None:
+        if isinstance(message, Left):
+            had_it.append(not receiver.mailbox.empty())
+        send(channel, message)
+
+    monkeypatch.setattr(Channel, "send", watched)
+    assert sender.try_send("decode-0", 0, 4096)
+    sender.next(KVPartAck)
+    receiver.take(0, 4096)
+    assert had_it == [True]
 
 
 def test_a_landing_that_fails_breaks_the_link(node: Make) -> None:

@@ -111,6 +111,7 @@ def test_two_ranks_give_the_tokens_of_one(folder: Path, started: Started) -> Non
     half = started.engine.cache.spec
     assert half.num_kv_heads * 2 == one.cache.spec.num_kv_heads
     assert half.model_fingerprint == one.cache.spec.model_fingerprint
+    assert started.engine.cache.swap.num_free == one.cache.swap.num_free > 0, "swap_gib is the worker's, not a rank's"
     assert (started.engine.profile.facts.tensor_parallel, one.profile.facts.tensor_parallel) == (2, 1)
     assert generate(started.engine, 12) == generate(one, 12)
     assert generate(started.engine, 12, swap=True) == generate(one, 12)

@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
+from kv_transfer.link import Land, Landed
 from kv_transfer.routed_link import RoutedLink
 from phasewise.core.config import build_config
 from phasewise.core.errors import ConfigError
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.mailboxes import WorkerMailboxes
-from phasewise.core.messages import KVPartAck
+from phasewise.core.messages import KVPart, KVPartAck
 from phasewise.core.placement import WorkerRole
 from tests.support.link_node import content, header
 from workers.links import Links, own_address
@@ -27,10 +29,17 @@ Make = Callable[..., Links]
 def links() -> Iterator[Make]:
     made: list[Links] = []
 
-    def make(role: WorkerRole, link: str = "tcp", device: str = "cpu", head: str = "", post: Any = None) -> Links:
+    def make(
+        role: WorkerRole,
+        link: str = "tcp",
+        device: str = "cpu",
+        head: str = "",
+        post: Any = None,
+        land: Land = lambda part, wire: False,
+    ) -> Links:
         config = build_config({"transfer": {"link": link, "slab_mib": 1}}, source="test")
         settings = WorkerSettings(f"{role.value}-0", role, device, 1, config, secret="s", head=head)
-        made.append(Links(settings, WorkerMailboxes(), post or (lambda message, arrived=None: None), lambda *_: False))
+        made.append(Links(settings, WorkerMailboxes(), post or (lambda message, arrived=None: None), land))
         made[-1].agree_on(SPEC)
         return made[-1]
 
@@ -43,7 +52,13 @@ def test_a_pair_hands_over_across_tcp(links: Make) -> None:
     acks: queue.SimpleQueue[Any] = queue.SimpleQueue()
     parts: queue.SimpleQueue[Any] = queue.SimpleQueue()
     sender = links(WorkerRole.PREFILL, post=lambda message, arrived=None: acks.put(message))
-    receiver = links(WorkerRole.DECODE, post=lambda message, arrived=None: parts.put((message, arrived)))
+    landed: list[Any] = []
+
+    def land(part: KVPart, wire: torch.Tensor) -> bool:
+        landed.append(part)
+        return True
+
+    receiver = links(WorkerRole.DECODE, post=lambda message, arrived=None: parts.put((message, arrived)), land=land)
     assert sender.open({"decode-0": receiver.address}) is None
     buffer = sender.link.buffer("decode-0", 4096)
     assert buffer is not None and not sender.link.uses_store
@@ -51,7 +66,8 @@ def test_a_pair_hands_over_across_tcp(links: Make) -> None:
     sender.link.send_part("decode-0", header(3, 4096), buffer)
     message, arrived = parts.get(timeout=10.0)
     assert message == header(3, 4096)
-    assert arrived.wire is None, "the checksum of this content is not that of a part"
+    assert arrived.landed is Landed.WRONG, "the checksum of this content is not that of a part"
+    assert landed == [message]
     assert acks.get(timeout=10.0) == KVPartAck("t", 3)
     assert sender.link.bytes_per_s("decode-0") > 0
 
