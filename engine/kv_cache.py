@@ -67,7 +67,8 @@ class SwapSpace:
     """Room on the host for `num_blocks` blocks of a cache, in places 0, 1, … . Made once: on a GPU's host it is pinned,
     which takes long, and memory that is pinned only when sequences must leave grows with every new size of theirs.
 
-    `blocks_view`: that of the cache. Copies are enqueued where the cache's steps are; nobody waits for them.
+    `blocks_view`: that of the cache. Copies are enqueued where the cache's steps are, and nobody waits for their bytes;
+    but the blocks' numbers go to a GPU by a copy that waits for the steps before it.
     """
 
     def __init__(self, blocks_view: torch.Tensor, num_blocks: int) -> None:

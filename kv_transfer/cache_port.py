@@ -80,7 +80,7 @@ class CachePort:
 
     def aside(self) -> AbstractContextManager[object]:
         """As `beside`, waiting for nothing: all that is put into a link's buffers is put there in one order."""
-        return _on(self._side)
+        return contextlib.nullcontext() if self._side is None else torch.cuda.stream(self._side)
 
     def rejoin(self) -> None:
         """What the current stream gets from now on waits for what is on the other: it may write where that reads."""
@@ -136,8 +136,3 @@ class CachePort:
 
     def _slots_of_part(self, place: KVPlace, span: PartSpan) -> torch.Tensor:
         return self._slots(place)[span.first_token : span.first_token + span.num_tokens]
-
-
-def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
-    """Within it that stream is the current one."""
-    return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)

@@ -112,7 +112,7 @@ class KVReceiver:
             reservation.landing.add(part.part_index)
         try:
             self._cache.unpack(reservation.place, _span(part), layout, wire)
-        except BaseException:
+        except BaseException:  # raised again: the link breaks, and no word of this part will come
             with self._lock:
                 reservation.landing.discard(part.part_index)
             raise

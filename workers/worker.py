@@ -2,7 +2,7 @@
 
 A round of the loop:
 
-    mailbox → phases (messages are taken between steps; inside one only parts, and that some have arrived)
+    mailbox → phases (messages are taken between steps; inside one only that parts have arrived elsewhere)
     poll      deadlines, leases, ended handoffs, new offers
     plan      the decode phase its tokens first, then the prefill phase within what is left of the token budget
     submit    one ragged batch to the engine; KV of long prompts leaves while later layers compute

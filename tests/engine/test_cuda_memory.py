@@ -130,7 +130,7 @@ def test_swapped_kv_comes_back_bit_for_bit_from_memory_that_is_pinned_once() -> 
         before, held = cache.blocks_view().clone(), list(range(100))
         rng.shuffle(held)
         swapped = [(blocks, cache.copy_out(blocks)) for blocks in (held[:3], held[3:43], held[43:])]
-        cache.storage.fill_(torch.nan)  # enqueued behind the copies, which nobody waited for
+        cache.storage.fill_(torch.nan)  # enqueued behind copies that may not be over
         cache.copy_in(swapped[1][1], swapped[1][0])
         again = cache.copy_out(swapped[1][0])
         for blocks, places in (swapped[0], (swapped[1][0], again), swapped[2]):

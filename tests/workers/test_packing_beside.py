@@ -124,12 +124,18 @@ def test_the_blocks_of_a_handoff_that_failed_are_nobody_elses_while_a_link_write
     box.assert_empty()
 
 
-@pytest.mark.usefixtures("landing")
-def test_a_part_that_was_lost_while_it_was_written_ends_its_handoff_with_its_link() -> None:
+def box_with_late_parts() -> tuple[LinkedBox, LateLanding]:
+    """Request "r", some of whose parts a link is writing."""
     box = LinkedBox(transfer=LAYERWISE)
     late = LateLanding(box, "decode-0", box.direct)
     box.submit("r", prompt_of(100), "prefill-0", "decode-0", max_tokens=8)
     box.run_until(lambda: late.num_parts > 0)
+    return box, late
+
+
+@pytest.mark.usefixtures("landing")
+def test_a_part_that_was_lost_while_it_was_written_ends_its_handoff_with_its_link() -> None:
+    box, late = box_with_late_parts()
     (reservation,) = box.workers["decode-0"]._parts.receiver.reservations
     late.finish(Landed.LOST)
     box.round()
@@ -143,10 +149,7 @@ def test_a_part_that_was_lost_while_it_was_written_ends_its_handoff_with_its_lin
 
 @pytest.mark.usefixtures("landing")
 def test_a_part_with_a_wrong_sum_fails_its_handoff_though_it_was_written() -> None:
-    box = LinkedBox(transfer=LAYERWISE)
-    late = LateLanding(box, "decode-0", box.direct)
-    box.submit("r", prompt_of(100), "prefill-0", "decode-0", max_tokens=8)
-    box.run_until(lambda: late.num_parts > 0)
+    box, late = box_with_late_parts()
     late.finish(Landed.WRONG)
     box.direct.up = False
     box.run()
