@@ -35,7 +35,7 @@ from engine.kv_cache import PagedKVCache
 from kv_transfer.cache_port import CachePort, KVPlace
 from kv_transfer.codec import CHECKSUM_BYTES, Codec
 from kv_transfer.direct_link import DirectLinks
-from kv_transfer.link import ArrivedPart
+from kv_transfer.link import ArrivedPart, Landing, to_mailbox
 from kv_transfer.plan import PartSpan
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender, SendLimits
@@ -239,9 +239,9 @@ class LinkEnd:
     def post(self, message: Any, arrived: ArrivedPart | None = None) -> None:
         self.mailbox.put((message, arrived))
 
-    def land(self, part: KVPart, wire: torch.Tensor) -> bool:
+    def land(self, part: KVPart, wire: torch.Tensor) -> Landing:
         """Writes a part where it belongs, if this end has a cache."""
-        return False
+        return to_mailbox
 
     def send(self, worker_id: str, message: Any) -> None:
         """PeerPort."""
@@ -318,7 +318,7 @@ class CacheEnd(LinkEnd):
         self._num_offers = 0
         self._num_taken = 0
 
-    def land(self, part: KVPart, wire: torch.Tensor) -> bool:
+    def land(self, part: KVPart, wire: torch.Tensor) -> Landing:
         return self._receiver.land(part, wire)
 
     def give(self, peer: str, length: int, count: int) -> float:

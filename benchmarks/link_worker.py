@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.link_nodes import TIMEOUT_S, LinkEnd, LinkSettings, link_device
 from benchmarks.offline import local_device
-from kv_transfer.link import ArrivedPart
+from kv_transfer.link import ArrivedPart, Landing, to_mailbox
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.config import build_config
 from phasewise.core.kv_spec import KVCacheSpec
@@ -71,8 +71,8 @@ class WorkerEnd(LinkEnd):
         assert self._worker is not None, "nobody sends before all processes are up"
         self._worker.post(message, arrived)
 
-    def land(self, part: KVPart, wire: torch.Tensor) -> bool:
-        return self._worker is not None and self._worker.land(part, wire)
+    def land(self, part: KVPart, wire: torch.Tensor) -> Landing:
+        return to_mailbox if self._worker is None else self._worker.land(part, wire)
 
     def spec(self) -> KVCacheSpec:
         return self._spec

@@ -67,8 +67,7 @@ class SwapSpace:
     """Room on the host for `num_blocks` blocks of a cache, in places 0, 1, … . Made once: on a GPU's host it is pinned,
     which takes long, and memory that is pinned only when sequences must leave grows with every new size of theirs.
 
-    `blocks_view`: that of the cache. Copies are enqueued where the cache's steps are, and nobody waits for their bytes;
-    but the blocks' numbers go to a GPU by a copy that waits for the steps before it.
+    `blocks_view`: that of the cache. Copies are enqueued where the cache's steps are, and nobody waits for them.
     """
 
     def __init__(self, blocks_view: torch.Tensor, num_blocks: int) -> None:
@@ -114,7 +113,9 @@ class SwapSpace:
                 first = i
 
     def _index(self, blocks: Seq[int]) -> torch.Tensor:
-        return torch.tensor(blocks, dtype=torch.int64, device=self._blocks.device)
+        device = self._blocks.device
+        # To a GPU from pinned memory: a copy from other memory waits for the steps before it.
+        return torch.tensor(blocks, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def as_words(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ import torch
 
 from kv_transfer.codec import Codec, WireLayout, wire_dtype
 from kv_transfer.plan import PartSpan
-from kv_transfer.staging import is_intact, pack, slots_of, unpack
+from kv_transfer.staging import is_intact, pack, slots_of, unpacking
 from phasewise.core.kv_spec import FP8, KVCacheSpec
 
 
@@ -102,7 +102,9 @@ class CachePort:
 
     def can_land(self, place: KVPlace) -> bool:
         """Whether another thread may unpack there now, on a stream that no step waits for and that waits for none."""
-        return place.vacated is None or place.vacated.query()
+        if place.vacated is not None and place.vacated.query():
+            place.vacated = None
+        return place.vacated is None
 
     def pack(self, place: KVPlace, span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:
         """Fills a wire buffer with KV of a sequence, its checksum included."""
@@ -110,9 +112,19 @@ class CachePort:
 
     def unpack(self, place: KVPlace, span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:
         """Writes what came into a sequence's blocks."""
-        if place.vacated is not None:
-            torch.cuda.current_stream(self.device).wait_event(place.vacated)
-        unpack(self._storage, self._slots_of_part(place, span), span.first_layer, layout, wire)
+        self.unpacking(place, span, layout, wire)()
+
+    def unpacking(self, place: KVPlace, span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> Callable[[], None]:
+        """`unpack`, made ready: little is left to do when the bytes are there."""
+        write = unpacking(self._storage, self._slots_of_part(place, span), span.first_layer, layout, wire)
+
+        def write_when_vacated() -> None:
+            vacated = place.vacated
+            if vacated is not None:
+                torch.cuda.current_stream(self.device).wait_event(vacated)
+            write()
+
+        return write_when_vacated
 
     def warm_up(self, dtypes: Iterable[str], codec: Codec) -> None:
         """Packs and unpacks for peers with caches of these dtypes: what that compiles must not hold up a step.

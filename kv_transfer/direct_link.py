@@ -19,7 +19,7 @@ import uuid
 import torch
 
 from kv_transfer.channel import Channel, Hello, differences
-from kv_transfer.link import Land, Post
+from kv_transfer.link import Land, Post, to_mailbox
 from kv_transfer.link_epoch import ReceiveEpoch, Room, SendEpoch, Trial
 from kv_transfer.plan import WIRE_VERSION
 from kv_transfer.slabs import Slab, SlabPool
@@ -62,7 +62,7 @@ class DirectLinks:
         device: WireDevice,
         post: Post,
         check: Check,
-        land: Land = lambda part, wire: False,
+        land: Land = lambda part, wire: to_mailbox,
         *,
         fingerprint: str,
         host: str,

@@ -7,6 +7,8 @@ of a few MB is still in the L2 cache then. Enqueued on the current stream; no ho
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -165,18 +167,18 @@ def pack(
     scales: torch.Tensor | None,
 ) -> None:
     """Writes the slots of the first layers of `storage` to `values` and `scales` (kv_transfer/staging.py)."""
-    _move(_pack_kernel, storage, slots, layout, values, scales)
+    _moving(_pack_kernel, storage, slots, layout, values, scales)()
 
 
-def unpack(
+def unpacking(
     storage: torch.Tensor,
     slots: torch.Tensor,
     layout: WireLayout,
     values: torch.Tensor,
     scales: torch.Tensor | None,
-) -> None:
-    """The way back: writes to these slots of the first layers of `storage`."""
-    _move(_unpack_kernel, storage, slots, layout, values, scales)
+) -> Callable[[], None]:
+    """The way back, made ready: the call writes to these slots of the first layers of `storage`."""
+    return _moving(_unpack_kernel, storage, slots, layout, values, scales)
 
 
 def seal(wire: torch.Tensor) -> None:
@@ -209,14 +211,14 @@ def _scratch(wire: torch.Tensor) -> torch.Tensor:
     return scratch
 
 
-def _move(
+def _moving(
     kernel,
     storage: torch.Tensor,
     slots: torch.Tensor,
     layout: WireLayout,
     values: torch.Tensor,
     scales: torch.Tensor | None,
-) -> None:
+) -> Callable[[], None]:
     dim = layout.head_dim
     if values.dtype == storage.dtype and dim * storage.element_size() % 8 == 0:
         storage, values = storage.view(torch.int64), values.view(torch.int64)
@@ -229,7 +231,7 @@ def _move(
     alignment = storage.data_ptr() % 16, values.data_ptr() % 16
     key = id(kernel), storage.device, storage.dtype, values.dtype, *alignment, *shape
     grid = triton.cdiv(num_rows, rows), 2 * layout.num_layers, 1
-    _launch(kernel, key, grid, (*places, num_rows, storage.shape[2], *shape))
+    return partial(_launch, kernel, key, grid, (*places, num_rows, storage.shape[2], *shape))
 
 
 def _launch(kernel, key: tuple[Any, ...], grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:

@@ -48,14 +48,22 @@ class ArrivedPart:
     landed: Landed | None = None
 
 
+Landing = Callable[[], bool]
+"""Puts the writing of a part on the current stream, once, from any thread; False when the mailbox is to have the part.
+
+Every part that it took comes to the mailbox later, as an ArrivedPart with `landed`."""
+
+
 class Land(Protocol):
     """Writes a part into its blocks as soon as its bytes are in, before anybody knows whether they are right."""
 
-    def __call__(self, part: KVPart, wire: torch.Tensor) -> bool:
-        """Puts the writing on the current stream, from any thread; False when the mailbox is to have the part.
+    def __call__(self, part: KVPart, wire: torch.Tensor) -> Landing:
+        """What will write from `wire`, made ready, from any thread: nothing has come into the buffer yet."""
 
-        Every part that it took comes to the mailbox later, as an ArrivedPart with `landed`.
-        """
+
+def to_mailbox() -> bool:
+    """The landing of what nobody writes but the step loop."""
+    return False
 
 
 class Post(Protocol):

@@ -40,7 +40,7 @@ from kv_transfer.channel import (
     Token,
     differences,
 )
-from kv_transfer.link import ArrivedPart, Land, Landed, Post
+from kv_transfer.link import ArrivedPart, Land, Landed, Landing, Post
 from kv_transfer.slabs import Slab, SlabPool
 from kv_transfer.wire import Check, Mark, Receipt, Wire, WireDevice, WireError
 from phasewise.core.clock import Clock
@@ -323,6 +323,7 @@ class _Incoming:
     seq: int
     part: KVPart
     slab: Slab | None = None
+    landing: Landing | None = None
     receipt: Receipt | None = None
     is_landed: bool = False
 
@@ -391,6 +392,7 @@ class ReceiveEpoch(_Epoch):
             if isinstance(message, Announce) and 0 < message.part.num_bytes <= self._room.pool.slab_bytes:
                 entry = _Incoming(message.seq, message.part)
                 self._room.pool.ask(self, message.part.num_bytes, partial(self._grant, entry))
+                self._prepare(entry)  # while the sender hears of its slab
             elif isinstance(message, Go) and message.seq in self._parts and message.seq not in self._deadlines:
                 self._receive(self._parts[message.seq])
             elif isinstance(message, Commit):
@@ -430,12 +432,18 @@ class ReceiveEpoch(_Epoch):
                 self.break_(str(error))
         return True
 
+    def _prepare(self, entry: _Incoming) -> None:
+        if entry.slab is not None and entry.landing is None:
+            entry.landing = self._room.land(entry.part, entry.slab.buffer)
+
     def _receive(self, entry: _Incoming) -> None:
+        self._prepare(entry)
         assert self._wire is not None and entry.slab is not None
         self._start_deadline(entry.seq)
 
         def land_and_check(data: torch.Tensor, answer: torch.Tensor) -> None:
-            entry.is_landed = self._room.land(entry.part, data)
+            assert entry.landing is not None
+            entry.is_landed = entry.landing()
             self._room.check(data, answer)
 
         entry.receipt = self._wire.receive(entry.slab.buffer, entry.slab.last_use, land_and_check)

@@ -78,7 +78,7 @@ class LoopbackLink:
                 ours(KVPartAck(part.transfer_id, part.part_index))
 
         land = self.lands.get(peer)
-        if land is not None and land(part, came):
+        if land is not None and land(part, came)():
             mailbox(part, ArrivedPart(None, release, Landed.RIGHT if is_intact(came) else Landed.WRONG))
         else:
             mailbox(part, ArrivedPart(came if is_intact(came) else None, release))

@@ -11,13 +11,15 @@ hears of a part comes later, and until then its blocks are nobody else's, even w
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from kv_transfer.cache_port import CachePort, KVPlace
 from kv_transfer.codec import Codec, WireLayout, wire_dtype
-from kv_transfer.link import ArrivedPart, Landed
+from kv_transfer.link import ArrivedPart, Landed, Landing, to_mailbox
 from kv_transfer.plan import WIRE_VERSION, PartSpan
 from kv_transfer.state import ReceiveStatus, check_receive
 from phasewise.core.clock import Clock
@@ -98,25 +100,16 @@ class KVReceiver:
             self._reservations[offer.transfer_id] = reservation
         self._peers.send(offer.sender, KVAccepted(offer.transfer_id, num_cached_tokens, self._spec.dtype))
 
-    def land(self, part: KVPart, wire: torch.Tensor) -> bool:
+    def land(self, part: KVPart, wire: torch.Tensor) -> Landing:
         """`Land` (kv_transfer/link.py) of this worker."""
-        with self._lock:
-            reservation = self._reservations.get(part.transfer_id)
-            if reservation is None or not self._cache.can_land(reservation.place):
-                return False
-            if part.part_index in reservation.landing | reservation.parts:
-                return False
-            layout = self._layout(part, reservation)
-            if isinstance(layout, str):
-                return False
-            reservation.landing.add(part.part_index)
-        try:
-            self._cache.unpack(reservation.place, _span(part), layout, wire)
-        except BaseException:  # raised again: the link breaks, and no word of this part will come
-            with self._lock:
-                reservation.landing.discard(part.part_index)
-            raise
-        return True
+        reservation = self._reservations.get(part.transfer_id)
+        if reservation is None:
+            return to_mailbox
+        layout = self._layout(part, reservation)
+        if isinstance(layout, str):
+            return to_mailbox
+        write = self._cache.unpacking(reservation.place, _span(part), layout, wire)
+        return partial(self._land, reservation, part.part_index, write)
 
     def on_part(self, part: KVPart, arrived: ArrivedPart) -> None:
         """Takes a part, and writes it where its link did not. A wrong sum fails the whole handoff; nothing of it is
@@ -191,6 +184,21 @@ class KVReceiver:
         return ended
 
     # ---- inside
+
+    def _land(self, reservation: Reservation, part_index: int, write: Callable[[], None]) -> bool:
+        with self._lock:
+            if self._reservations.get(reservation.offer.transfer_id) is not reservation:
+                return False
+            if part_index in reservation.landing | reservation.parts or not self._cache.can_land(reservation.place):
+                return False
+            reservation.landing.add(part_index)
+        try:
+            write()
+        except BaseException:  # raised again: the link breaks, and no word of this part will come
+            with self._lock:
+                reservation.landing.discard(part_index)
+            raise
+        return True
 
     def _touched_down(self, part: KVPart) -> None:
         of_ended = (r for r in self._ended if r.offer.transfer_id == part.transfer_id)

@@ -10,7 +10,8 @@ form for the CPU. Both give the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -68,14 +69,27 @@ def unpack(
 
     The checksum is not looked at (`is_intact`). Raises ValueError as `pack` does.
     """
-    _check(storage, slots, first_layer, layout, wire)
-    wire = wire.to(storage.device, non_blocking=True)
-    if storage.is_cuda:
-        from kv_transfer import kernels
+    unpacking(storage, slots, first_layer, layout, wire)()
 
-        kernels.unpack(storage[first_layer:], slots, layout, values_of(layout, wire), scales_of(layout, wire))
-        return
-    values = decode(wire, layout, storage.dtype)
+
+def unpacking(
+    storage: torch.Tensor, slots: torch.Tensor, first_layer: int, layout: WireLayout, wire: torch.Tensor
+) -> Callable[[], None]:
+    """`unpack`, made ready: what fills the buffer comes between this and the call. Raises ValueError as `pack` does."""
+    _check(storage, slots, first_layer, layout, wire)
+    if not storage.is_cuda:
+        return partial(_unpack_on_host, storage, slots, first_layer, layout, wire)
+    if not wire.is_cuda:
+        return lambda: unpack(storage, slots, first_layer, layout, wire.to(storage.device, non_blocking=True))
+    from kv_transfer import kernels
+
+    return kernels.unpacking(storage[first_layer:], slots, layout, values_of(layout, wire), scales_of(layout, wire))
+
+
+def _unpack_on_host(
+    storage: torch.Tensor, slots: torch.Tensor, first_layer: int, layout: WireLayout, wire: torch.Tensor
+) -> None:
+    values = decode(wire.to(storage.device), layout, storage.dtype)
     rows = _slot_words(storage[first_layer : first_layer + layout.num_layers])
     rows.index_copy_(2, slots, _slot_words(values))
 

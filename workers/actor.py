@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from kv_transfer.link import ArrivedPart
+from kv_transfer.link import ArrivedPart, Landing, to_mailbox
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.errors import ServingError
 from phasewise.core.links import LinkProbe, WorkerLinks
@@ -156,8 +156,8 @@ class WorkerActor:
         if self._worker is not None:
             self._worker.post(message, arrived)
 
-    def _land(self, part: KVPart, wire: torch.Tensor) -> bool:
-        return self._worker is not None and self._worker.land(part, wire)
+    def _land(self, part: KVPart, wire: torch.Tensor) -> Landing:
+        return to_mailbox if self._worker is None else self._worker.land(part, wire)
 
     def _set_progress(self, share: float) -> None:
         self._progress = share

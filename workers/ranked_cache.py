@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -71,7 +72,10 @@ class LeadingCachePort(CachePort):
             values = torch.cat([part.view(torch.uint8) for part in parts[::step]], dim=3)
             encode(values.view(parts[0].dtype), layout, wire)
 
-    def unpack(self, place: KVPlace, span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:
+    def unpacking(self, place: KVPlace, span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> Callable[[], None]:
+        return partial(self._unpack, place, span, layout, wire)
+
+    def _unpack(self, place: KVPlace, span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:
         block_table = list(place.block_table)
         with self._together(("unpack", block_table, span, layout)):
             values = decode(wire.to(self.device), layout, DTYPES[layout.dtype])

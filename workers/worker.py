@@ -31,7 +31,7 @@ import torch
 from decode_workers.phase import DecodePhase
 from engine.batch import DeviceLost, PendingStep, ScheduledBatch, ScheduledSequence
 from engine.block_manager import BlockManager
-from kv_transfer.link import ArrivedPart
+from kv_transfer.link import ArrivedPart, Landing
 from kv_transfer.plan import WIRE_VERSION
 from kv_transfer.prober import LinkProber, ProbeLink
 from kv_transfer.receiver import KVReceiver
@@ -164,7 +164,7 @@ class Worker:
         """Puts a message, and what came with the header of a part, into the mailbox."""
         self._mailbox.put((message, arrived))
 
-    def land(self, part: KVPart, wire: torch.Tensor) -> bool:
+    def land(self, part: KVPart, wire: torch.Tensor) -> Landing:
         """`Land` (kv_transfer/link.py), for links."""
         return self._parts.receiver.land(part, wire)
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from kv_transfer import direct_link
 from kv_transfer.channel import Channel, Left, Token
-from kv_transfer.link import Landed
+from kv_transfer.link import Landed, Landing
 from phasewise.core.errors import TransferFailed
 from phasewise.core.messages import KVCommit, KVPart, KVPartAck, LinkLost
 from phasewise.core.request import SampledToken
@@ -260,9 +261,12 @@ def test_a_part_is_landed_as_soon_as_its_bytes_are_in_and_keeps_no_slab(node: Ma
 
     landed: dict[int, torch.Tensor] = {}
 
-    def land(part: KVPart, wire: torch.Tensor) -> bool:
-        landed[part.part_index] = wire.clone()
-        return part.part_index != 2
+    def land(part: KVPart, wire: torch.Tensor) -> Landing:
+        def write() -> bool:
+            landed[part.part_index] = wire.clone()
+            return part.part_index != 2
+
+        return write
 
     sender, receiver = node("prefill-0", HostDevice(alter=alter)), node("decode-0", land=land)
     connect(sender, receiver)
@@ -278,12 +282,12 @@ def test_a_part_is_landed_as_soon_as_its_bytes_are_in_and_keeps_no_slab(node: Ma
 
 
 def test_the_owner_hears_of_every_part_that_landed_also_of_those_lost_with_the_link(node: Make) -> None:
-    def land(part: KVPart, wire: torch.Tensor) -> bool:
+    def landing(part: KVPart) -> bool:
         if part.part_index == 1:
             receiver.links.forget("prefill-0")
         return True
 
-    sender, receiver = node("prefill-0"), node("decode-0", land=land)
+    sender, receiver = node("prefill-0"), node("decode-0", land=lambda part, wire: partial(landing, part))
     connect(sender, receiver)
     for index, outcome in enumerate((Landed.RIGHT, Landed.LOST)):
         assert sender.try_send("decode-0", index, 4096)
@@ -300,11 +304,11 @@ def test_a_part_lands_before_it_is_checked(node: Make) -> None:
         seen.append("check")
         is_intact(wire, answer)
 
-    def land(part: KVPart, wire: torch.Tensor) -> bool:
+    def landing() -> bool:
         seen.append("land")
         return True
 
-    sender, receiver = node("prefill-0"), node("decode-0", land=land, check=check)
+    sender, receiver = node("prefill-0"), node("decode-0", land=lambda part, wire: landing, check=check)
     connect(sender, receiver)
     seen.clear()
     assert sender.try_send("decode-0", 0, 4096)
@@ -319,7 +323,7 @@ def test_what_lands_while_its_wire_is_aborted_is_over_when_the_owner_hears_of_it
     aborts: list[str] = []
     abort = HostWire.abort
 
-    def land(part: KVPart, wire: torch.Tensor) -> bool:
+    def landing() -> bool:
         receiver.links.forget("prefill-0")
         until(lambda: bool(aborts), 5.0)
         aborts.append("landed")
@@ -330,7 +334,7 @@ def test_what_lands_while_its_wire_is_aborted_is_over_when_the_owner_hears_of_it
             aborts.append("abort")
         abort(wire)
 
-    sender, receiver = node("prefill-0"), node("decode-0", land=land)
+    sender, receiver = node("prefill-0"), node("decode-0", land=lambda part, wire: landing)
     connect(sender, receiver)
     monkeypatch.setattr(HostWire, "abort", watched)
     assert sender.try_send("decode-0", 0, 4096)
@@ -343,7 +347,7 @@ def test_lost_is_said_when_the_wire_is_quiet_and_not_before(node: Make, monkeypa
     abort, post = HostWire.abort, LinkNode._post
     was_said_before: list[bool] = []
 
-    def land(part: KVPart, wire: torch.Tensor) -> bool:
+    def landing() -> bool:
         receiver.links.forget("prefill-0")
         return True
 
@@ -358,7 +362,7 @@ def test_lost_is_said_when_the_wire_is_quiet_and_not_before(node: Make, monkeypa
         post(here, message, arrived)
 
     monkeypatch.setattr(LinkNode, "_post", watched)
-    sender, receiver = node("prefill-0"), node("decode-0", land=land)
+    sender, receiver = node("prefill-0"), node("decode-0", land=lambda part, wire: landing)
     connect(sender, receiver)
     monkeypatch.setattr(HostWire, "abort", slow)
     assert sender.try_send("decode-0", 0, 4096)
@@ -385,11 +389,32 @@ def test_a_sender_hears_that_a_part_has_left_when_its_receiver_has_it(
     assert had_it == [True]
 
 
+def test_a_landing_is_made_ready_before_the_bytes_are_on_their_way(node: Make) -> None:
+    ready: list[tuple[int, int]] = []
+    device = HostDevice()
+
+    def land(part: KVPart, wire: torch.Tensor) -> Landing:
+        ready.append((part.part_index, wire.data_ptr()))
+        return lambda: wire.data_ptr() == ready[part.part_index][1]
+
+    sender, receiver = node("prefill-0", device), node("decode-0", land=land)
+    connect(sender, receiver)
+    device.packed = threading.Event()
+    for index in range(2):
+        assert sender.try_send("decode-0", index, SLAB_BYTES)
+    until(lambda: len(ready) == 2, 5.0)
+    assert receiver.mailbox.empty()
+    device.packed.set()
+    for _ in range(2):
+        assert receiver.next(KVPart)[1].landed is Landed.RIGHT
+    assert [index for index, _ in ready] == [0, 1], "once for each"
+
+
 def test_a_landing_that_fails_breaks_the_link(node: Make) -> None:
-    def land(part: KVPart, wire: torch.Tensor) -> bool:
+    def landing() -> bool:
         raise RuntimeError("no memory")
 
-    sender, receiver = node("prefill-0"), node("decode-0", land=land)
+    sender, receiver = node("prefill-0"), node("decode-0", land=lambda part, wire: landing)
     connect(sender, receiver)
     assert sender.try_send("decode-0", 0, 4096)
     assert receiver.next(LinkLost).transfer_ids == {"t"}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from kv_transfer.link import ArrivedPart, Land, Landed, Post
+from kv_transfer.link import ArrivedPart, Land, Landed, Landing, Post
 from kv_transfer.loopback_link import LoopbackLink
 from phasewise.core.messages import KVPart
 from phasewise.core.placement import WorkerId
@@ -51,13 +52,13 @@ class LateLanding:
 def late_land(box: WorkerBox, worker_id: WorkerId, land: Land, do_later: Callable[[Callable[[], None]], None]) -> Land:
     """`land`, but what it would write is given to `do_later`."""
     cache: Any = box.workers[worker_id]._parts.receiver._cache
-    unpack = cache.unpack
+    unpacking = cache.unpacking
 
-    def late(part: KVPart, wire: torch.Tensor) -> bool:
-        cache.unpack = lambda *arguments: do_later(lambda: unpack(*arguments))
+    def late(part: KVPart, wire: torch.Tensor) -> Landing:
+        cache.unpacking = lambda *arguments: partial(do_later, unpacking(*arguments))
         try:
             return land(part, wire)
         finally:
-            cache.unpack = unpack
+            cache.unpacking = unpacking
 
     return late

@@ -26,7 +26,7 @@ from control_plane.gateway.text import TextTokenizer, load_tokenizer
 from control_plane.link_survey import LinkSurvey, look, measure
 from control_plane.metrics import GatewayMetrics
 from kv_transfer.direct_link import DirectLinks
-from kv_transfer.link import Link
+from kv_transfer.link import Landing, Link
 from kv_transfer.loopback_link import LoopbackLink
 from kv_transfer.routed_link import RoutedLink
 from kv_transfer.staging import check
@@ -107,7 +107,7 @@ class LocalCluster:
             if mailbox is not None:
                 mailbox(message, arrived)
 
-        def land(part: KVPart, wire: torch.Tensor) -> bool:
+        def land(part: KVPart, wire: torch.Tensor) -> Landing:
             return self.workers[info.worker_id].land(part, wire)
 
         return DirectLinks(

@@ -187,24 +187,27 @@ def test_what_no_reservation_waits_for_is_not_written() -> None:
     wire = torch.zeros(layout.num_bytes, dtype=torch.uint8)
     good = KVPart(reservation.offer.transfer_id, 7, 0, 2, 0, 60, layout.num_bytes, "float32", "none")
     for bad in ({"transfer_id": "x"}, {"num_layers": 9}, {"first_token": 1}, {"dtype": "bfloat16"}, {"num_bytes": 8}):
-        assert not worker.land(replace(good, **bad), wire)
+        assert not worker.land(replace(good, **bad), wire)()
     reservation.num_cached_tokens = 16
-    assert not worker.land(good, wire), "it has those tokens"
+    assert not worker.land(good, wire)(), "it has those tokens"
     reservation.num_cached_tokens = 0
     cache: Any = worker._parts.receiver._cache
     cache.can_land = lambda place: place is not reservation.place
-    assert not worker.land(good, wire), "several ranks must write it, or a step has its blocks"
+    assert not worker.land(good, wire)(), "several ranks must write it, or a step has its blocks"
     del cache.can_land
     assert not reservation.landing
-    unpack, landing = cache.unpack, []
+    unpacking, landing = cache.unpacking, []
 
-    def watched(*arguments: Any) -> None:
-        landing.append(set(reservation.landing))
-        unpack(*arguments)
+    def watched(*arguments: Any) -> Any:
+        def write() -> None:
+            landing.append(set(reservation.landing))
+            unpacking(*arguments)()
 
-    cache.unpack = watched
-    assert worker.land(good, wire) and landing == [reservation.landing] == [{7}]
-    assert not worker.land(good, wire), "it is landing already"
+        return write
+
+    cache.unpacking = watched
+    assert worker.land(good, wire)() and landing == [reservation.landing] == [{7}]
+    assert not worker.land(good, wire)(), "it is landing already"
 
 
 @pytest.mark.usefixtures("landing")
@@ -212,10 +215,10 @@ def test_a_landing_that_fails_leaves_the_blocks_to_the_handoffs_end() -> None:
     box = WorkerBox(PAIR)
     cache: Any = box.workers["decode-0"]._parts.receiver._cache
 
-    def unpack(*_: Any) -> None:
+    def write() -> None:
         raise RuntimeError("no memory")
 
-    cache.unpack = unpack
+    cache.unpacking = lambda *_: write
     box.submit("r", prompt_of(60), "prefill-0", "decode-0", max_tokens=5)
     with pytest.raises(RuntimeError, match="no memory"):
         box.run()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from kv_transfer.link import Land, Landed
+from kv_transfer.link import Land, Landed, Landing, to_mailbox
 from kv_transfer.routed_link import RoutedLink
 from phasewise.core.config import build_config
 from phasewise.core.errors import ConfigError
@@ -35,7 +35,7 @@ def links() -> Iterator[Make]:
         device: str = "cpu",
         head: str = "",
         post: Any = None,
-        land: Land = lambda part, wire: False,
+        land: Land = lambda part, wire: to_mailbox,
     ) -> Links:
         config = build_config({"transfer": {"link": link, "slab_mib": 1}}, source="test")
         settings = WorkerSettings(f"{role.value}-0", role, device, 1, config, secret="s", head=head)
@@ -54,9 +54,12 @@ def test_a_pair_hands_over_across_tcp(links: Make) -> None:
     sender = links(WorkerRole.PREFILL, post=lambda message, arrived=None: acks.put(message))
     landed: list[Any] = []
 
-    def land(part: KVPart, wire: torch.Tensor) -> bool:
-        landed.append(part)
-        return True
+    def land(part: KVPart, wire: torch.Tensor) -> Landing:
+        def write() -> bool:
+            landed.append(part)
+            return True
+
+        return write
 
     receiver = links(WorkerRole.DECODE, post=lambda message, arrived=None: parts.put((message, arrived)), land=land)
     assert sender.open({"decode-0": receiver.address}) is None
