@@ -282,7 +282,6 @@ class DecodePhase:
                 block_table=list(reservation.block_table),
             )
             self._blocks.share(sequence.block_table)
-            self._blocks.publish(sequence)
             self.scheduler.add(sequence, offer.gateway_id, reservation.lease_end_s)
         self._blocks.release(reservation.block_table)
 

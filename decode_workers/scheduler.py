@@ -137,7 +137,7 @@ class DecodeScheduler:
         plan.swap_out.append((job, held))
         job.num_swapped_blocks = len(held)
         job.sequence.block_table = []
-        job.sequence.block_hashes = []
+        job.sequence.num_published_blocks = 0
         self._blocks.release(held)
 
     def _resume(self, plan: DecodePlan) -> None:

@@ -106,19 +106,28 @@ class BlockManager:
             blocks.append(block)
         return blocks
 
+    def hash_ahead(self, sequence: Sequence, num_tokens: int) -> None:
+        """Does what takes long of `publish` for the first so many tokens, while they are computed: some 2 us a block,
+        which the first token of a prompt, or of a handoff, would wait for."""
+        if not self._prefix_caching:
+            return
+        hashes, size = sequence.block_hashes, self.block_size
+        for i in range(len(hashes), min(num_tokens, len(sequence.token_ids)) // size):
+            previous = hashes[-1] if hashes else _root(sequence.cache_salt)
+            hashes.append(_chain(previous, sequence.token_ids[i * size : (i + 1) * size]))
+
     def publish(self, sequence: Sequence) -> None:
         """Makes the sequence's full computed blocks findable for others."""
         if not self._prefix_caching:
             return
-        hashes, size = sequence.block_hashes, self.block_size
-        for i in range(len(hashes), sequence.num_computed_tokens // size):
-            previous = hashes[-1] if hashes else _root(sequence.cache_salt)
-            key = _chain(previous, sequence.token_ids[i * size : (i + 1) * size])
-            hashes.append(key)
-            block = sequence.block_table[i]
+        self.hash_ahead(sequence, sequence.num_computed_tokens)
+        num_full = sequence.num_computed_tokens // self.block_size
+        for i in range(sequence.num_published_blocks, num_full):
+            key, block = sequence.block_hashes[i], sequence.block_table[i]
             if key not in self._block_by_hash and block not in self._hash_by_block:
                 self._block_by_hash[key] = block
                 self._hash_by_block[block] = key
+        sequence.num_published_blocks = num_full
 
     def unpublish(self, blocks: Iterable[int]) -> None:
         """Makes what these blocks hold unfindable: it may be wrong. Whoever refers to them keeps them."""

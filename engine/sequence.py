@@ -30,8 +30,9 @@ class Sequence:
     cache_salt: str = ""
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
-    # Owned by BlockManager.publish: the hash chain of the blocks that are in the prefix cache already.
+    # Owned by BlockManager: the hash chain of full blocks, and how many of them the prefix cache was told of.
     block_hashes: list[bytes] = field(default_factory=list)
+    num_published_blocks: int = 0
     num_in_flight_tokens: int = 0
 
     @property

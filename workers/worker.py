@@ -257,6 +257,7 @@ class Worker:
             return False
         for item in items:
             item.sequence.begin_step(item.num_tokens)
+            parts.blocks.hash_ahead(item.sequence, item.sequence.num_scheduled_tokens)
         self._in_flight.append(_StepInFlight(step, decodes, prompts))
         return True
 

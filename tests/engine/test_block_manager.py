@@ -80,6 +80,21 @@ def test_salts_separate_caches() -> None:
     assert manager.match_prefix(tokens, "b") == [] == manager.match_prefix(tokens)
 
 
+def test_what_is_hashed_ahead_is_found_only_when_it_is_computed() -> None:
+    manager, tokens = BlockManager(8, 4), list(range(20))
+    sequence = sequence_of(tokens, manager.allocate(5), 0)
+    for computed in (6, 13, 20):
+        manager.hash_ahead(sequence, computed)
+        assert len(sequence.block_hashes) == computed // 4
+        before = sequence.num_computed_tokens
+        assert manager.match_prefix([*tokens, 0]) == sequence.block_table[: before // 4]
+        sequence.num_computed_tokens = computed
+        manager.publish(sequence)
+        assert manager.match_prefix([*tokens, 0]) == sequence.block_table[: computed // 4]
+    manager.hash_ahead(sequence, 99)
+    assert len(sequence.block_hashes) == 5, "of no token that is not known"
+
+
 def test_the_last_token_is_never_covered() -> None:
     manager = BlockManager(8, 4)
     manager.publish(sequence_of(list(range(8)), manager.allocate(2), 8))

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from engine.batch import ScheduledBatch
+from engine.sequence import Sequence
 from kv_transfer.codec import CHECKSUM_BYTES
 from phasewise.core.lifecycle import Stage
 from phasewise.core.messages import GatewayLost, KVCommit, KVDone, KVOffer, KVPart, PeerLost
@@ -146,6 +148,33 @@ def test_prefix_cache_on_both_sides_and_only_the_rest_travels() -> None:
     bytes_per_token = box.workers["prefill-0"].info.kv_spec.bytes_per_token
     assert counters["handoff_bytes_out"] - sent_before == 40 * bytes_per_token + CHECKSUM_BYTES
     box.assert_empty()
+
+
+@pytest.mark.parametrize("roles", [PAIR, {"mixed-0": "mixed"}])
+def test_no_token_waits_for_its_prompt_to_be_hashed(roles: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes 2 us a block; while the engine computes, nobody waits for it."""
+    seen: list[tuple[str, int]] = []
+    box = WorkerBox(roles)
+    for worker_id, worker in box.workers.items():
+        runner = box.runners[worker_id]
+
+        def submit(batch: ScheduledBatch, *arguments: Any, submit: Any = runner.submit) -> Any:
+            seen.extend(("submit", len(item.sequence.block_hashes)) for item in batch.items)
+            return submit(batch, *arguments)
+
+        def publish(sequence: Sequence, publish: Any = worker._parts.blocks.publish) -> None:
+            seen.append(("publish", len(sequence.block_hashes)))
+            publish(sequence)
+            assert len(sequence.block_hashes) == seen[-1][1]
+
+        monkeypatch.setattr(runner, "submit", submit)
+        monkeypatch.setattr(worker._parts.blocks, "publish", publish)
+    prefill, decode = next(iter(roles)), list(roles)[-1]
+    box.submit("r", prompt_of(100), prefill, decode, max_tokens=3)
+    box.run()
+    known = 0 if decode != prefill else 6  # a decode worker hashes for itself
+    assert [number for name, number in seen if name == "submit"] == [0, known, 6]
+    assert {number for name, number in seen if name == "publish"} == {6}
 
 
 def test_prefix_known_to_prefill_alone_still_travels_when_pushed_layer_wise() -> None:
