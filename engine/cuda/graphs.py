@@ -6,6 +6,7 @@ Padding rows write no KV and attend to nothing; what they compute is never read.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -61,7 +62,7 @@ class Capture:
 
 
 class _Graph(ABC):
-    """Captures `_step`, which reads what `_upload` sends."""
+    """Captures `_step`, which reads what `_send` sends from the places that `_places` gave."""
 
     def __init__(self, parts: StepParts, num_bytes: int) -> None:
         self._parts = parts
@@ -78,6 +79,19 @@ class _Graph(ABC):
         with torch.cuda.graph(self._graph, pool=capture.pool, stream=stream, capture_error_mode="thread_local"):
             self._outputs = self._step()
 
+    def _places(self, arrays: Iterable[np.ndarray]) -> tuple[torch.Tensor, ...]:
+        """Where arrays of these shapes are on the device, with these values."""
+        upload = Upload(self._static)
+        places = tuple(upload.add(array) for array in arrays)
+        upload.send()
+        return places
+
+    def _send(self, arrays: Iterable[np.ndarray]) -> None:
+        upload = Upload(self._static)
+        for array in arrays:
+            upload.put(array)
+        upload.send()
+
     def _replay(self) -> StepOutputs:
         self._graph.replay()
         return self._outputs
@@ -93,18 +107,16 @@ class DecodeGraph(_Graph):
     def __init__(self, parts: StepParts, batch: int, capture: Capture) -> None:
         super().__init__(parts, 3 * aligned(8 * batch) + aligned(4 * batch))
         self.batch = batch
-        self._inputs = self._upload(TokenRows.padding(batch), np.zeros(batch, dtype=np.int32))
+        self._inputs = self._places(self._arrays(TokenRows.padding(batch), np.zeros(batch, dtype=np.int32)))
         self._capture(capture)
 
     def submit(self, tokens: TokenRows, contexts: np.ndarray) -> StepOutputs:
-        self._upload(tokens, contexts)
+        self._send(self._arrays(tokens, contexts))
         return self._replay()
 
-    def _upload(self, tokens: TokenRows, contexts: np.ndarray) -> tuple[torch.Tensor, ...]:
-        upload = Upload(self._static)
-        places = tuple(upload.add(a) for a in (tokens.sources, tokens.positions, tokens.slots, contexts))
-        upload.send()
-        return places
+    @staticmethod
+    def _arrays(tokens: TokenRows, contexts: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tokens.sources, tokens.positions, tokens.slots, contexts
 
     def _step(self) -> StepOutputs:
         sources, positions, slots, contexts = self._inputs
@@ -138,15 +150,15 @@ class PromptGraph(_Graph):
         width = parts.rows.tables.shape[1]
         arrays = 4 * (PROMPT_CHUNKS * width + 5 * self._num_work + 3 * PROMPT_CHUNKS) + 8 * PROMPT_CHUNKS
         super().__init__(parts, 3 * aligned(8 * num_tokens) + arrays + 4 * aligned(0))
-        self._inputs = self._upload([], TokenRows.padding(0), [])
+        self._inputs = self._places(self._arrays([], TokenRows.padding(0), []))
         self._capture(capture)
 
     def submit(self, chunks: Seq[PromptChunk], tokens: TokenRows, sampled: Seq[int]) -> StepOutputs:
         """`sampled`: numbers of the chunks whose last tokens' logits are wanted, which are the first rows of logits."""
-        self._upload(chunks, tokens, sampled)
+        self._send(self._arrays(chunks, tokens, sampled))
         return self._replay()
 
-    def _upload(self, chunks: Seq[PromptChunk], tokens: TokenRows, sampled: Seq[int]) -> tuple[torch.Tensor, ...]:
+    def _arrays(self, chunks: Seq[PromptChunk], tokens: TokenRows, sampled: Seq[int]) -> tuple[np.ndarray, ...]:
         padded, count = TokenRows.padding(self.num_tokens), len(tokens.sources)
         padded.sources[:count], padded.positions[:count] = tokens.sources, tokens.positions
         padded.slots[:count] = tokens.slots
@@ -160,11 +172,7 @@ class PromptGraph(_Graph):
             work[:, : own_work.shape[1]] = own_work
             spans[:, : len(chunks)] = own_spans
             last_rows[: len(sampled)] = [chunks[i].first + chunks[i].num_queries - 1 for i in sampled]
-        upload = Upload(self._static)
-        arrays = (padded.sources, padded.positions, padded.slots, last_rows, tables, work, spans)
-        places = tuple(upload.add(array) for array in arrays)
-        upload.send()
-        return places
+        return padded.sources, padded.positions, padded.slots, last_rows, tables, work, spans
 
     def _step(self) -> StepOutputs:
         sources, positions, slots, last_rows, tables, work, spans = self._inputs

@@ -32,13 +32,17 @@ class Upload:
     def of_size(num_bytes: int, device: torch.device) -> Upload:
         return Upload(torch.empty(num_bytes, dtype=torch.uint8, device=device))
 
+    def put(self, array: np.ndarray) -> int:
+        """Returns the byte at which the array begins on the device, which holds it once `send` was called."""
+        first, end = self._end, self._end + array.nbytes
+        self._host[first:end].view(array.dtype)[:] = array.reshape(-1)
+        self._end = -(-end // _ALIGNMENT) * _ALIGNMENT
+        return first
+
     def add(self, array: np.ndarray) -> torch.Tensor:
-        """Returns the array's place on the device, which holds it once `send` was called."""
-        first, self._end = self._end, self._end + array.nbytes
-        self._host[first : self._end].view(array.dtype)[:] = array.reshape(-1)
-        place = self._target[first : self._end].view(_TORCH_DTYPES[array.dtype.name]).view(array.shape)
-        self._end = -(-self._end // _ALIGNMENT) * _ALIGNMENT
-        return place
+        """As `put`; returns the array's place on the device as a tensor."""
+        first = self.put(array)
+        return self._target[first : first + array.nbytes].view(_TORCH_DTYPES[array.dtype.name]).view(array.shape)
 
     def send(self) -> None:
         self._target[: self._end].copy_(self._pinned[: self._end], non_blocking=True)
@@ -155,11 +159,18 @@ class DecodeRows:
         self.newest = torch.zeros(max_rows, dtype=torch.int64, device=device)
 
     def write_tables(self, inputs: DecodeInputs) -> None:
-        if len(inputs.changed):
-            upload = Upload.of_size(aligned(inputs.changed.nbytes) + aligned(inputs.tables.nbytes), self.tables.device)
-            index, tables = upload.add(inputs.changed), upload.add(inputs.tables)
-            upload.send()
-            self.tables[:, : tables.shape[1]].index_copy_(0, index, tables)
+        """One copy for each run of neighbouring rows: who joins a running batch is one or a few, and its first step
+        waits for nothing more."""
+        if not len(inputs.changed):
+            return
+        tables = torch.empty(inputs.tables.shape, dtype=torch.int32, pin_memory=self.tables.is_cuda)
+        tables.numpy()[:] = inputs.tables
+        width, first = tables.shape[1], 0
+        ends = [*np.flatnonzero(np.diff(inputs.changed) != 1) + 1, len(inputs.changed)]
+        for end in ends:
+            row = int(inputs.changed[first])
+            self.tables[row : row + end - first, :width].copy_(tables[first:end], non_blocking=True)
+            first = end
 
     def write_newest(self, inputs: DecodeInputs, tokens: torch.Tensor) -> None:
         """tokens: [num_items] int64, of the items in order."""

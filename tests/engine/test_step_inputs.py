@@ -6,11 +6,12 @@ import random
 
 import numpy as np
 import pytest
+import torch
 
 from decode_workers.scheduler import DecodeJob, DecodeScheduler
 from engine.batch import ScheduledSequence
 from engine.block_manager import BlockManager
-from engine.cuda.step_inputs import RowAssignment, prompt_rows
+from engine.cuda.step_inputs import DecodeRows, RowAssignment, prompt_rows
 from engine.sequence import Sequence
 from phasewise.core.request import SamplingParams
 
@@ -19,12 +20,13 @@ GARBAGE = 10**6  # what padding rows sample
 
 
 class Device:
-    """The buffers of DecodeRows, and what `write_tables`, `prepare_step` and a step do with them."""
+    """DecodeRows, and what `prepare_step` and a step do with them."""
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
         self._assignment = RowAssignment(block_size)
-        self._tables = np.full((MAX_ROWS, MAX_BLOCKS), -1)
+        self._rows = DecodeRows(MAX_ROWS, MAX_BLOCKS, torch.device("cpu"))
+        self._tables = self._rows.tables.fill_(-1).numpy()
         self._newest = np.full(MAX_ROWS, GARBAGE)
         self.num_changed = 0
 
@@ -32,7 +34,10 @@ class Device:
         """Raises AssertionError when an item would read another token than its last, or other blocks than its own."""
         inputs = self._assignment.assign(items, num_rows)
         self.num_changed += len(inputs.changed)
-        self._tables[inputs.changed, : inputs.tables.shape[1]] = inputs.tables
+        before = self._tables.copy()
+        self._rows.write_tables(inputs)
+        before[inputs.changed, : inputs.tables.shape[1]] = inputs.tables
+        assert np.array_equal(self._tables, before), "rows that did not change hands"
         sources, positions, slots = inputs.tokens.sources, inputs.tokens.positions, inputs.tokens.slots
         ids = [source if source >= 0 else self._newest[-1 - source] for source in sources.tolist()]
         for row in np.flatnonzero(slots >= 0):
