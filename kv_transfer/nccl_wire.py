@@ -112,20 +112,16 @@ class NcclWire:
             self._is_idle.set()
 
     def send(self, data: torch.Tensor, after: Mark | None = None) -> CudaMark:
-        with self._lock, torch.cuda.device(self._index):
-            if after is not None:
-                assert isinstance(after, CudaMark)
-                self._stream.wait_event(after.event)
-            self._call(self._communicator.send, data)
+        with self._lock:
+            self._call(self._communicator.send, data, after)
             return CudaMark(self._stream, spins=True)
 
     def receive(self, data: torch.Tensor, after: Mark | None, check: Check) -> NcclReceipt:
-        with self._lock, torch.cuda.device(self._index), torch.cuda.stream(self._stream):
-            if after is not None:
-                assert isinstance(after, CudaMark)
-                self._stream.wait_event(after.event)
-            self._call(self._communicator.recv, data)
-            return NcclReceipt(data, check, self._stream)
+        with self._lock:
+            # First of all: until it is there, the sender's kernel keeps multiprocessors from the prompts beside it.
+            self._call(self._communicator.recv, data, after)
+            with torch.cuda.stream(self._stream):
+                return NcclReceipt(data, check, self._stream)
 
     def error(self) -> str:
         if not self._lock.acquire(blocking=False):
@@ -159,9 +155,13 @@ class NcclWire:
         with torch.cuda.device(self._index), Device(self._index):
             self._communicator.abort()
 
-    def _call(self, function: Callable[..., None], data: torch.Tensor) -> None:
+    def _call(self, function: Callable[..., None], data: torch.Tensor, after: Mark | None) -> None:
         if self._is_aborted:
             raise WireError("aborted")
+        torch.cuda.set_device(self._index)  # of this thread, which a context manager would give back, for 10 us
+        if after is not None:
+            assert isinstance(after, CudaMark)
+            self._stream.wait_event(after.event)
         try:
             function(data.data_ptr(), data.numel(), nccl.NCCL_UINT8, 1 - self._rank, self._stream.cuda_stream)
         except nccl.NcclError as error:
