@@ -81,6 +81,11 @@ class KVReceiver:
         return len(self._reservations) + len(self._ended)
 
     @property
+    def has_ended(self) -> bool:
+        """Whether `pop_ended` may have something."""
+        return bool(self._ended)
+
+    @property
     def reservations(self) -> list[Reservation]:
         return list(self._reservations.values())
 

@@ -323,21 +323,28 @@ class Worker:
                 self._dispatch(*entry)
 
     def _wait(self) -> None:
-        """Sleeps until a message comes, a deadline is due, or a heartbeat is."""
-        parts, now_s = self._parts, self._clock.now_s()
+        """Sleeps until a message comes that may lead to a step, a deadline is due, or a heartbeat is.
+
+        Parts come one after the other: a round for each would keep the interpreter from the link's threads.
+        """
+        parts = self._parts
         due_s = min(
             parts.prefill.next_deadline_s(),
             parts.decode.next_deadline_s(),
             parts.sender.next_deadline_s(),
             parts.prober.next_deadline_s(),
-            now_s + self._settings.heartbeat_s,
+            self._clock.now_s() + self._settings.heartbeat_s,
         )
-        try:
-            entry = self._mailbox.get(timeout=max(due_s - now_s, 0.0))
-        except queue.Empty:
-            return
-        if entry is not None:
+        while (left_s := due_s - self._clock.now_s()) > 0:
+            try:
+                entry = self._mailbox.get(timeout=left_s)
+            except queue.Empty:
+                return
+            if entry is None:
+                return
             self._dispatch(*entry)
+            if parts.receiver.has_ended or not isinstance(entry[0], KVPart | KVCommit):
+                return
 
     def _dispatch(self, message: WorkerMessage | ProbeLink, arrived: ArrivedPart | None) -> None:
         parts = self._parts

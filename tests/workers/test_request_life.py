@@ -13,7 +13,7 @@ from engine.batch import ScheduledBatch
 from engine.sequence import Sequence
 from kv_transfer.codec import CHECKSUM_BYTES
 from phasewise.core.lifecycle import Stage
-from phasewise.core.messages import GatewayLost, KVCommit, KVDone, KVOffer, KVPart, PeerLost
+from phasewise.core.messages import AbortRequest, GatewayLost, KVCommit, KVDone, KVOffer, KVPart, PeerLost
 from phasewise.core.request import FinishReason
 from tests.support.scripted_engine import expected_tokens
 from tests.support.worker_box import WorkerBox, arrived, corrupt
@@ -175,6 +175,25 @@ def test_no_token_waits_for_its_prompt_to_be_hashed(roles: dict[str, str], monke
     known = 0 if decode != prefill else 6  # a decode worker hashes for itself
     assert [number for name, number in seen if name == "submit"] == [0, known, 6]
     assert {number for name, number in seen if name == "publish"} == {6}
+
+
+def test_a_worker_without_work_sleeps_until_a_handoff_is_whole() -> None:
+    box = WorkerBox(PAIR, transfer={"layerwise_threshold_tokens": 1, "layers_per_part": 1})
+    prefill, decode = box.workers["prefill-0"], box.workers["decode-0"]
+    box.submit("r", prompt_of(60), "prefill-0", "decode-0", max_tokens=4)
+    box.run_until(lambda: bool(decode._parts.receiver.reservations))
+    for _ in range(4):
+        prefill.round()
+    assert decode._mailbox.qsize() == 5, "four parts and the commit"
+    decode._wait()
+    assert decode._mailbox.empty() and decode._parts.receiver.has_ended
+    box.run()
+    assert box.output("r") == expected_tokens(prompt_of(60), 4)
+    box.submit("s", prompt_of(60, 1), "prefill-0", "decode-0", max_tokens=4)
+    box.run_until(lambda: bool(decode._parts.receiver.reservations))
+    decode.post(AbortRequest("s"))
+    decode._wait()
+    assert decode._mailbox.empty(), "it does not sleep on what is to be done at once"
 
 
 def test_prefix_known_to_prefill_alone_still_travels_when_pushed_layer_wise() -> None:
