@@ -242,7 +242,10 @@ class DecodePhase:
         self._blocks.share(cached)
         missing = self._blocks.blocks_for(len(request.prompt_token_ids)) - len(cached)
         block_table = cached + self._blocks.allocate(missing)
-        self._receiver.accept(offer, block_table, len(cached) * self._blocks.block_size, lease_end_s)
+        num_cached_tokens = len(cached) * self._blocks.block_size
+        reservation = self._receiver.accept(offer, block_table, num_cached_tokens, lease_end_s)
+        # Now, while the sender computes or packs, and not when all has come: it takes long.
+        reservation.block_hashes = self._blocks.prompt_hashes(request.prompt_token_ids, request.cache_salt)
 
     def _begin(self, reservation: Reservation) -> None:
         """A handoff is whole: its samples join the running batch, sharing the prompt's blocks.
@@ -280,8 +283,10 @@ class DecodePhase:
                 cache_salt=request.cache_salt,
                 num_computed_tokens=commit.num_tokens,
                 block_table=list(reservation.block_table),
+                block_hashes=list(reservation.block_hashes),
             )
             self._blocks.share(sequence.block_table)
+            self._blocks.publish(sequence)
             self.scheduler.add(sequence, offer.gateway_id, reservation.lease_end_s)
         self._blocks.release(reservation.block_table)
 

@@ -109,12 +109,14 @@ class BlockManager:
     def hash_ahead(self, sequence: Sequence, num_tokens: int) -> None:
         """Does what takes long of `publish` for the first so many tokens, while they are computed: some 2 us a block,
         which the first token of a prompt, or of a handoff, would wait for."""
-        if not self._prefix_caching:
-            return
-        hashes, size = sequence.block_hashes, self.block_size
-        for i in range(len(hashes), min(num_tokens, len(sequence.token_ids)) // size):
-            previous = hashes[-1] if hashes else _root(sequence.cache_salt)
-            hashes.append(_chain(previous, sequence.token_ids[i * size : (i + 1) * size]))
+        tokens = sequence.token_ids
+        self._extend(sequence.block_hashes, tokens, min(num_tokens, len(tokens)), sequence.cache_salt)
+
+    def prompt_hashes(self, token_ids: Seq[int], salt: str = "") -> list[bytes]:
+        """`block_hashes` of a sequence that begins with these tokens."""
+        hashes: list[bytes] = []
+        self._extend(hashes, token_ids, len(token_ids), salt)
+        return hashes
 
     def publish(self, sequence: Sequence) -> None:
         """Makes the sequence's full computed blocks findable for others."""
@@ -145,6 +147,14 @@ class BlockManager:
         assert len(used) + len(free) + len(cached) == self.num_blocks, "a block is lost"
         assert set(self._hash_by_block) == set(self._block_by_hash.values()), "the prefix cache is torn"
         assert cached <= set(self._hash_by_block), "a cached block has no content"
+
+    def _extend(self, hashes: list[bytes], token_ids: Seq[int], num_tokens: int, salt: str) -> None:
+        if not self._prefix_caching:
+            return
+        size = self.block_size
+        for i in range(len(hashes), num_tokens // size):
+            previous = hashes[-1] if hashes else _root(salt)
+            hashes.append(_chain(previous, token_ids[i * size : (i + 1) * size]))
 
     def _pop_free(self) -> int:
         if self._free:

@@ -30,7 +30,7 @@ class Sequence:
     cache_salt: str = ""
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
-    # Owned by BlockManager: the hash chain of full blocks, and how many of them the prefix cache was told of.
+    # For BlockManager: the hash chain of full blocks, and of how many of its blocks the prefix cache was told.
     block_hashes: list[bytes] = field(default_factory=list)
     num_published_blocks: int = 0
     num_in_flight_tokens: int = 0

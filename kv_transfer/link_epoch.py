@@ -444,6 +444,7 @@ class ReceiveEpoch(_Epoch):
         def land_and_check(data: torch.Tensor, answer: torch.Tensor) -> None:
             assert entry.landing is not None
             entry.is_landed = entry.landing()
+            entry.landing = None  # it holds its handoff
             self._room.check(data, answer)
 
         entry.receipt = self._wire.receive(entry.slab.buffer, entry.slab.last_use, land_and_check)

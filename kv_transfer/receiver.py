@@ -42,6 +42,7 @@ class Reservation:
     landing: set[int] = field(default_factory=set)  # parts that a link writes, until the loop hears of them
     num_cells: int = 0
     num_bytes: int = 0
+    block_hashes: list[bytes] = field(default_factory=list)  # its owner's: what the prefix cache is to know
     commit: KVCommit | None = None
     dropped_samples: set[int] = field(default_factory=set)  # cancelled before they began
     place: KVPlace = field(init=False)
@@ -97,13 +98,14 @@ class KVReceiver:
             return "KV caches differ: " + "; ".join(self._spec.differences(offer.spec))
         return ""
 
-    def accept(self, offer: KVOffer, block_table: list[int], num_cached_tokens: int, lease_end_s: float) -> None:
+    def accept(self, offer: KVOffer, block_table: list[int], num_cached_tokens: int, lease_end_s: float) -> Reservation:
         """Takes the offer into `block_table`, whose first `num_cached_tokens` tokens are in place already."""
         reservation = Reservation(offer, block_table, num_cached_tokens, lease_end_s)
         self._cache.prepare(reservation.place)
         with self._lock:
             self._reservations[offer.transfer_id] = reservation
         self._peers.send(offer.sender, KVAccepted(offer.transfer_id, num_cached_tokens, self._spec.dtype))
+        return reservation
 
     def land(self, part: KVPart, wire: torch.Tensor) -> Landing:
         """`Land` (kv_transfer/link.py) of this worker."""

@@ -14,7 +14,8 @@ What this step need not wait for is sent to other workers when the device has so
 A sequence may so be part of a step before the token of the step before is known here: the engine feeds it on the
 device. What such a step computed for a sequence that turns out to have ended is dropped.
 
-When there is nothing to run the loop sleeps in the mailbox, until a message comes or the next deadline is due.
+When there is nothing to run the loop sleeps in the mailbox, until a message comes that may lead to a step or the next
+deadline is due.
 """
 
 from __future__ import annotations

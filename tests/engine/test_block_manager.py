@@ -93,6 +93,17 @@ def test_what_is_hashed_ahead_is_found_only_when_it_is_computed() -> None:
         assert manager.match_prefix([*tokens, 0]) == sequence.block_table[: computed // 4]
     manager.hash_ahead(sequence, 99)
     assert len(sequence.block_hashes) == 5, "of no token that is not known"
+    assert sequence.block_hashes == manager.prompt_hashes(tokens)
+    assert BlockManager(8, 4, prefix_caching=False).prompt_hashes(tokens) == []
+
+
+def test_blocks_that_are_hashed_and_not_computed_are_not_published() -> None:
+    manager, tokens = BlockManager(8, 4), list(range(20))
+    sequence = sequence_of(tokens, manager.allocate(5), 0)
+    manager.hash_ahead(sequence, 20)
+    sequence.num_computed_tokens = 6
+    manager.publish(sequence)
+    assert manager.match_prefix([*tokens, 0]) == sequence.block_table[:1]
 
 
 def test_the_last_token_is_never_covered() -> None:

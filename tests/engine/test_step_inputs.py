@@ -11,7 +11,7 @@ import torch
 from decode_workers.scheduler import DecodeJob, DecodeScheduler
 from engine.batch import ScheduledSequence
 from engine.block_manager import BlockManager
-from engine.cuda.step_inputs import DecodeRows, RowAssignment, prompt_rows
+from engine.cuda.step_inputs import DecodeInputs, DecodeRows, RowAssignment, TokenRows, prompt_rows
 from engine.sequence import Sequence
 from phasewise.core.request import SamplingParams
 
@@ -140,3 +140,11 @@ def test_rows_of_prompts() -> None:
     assert tokens.sources.tolist() == [13, 14, 15, 21]
     assert tokens.positions.tolist() == [2, 3, 4, 0]
     assert tokens.slots.tolist() == [22, 23, 8, 28]
+
+
+def test_tables_of_rows_in_any_order_go_to_their_rows() -> None:
+    rows = DecodeRows(8, 4, torch.device("cpu"))
+    changed = np.asarray([3, 2, 6, 7], dtype=np.int64)
+    tables = np.asarray([[1, 1], [2, 2], [3, 0], [4, 0]], dtype=np.int32)
+    rows.write_tables(DecodeInputs(changed, TokenRows.padding(8), np.zeros(8, np.int32), changed, tables))
+    assert rows.tables[:, 0].tolist() == [0, 0, 2, 1, 0, 0, 3, 4]

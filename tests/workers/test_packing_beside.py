@@ -210,6 +210,29 @@ def test_what_no_reservation_waits_for_is_not_written() -> None:
     assert not worker.land(good, wire)(), "it is landing already"
 
 
+@pytest.mark.parametrize("ends_first", [False, True])
+def test_a_landing_writes_what_came_since_it_was_made_ready_unless_its_handoff_is_over(ends_first: bool) -> None:
+    box = WorkerBox(PAIR)
+    worker, storage = box.workers["decode-0"], box.caches["decode-0"].storage
+    box.submit("r", prompt_of(60), "prefill-0", "decode-0", max_tokens=5)
+    box.run_until(lambda: bool(worker._parts.receiver.reservations))
+    (reservation,) = worker._parts.receiver.reservations
+    layout = worker._parts.receiver._cache.layout(PartSpan(0, 2, 0, 60), "float32", Codec.NONE)
+    wire = torch.zeros(layout.num_bytes, dtype=torch.uint8)
+    part = KVPart(reservation.offer.transfer_id, 7, 0, 2, 0, 60, layout.num_bytes, "float32", "none")
+    landing = worker.land(part, wire)
+    if ends_first:  # its blocks may be somebody else's now
+        box.abort("r")
+        box.run()
+    before = storage.nan_to_num(-1.0).clone()
+    wire.view(torch.float32).fill_(5.0)
+    assert landing() == bool(reservation.landing) == (not ends_first)
+    if ends_first:
+        assert torch.equal(storage.nan_to_num(-1.0), before)
+    else:
+        assert (storage[:2, :, reservation.place.slots[:60]] == 5.0).all()
+
+
 @pytest.mark.usefixtures("landing")
 def test_a_landing_that_fails_leaves_the_blocks_to_the_handoffs_end() -> None:
     box = WorkerBox(PAIR)

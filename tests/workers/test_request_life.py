@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import random
 from dataclasses import replace
 from typing import Any
@@ -172,28 +173,61 @@ def test_no_token_waits_for_its_prompt_to_be_hashed(roles: dict[str, str], monke
     prefill, decode = next(iter(roles)), list(roles)[-1]
     box.submit("r", prompt_of(100), prefill, decode, max_tokens=3)
     box.run()
-    known = 0 if decode != prefill else 6  # a decode worker hashes for itself
-    assert [number for name, number in seen if name == "submit"] == [0, known, 6]
+    assert [number for name, number in seen if name == "submit"] == [0, 6, 6]
     assert {number for name, number in seen if name == "publish"} == {6}
 
 
-def test_a_worker_without_work_sleeps_until_a_handoff_is_whole() -> None:
+class _Mailbox:
+    """What it has; whoever would sleep is told."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+
+    def get(self, timeout: float) -> Any:
+        try:
+            return self._mailbox.get_nowait()
+        except queue.Empty:
+            raise AssertionError("it would sleep") from None
+
+
+@pytest.mark.parametrize("last", ["commit", "part", "abort"])
+def test_a_worker_without_work_sleeps_until_there_may_be_some(last: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is when a handoff is whole, whatever comes last of it; not at each of its parts."""
     box = WorkerBox(PAIR, transfer={"layerwise_threshold_tokens": 1, "layers_per_part": 1})
     prefill, decode = box.workers["prefill-0"], box.workers["decode-0"]
     box.submit("r", prompt_of(60), "prefill-0", "decode-0", max_tokens=4)
     box.run_until(lambda: bool(decode._parts.receiver.reservations))
-    for _ in range(4):
-        prefill.round()
-    assert decode._mailbox.qsize() == 5, "four parts and the commit"
-    decode._wait()
-    assert decode._mailbox.empty() and decode._parts.receiver.has_ended
+    if last == "abort":
+        decode.post(AbortRequest("x"))
+    else:
+        for _ in range(4):
+            prefill.round()
+        entries = [decode._mailbox.get_nowait() for _ in range(5)]
+        for entry in entries if last == "commit" else (entries[-1], *entries[:-1]):
+            decode._mailbox.put(entry)
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "_mailbox", _Mailbox(decode._mailbox))
+        decode._wait()
+    assert decode._mailbox.empty()
+    assert decode._parts.receiver.has_ended == (last != "abort")
     box.run()
     assert box.output("r") == expected_tokens(prompt_of(60), 4)
-    box.submit("s", prompt_of(60, 1), "prefill-0", "decode-0", max_tokens=4)
+
+
+def test_a_handoff_is_found_by_the_next_offer_and_when_it_ends_before_its_first_step() -> None:
+    box = WorkerBox(PAIR)
+    prefill, decode = box.workers["prefill-0"], box.workers["decode-0"]
+    box.submit("a", prompt_of(100), "prefill-0", "decode-0", max_tokens=4)
     box.run_until(lambda: bool(decode._parts.receiver.reservations))
-    decode.post(AbortRequest("s"))
-    decode._wait()
-    assert decode._mailbox.empty(), "it does not sleep on what is to be done at once"
+    for _ in range(6):
+        prefill.round()
+    box.submit("b", [*prompt_of(100)[:96], 7, 7, 7], "prefill-0", "decode-0", max_tokens=4)
+    for _ in range(2):
+        prefill.round()
+    decode.post(AbortRequest("a"))
+    decode.round()
+    (reservation,) = decode._parts.receiver.reservations
+    assert reservation.num_cached_tokens == 96
 
 
 def test_prefix_known_to_prefill_alone_still_travels_when_pushed_layer_wise() -> None:

@@ -148,3 +148,21 @@ def test_a_lost_device_ends_the_loop_so_that_the_worker_is_lost() -> None:
     with pytest.raises(DeviceLost):
         box.run()
     assert not box.failures, "the gateway moves its requests when it hears of the loss"
+
+
+def test_a_handoff_that_shares_blocks_with_a_damaged_request_does_not_bring_them_back() -> None:
+    box = WorkerBox({"prefill-0": "prefill", "decode-0": "decode"})
+    prefill, decode = box.workers["prefill-0"], box.workers["decode-0"]
+    box.submit("a", prompt_of(100), "prefill-0", "decode-0", max_tokens=60)
+    box.run_until(lambda: len(box.tokens[("a", 0)]) >= 3)
+    box.submit("b", [*prompt_of(64), *prompt_of(40, 3)], "prefill-0", "decode-0", max_tokens=60)
+    box.run_until(lambda: bool(decode._parts.receiver.reservations))
+    (damaged,) = sequences_of(box, "a", "decode-0")
+    for _ in range(6):
+        prefill.round()
+    poison(box, damaged, "decode-0", block=4)
+    shared = set(damaged.block_table[:4])
+    for _ in range(2 + WorkerBox.num_steps_ahead):
+        decode.round()
+    assert set(box.failures) == {"a"} and sequences_of(box, "b", "decode-0")
+    assert not shared & set(decode._parts.blocks._hash_by_block)
