@@ -38,7 +38,7 @@ from benchmarks.link_nodes import MIB, CacheEnd, LinkEnd, LinkSettings, Node, op
 from benchmarks.link_worker import WorkerEnd
 from benchmarks.offline import Rows, device_name, local_device, model_path
 from phasewise.core.kv_spec import FP8, KVCacheSpec
-from workers.links import num_channels
+from workers.link_sizes import sizes_for
 
 BLOCK = 16
 PARTS = ("caches", "kernels", "interference", "cluster", "memory", "many")
@@ -114,8 +114,8 @@ class Benchmark:
     def caches(self) -> None:
         lengths = (16, 128) if self._quick else tuple(SHARES)
         self._caches(lengths, self._settings, SHARES, "")
-        twice = replace(self._settings, num_slabs_out=4, num_slabs_in=4)
-        self._caches(lengths, twice, {}, ", twice the staging memory")
+        half = replace(self._settings, num_slabs_out=2, num_slabs_in=2)
+        self._caches(lengths, half, {}, ", half the staging memory")
 
     def _caches(self, lengths: Sequence[int], settings: LinkSettings, must: Mapping[int, float], note: str) -> None:
         arguments = shape_8b(), -(-max(lengths) // BLOCK), 1024 * MIB
@@ -227,7 +227,8 @@ class Benchmark:
     def memory(self) -> None:
         num_peers = 2 if self._quick else NUM_PEERS
         for channels in (16, 1) if self._quick else (4, 8, 16):
-            settings = LinkSettings(channels, num_slabs_in=0)  # a prefill worker's
+            sizes = sizes_for(num_peers)
+            settings = LinkSettings(channels, sizes.num_slabs, 0, sizes.slab_mib * MIB)  # a prefill worker's
             peers: Kinds = {f"peer-{i}": (1, LinkEnd, ()) for i in range(num_peers)}
             small = LinkSettings(channels, num_slabs_out=0, slab_bytes=16 * MIB)
             with self._nodes(peers, small) as others, self._nodes({"worker": (0, LinkEnd, ())}, settings) as worker:
@@ -235,7 +236,7 @@ class Benchmark:
                 taken = worker["worker"].call("memory")
             links = taken["device"] if self._num_gpus else taken["resident"]
             case = f"links of one worker with {num_peers} peers, {channels} channels"
-            must = 1024 if channels == num_channels(num_peers) and num_peers == NUM_PEERS else None
+            must = 1024 if channels == sizes.channels and num_peers == NUM_PEERS else None
             self.rows.add(f"{case}: memory", "MiB", links, floor=0, must=must)
             if self._num_gpus:
                 self.rows.add(f"{case}: of which slabs, as torch reserves", "MiB", taken["reserved"], floor=0)
@@ -353,7 +354,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--quick", action="store_true", help="everything small: shows that it runs")
-    parser.add_argument("--channels", type=int, default=16, help="of NCCL")
+    parser.add_argument("--channels", type=int, default=LinkSettings().channels, help="of NCCL")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     parts = arguments.parts.split(",")

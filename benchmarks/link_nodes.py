@@ -58,6 +58,7 @@ from phasewise.core.messages import (
 )
 from phasewise.core.request import Request, SampledToken, SamplingParams
 from workers.actor import SWITCH_S
+from workers.link_sizes import sizes_for
 
 MIB = 2**20
 TIMEOUT_S = 120.0  # of whatever a process was told to do
@@ -162,12 +163,12 @@ def open_links(nodes: Mapping[str, Node], *links: tuple[str, str]) -> dict[tuple
 
 @dataclass(frozen=True, slots=True)
 class LinkSettings:
-    """As transfer.* of the configuration."""
+    """As transfer.* of the configuration: what a worker with one peer has, if nothing else is said."""
 
-    channels: int = 16
-    num_slabs_out: int = 2
-    num_slabs_in: int = 2
-    slab_bytes: int = 128 * MIB
+    channels: int = sizes_for(1).channels
+    num_slabs_out: int = sizes_for(1).num_slabs
+    num_slabs_in: int = sizes_for(1).num_slabs
+    slab_bytes: int = sizes_for(1).slab_mib * MIB
 
 
 def link_device(channels: int, *, is_alone: bool = True) -> WireDevice:

@@ -40,6 +40,7 @@ from phasewise.core.ports import GatewayPort, LoadPort, PeerPort
 from phasewise.core.profile import DeviceProfile, ProfileFacts
 from prefill_workers.phase import PrefillLimits, PrefillPhase
 from prefill_workers.scheduler import PrefillScheduler
+from workers.link_sizes import link_sizes
 from workers.memory import CPU_KV_CACHE_GIB, blocks_of_size
 from workers.profiler import (
     PreparedEngine,
@@ -336,7 +337,8 @@ def assemble(
         budget, transfer.layers_per_part if is_alone else 0, config.health.heartbeat_s, is_alone=is_alone
     )
     # What has room in slabs must not wait for the window. A part is more than its KV: by less than a hundredth.
-    slabs_mib = transfer.num_slabs * transfer.slab_mib * 1.01
+    sizes = link_sizes(config)
+    slabs_mib = sizes.num_slabs * sizes.slab_mib * 1.01
     sending = SendLimits(
         int(max(transfer.window_mib, slabs_mib) * 2**20),
         Codec(transfer.codec),

@@ -25,11 +25,10 @@ from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.mailboxes import WorkerMailboxes
 from phasewise.core.messages import KVPart
 from phasewise.core.placement import WorkerId, WorkerRole
+from workers.link_sizes import link_sizes
 from workers.settings import WorkerSettings
 
 _OPEN_TIMEOUT_S = 60.0
-_CHANNELS = ((2, 16), (4, 8))  # up to so many peers
-_FEWEST_CHANNELS = 4
 
 
 class Links:
@@ -74,7 +73,7 @@ class Links:
 
 
 def _direct_links(settings: WorkerSettings, post: Post, land: Land) -> DirectLinks | None:
-    transfer, link = settings.config.transfer, settings.config.transfer.link
+    transfer, link, sizes = settings.config.transfer, settings.config.transfer.link, link_sizes(settings.config)
     if link == "auto":
         link = "object_store" if settings.device == "cpu" else "nccl"
     if link == "object_store" or settings.role is WorkerRole.MIXED:
@@ -91,26 +90,17 @@ def _direct_links(settings: WorkerSettings, post: Post, land: Land) -> DirectLin
             fingerprint="",
             host=host,
             secret=settings.secret,
-            num_slabs_out=transfer.num_slabs if settings.role.can_prefill else 0,
-            num_slabs_in=transfer.num_slabs if settings.role.can_decode else 0,
-            slab_bytes=transfer.slab_mib * 2**20,
+            num_slabs_out=sizes.num_slabs if settings.role.can_prefill else 0,
+            num_slabs_in=sizes.num_slabs if settings.role.can_decode else 0,
+            slab_bytes=sizes.slab_mib * 2**20,
             stall_s=transfer.stall_s,
         )
     except torch.OutOfMemoryError:
         raise ConfigError(
-            f"transfer.slab_mib: the GPU has no room for {transfer.num_slabs} slabs of {transfer.slab_mib} MiB; "
+            f"transfer.slab_mib: the GPU has no room for {sizes.num_slabs} slabs of {sizes.slab_mib} MiB; "
             "lower transfer.slab_mib or transfer.num_slabs, or end other processes on it",
             field="transfer.slab_mib",
         ) from None
-
-
-def num_channels(num_peers: int) -> int:
-    """So many NCCL channels that the links of a worker with that many peers, its slabs with them, stay near 1 GiB.
-
-    Measured (docs/performance.md): 16 channels carry the most, and each takes memory in every link. With more peers
-    each gets a smaller share of the wire anyway. The same for all workers of a cluster, whose ends must be equal.
-    """
-    return next((channels for most, channels in _CHANNELS if num_peers <= most), _FEWEST_CHANNELS)
 
 
 def own_address(head: str) -> str:
@@ -135,8 +125,7 @@ def _wire_device(settings: WorkerSettings, link: str, host: str) -> WireDevice:
     try:
         from kv_transfer.nccl_wire import NcclDevice  # needs CuPy, which CPU machines do not have
 
-        pools, given = settings.config.pools, settings.config.transfer.nccl_channels
-        channels = given or num_channels(max(pools.prefill.workers, pools.decode.workers))
+        channels = link_sizes(settings.config).channels
         return NcclDevice(torch.cuda.current_device(), channels, is_alone=settings.tensor_parallel == 1)
     except (ImportError, ConfigError) as error:
         remedy = "install phasewise[gpu], or use transfer.link object_store, which is slower"

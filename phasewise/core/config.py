@@ -136,8 +136,15 @@ class TransferConfig(_Section):
         le=32,
         description="NCCL channels of a link: more are faster, and take GPU memory; default: by the number of peers",
     )
-    slab_mib: int = Field(128, ge=1, description="Most KV in one part over a direct link, in MiB")
-    num_slabs: int = Field(2, ge=2, description="Room for so many of the largest parts, in each direction of a worker")
+    slab_mib: int | None = Field(
+        None, ge=1, description="Most KV in one part over a direct link, in MiB; default: by the number of peers"
+    )
+    num_slabs: int | None = Field(
+        None,
+        ge=2,
+        description="Room for so many of the largest parts, in each direction of a worker; default: by the number of "
+        "peers",
+    )
     stall_s: float = Field(5.0, gt=0, description="A part on its way over a direct link for longer means a broken link")
     layerwise_threshold_tokens: int | None = Field(
         None,

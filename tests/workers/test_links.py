@@ -22,6 +22,7 @@ from tests.support.scripted_engine import expected_tokens
 from tests.support.worker_box import WorkerBox
 from tests.workers.test_request_life import PAIR, prompt_of
 from workers import links
+from workers.link_sizes import link_sizes
 from workers.links import Links
 from workers.settings import WorkerSettings
 
@@ -265,7 +266,7 @@ def test_slabs_that_do_not_fit_are_said_with_their_key(monkeypatch: pytest.Monke
     monkeypatch.setattr(links, "_wire_device", lambda settings, link, host: Full())
     config = build_config({"transfer": {"link": "tcp", "slab_mib": 4096}}, source="test")
     settings = WorkerSettings("decode-0", WorkerRole.DECODE, "cpu", 1, config, secret="of the cluster")
-    with pytest.raises(ConfigError, match="no room for 2 slabs of 4096 MiB") as caught:
+    with pytest.raises(ConfigError, match="no room for 4 slabs of 4096 MiB") as caught:
         Links(settings, WorkerMailboxes(), lambda *_: None, lambda *_: False)
     assert caught.value.field == "transfer.slab_mib"
     assert "of the cluster" not in repr(settings)
@@ -294,3 +295,13 @@ def test_channels_become_fewer_with_peers_and_are_the_same_at_all_workers(monkey
     assert [channels(1, count) for count in (1, 2, 3, 4, 5, 64)] == [{16}, {16}, {8}, {8}, {4}, {4}]
     assert channels(8, 1) == {4}
     assert channels(8, 1, nccl_channels=16) == {16}
+
+
+def test_staging_becomes_less_with_peers_and_is_what_the_configuration_says() -> None:
+    def staging(decode: int, **transfer: Any) -> tuple[int, int]:
+        pools = {"prefill": {"workers": 1}, "decode": {"workers": decode}}
+        sizes = link_sizes(build_config({"pools": pools, "transfer": transfer}, source="test"))
+        return sizes.num_slabs, sizes.slab_mib
+
+    assert [staging(count) for count in (1, 2, 3, 4, 5, 64)] == [(4, 128)] * 2 + [(2, 128)] * 2 + [(2, 96)] * 2
+    assert staging(64, num_slabs=3) == (3, 96) and staging(1, slab_mib=7) == (4, 7)
