@@ -67,10 +67,11 @@ class LoadRun:
 
         async def client() -> None:
             for request in waiting:
-                if end_s is not None and self._clock.now_s() >= end_s:
-                    return
                 body = self._body(request)
-                row = self._row(request, scheduled_s=self._clock.now_s())
+                now_s = self._clock.now_s()
+                if end_s is not None and now_s >= end_s:
+                    return
+                row = self._row(request, scheduled_s=now_s)
                 await self._send(row, body)
                 if row.error == "cannot connect":  # nobody listens any more: going on would only count to infinity
                     return
