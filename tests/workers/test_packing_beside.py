@@ -12,6 +12,7 @@ import torch
 from kv_transfer.codec import Codec
 from kv_transfer.link import ArrivedPart, Landed
 from kv_transfer.plan import PartSpan
+from kv_transfer.receiver import Reservation
 from kv_transfer.staging import is_intact
 from phasewise.core.messages import AbortRequest, KVAbort, KVAccepted, KVPart, KVPartAck
 from phasewise.core.placement import WorkerId
@@ -176,16 +177,22 @@ def test_a_link_may_write_from_the_moment_on_that_the_sender_hears_of_the_blocks
     assert seen == [True]
 
 
+def reserved_part(box: WorkerBox) -> tuple[Reservation, KVPart, torch.Tensor]:
+    """Blocks set aside for request "r", and a part that fits them, of zeros."""
+    box.submit("r", prompt_of(60), "prefill-0", "decode-0", max_tokens=5)
+    receiver = box.workers["decode-0"]._parts.receiver
+    box.run_until(lambda: bool(receiver.reservations))
+    (reservation,) = receiver.reservations
+    layout = receiver._cache.layout(PartSpan(0, 2, 0, 60), "float32", Codec.NONE)
+    part = KVPart(reservation.offer.transfer_id, 7, 0, 2, 0, 60, layout.num_bytes, "float32", "none")
+    return reservation, part, torch.zeros(layout.num_bytes, dtype=torch.uint8)
+
+
 @pytest.mark.usefixtures("landing")
 def test_what_no_reservation_waits_for_is_not_written() -> None:
     box = WorkerBox(PAIR)
     worker = box.workers["decode-0"]
-    box.submit("r", prompt_of(60), "prefill-0", "decode-0", max_tokens=5)
-    box.run_until(lambda: bool(worker._parts.receiver.reservations))
-    (reservation,) = worker._parts.receiver.reservations
-    layout = worker._parts.receiver._cache.layout(PartSpan(0, 2, 0, 60), "float32", Codec.NONE)
-    wire = torch.zeros(layout.num_bytes, dtype=torch.uint8)
-    good = KVPart(reservation.offer.transfer_id, 7, 0, 2, 0, 60, layout.num_bytes, "float32", "none")
+    reservation, good, wire = reserved_part(box)
     for bad in ({"transfer_id": "x"}, {"num_layers": 9}, {"first_token": 1}, {"dtype": "bfloat16"}, {"num_bytes": 8}):
         assert not worker.land(replace(good, **bad), wire)()
     reservation.num_cached_tokens = 16
@@ -214,12 +221,7 @@ def test_what_no_reservation_waits_for_is_not_written() -> None:
 def test_a_landing_writes_what_came_since_it_was_made_ready_unless_its_handoff_is_over(ends_first: bool) -> None:
     box = WorkerBox(PAIR)
     worker, storage = box.workers["decode-0"], box.caches["decode-0"].storage
-    box.submit("r", prompt_of(60), "prefill-0", "decode-0", max_tokens=5)
-    box.run_until(lambda: bool(worker._parts.receiver.reservations))
-    (reservation,) = worker._parts.receiver.reservations
-    layout = worker._parts.receiver._cache.layout(PartSpan(0, 2, 0, 60), "float32", Codec.NONE)
-    wire = torch.zeros(layout.num_bytes, dtype=torch.uint8)
-    part = KVPart(reservation.offer.transfer_id, 7, 0, 2, 0, 60, layout.num_bytes, "float32", "none")
+    reservation, part, wire = reserved_part(box)
     landing = worker.land(part, wire)
     if ends_first:  # its blocks may be somebody else's now
         box.abort("r")
