@@ -108,7 +108,7 @@ class BlockManager:
 
     def hash_ahead(self, sequence: Sequence, num_tokens: int) -> None:
         """Does what takes long of `publish` for the first so many tokens, while they are computed: some 2 us a block,
-        which the first token of a prompt, or of a handoff, would wait for."""
+        which the first token of a prompt would wait for."""
         tokens = sequence.token_ids
         self._extend(sequence.block_hashes, tokens, min(num_tokens, len(tokens)), sequence.cache_salt)
 

@@ -258,6 +258,7 @@ class Worker:
             return False
         for item in items:
             item.sequence.begin_step(item.num_tokens)
+        for item in prompts:
             parts.blocks.hash_ahead(item.sequence, item.sequence.num_scheduled_tokens)
         self._in_flight.append(_StepInFlight(step, decodes, prompts))
         return True
