@@ -215,7 +215,8 @@ class RemoteLinkAsker:
 async def _answer(call: Any, who: str, timeout_s: float) -> Any:
     """What an actor's call returns. Raises Unavailable when `who` is gone or silent."""
     try:
-        return await asyncio.wait_for(asyncio.wrap_future(call.future()), timeout_s)
+        async with asyncio.timeout(timeout_s):
+            return await asyncio.wrap_future(call.future())
     except (RayError, TimeoutError):
         raise Unavailable(f"{who} does not answer", retry_after_s=2.0) from None
 
@@ -246,7 +247,8 @@ class RemotePlacer:
             request_id, num_prompt_tokens, num_samples, max_tokens, attempt, tuple(avoid)
         )
         try:
-            answer = await asyncio.wait_for(asyncio.wrap_future(call.future()), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                answer = await asyncio.wrap_future(call.future())
         except asyncio.CancelledError:
             self.finished(request_id, 0)  # the client has left; the placement, if any, is given back
             raise

@@ -28,6 +28,7 @@ async def probe_link(worker: Worker, peer: WorkerId, num_bytes: int, timeout_s: 
 
     worker.post(ProbeLink(peer, num_bytes, timeout_s, answer))
     try:
-        return await asyncio.wait_for(answered, timeout_s + _GRACE_S)
+        async with asyncio.timeout(timeout_s + _GRACE_S):
+            return await answered
     except TimeoutError:  # a step takes longer, or the loop has stopped
         return LinkProbe(num_bytes, None, f"worker {worker.info.worker_id} did not answer within {timeout_s:g} s")

@@ -1,9 +1,11 @@
 """Runs the requests behind one HTTP answer: opens their streams, joins them, builds the answer, closes them.
 
 The life of an answer:
-1. `open_answer` places every prompt. If one is refused, those before it are closed and nothing was answered.
-2. `whole` collects all deltas into one body, or `events` turns each into a line of an event stream.
-3. However it ends (done, error, client gone, server stopping), every stream is closed: workers stop at once.
+1. made: whoever makes it calls `aclose` in the end, whatever happens.
+2. `open` places every prompt. A stream belongs to the answer as soon as it is accepted, so that whoever is cancelled
+   between "accepted" and "streaming" leaves none behind.
+3. `whole` collects all deltas into one body, or `events` turns each into a line of an event stream.
+4. However it ends (done, refused, error, client gone, server stopping), every stream is closed: workers stop at once.
 """
 
 from __future__ import annotations
@@ -42,22 +44,28 @@ class Answer:
     """The open streams of one HTTP request; choice number = prompt number · n + sample number.
 
     Args:
-        echo_texts: the prompt of each stream as text, where its choices begin with it; None: they do not.
+        inputs: one request per prompt, all with the same number of samples.
+        echo_text: the prompt of an input as text, where its choices begin with it; None: they do not.
     """
 
     def __init__(
         self,
-        streams: list[GenerationStream],
-        num_samples: int,
+        inputs: list[GenerateInput],
         form: ChatForm | CompletionForm,
-        echo_texts: list[str] | None,
+        echo_text: Callable[[GenerateInput], str] | None,
     ) -> None:
-        self._streams = streams
-        self._num_samples = num_samples
+        self._inputs = inputs
+        self._num_samples = inputs[0].sampling.n or 1
         self._form = form
-        self._echo_texts = echo_texts
-        self._choices = [Choice(index) for index in range(len(streams) * num_samples)]
-        self._unechoed = set(range(len(streams))) if echo_texts is not None else set()
+        self._echo_text = echo_text
+        self._streams: list[GenerationStream] = []
+        self._choices = [Choice(index) for index in range(len(inputs) * self._num_samples)]
+        self._unechoed = set(range(len(inputs))) if echo_text is not None else set()
+
+    async def open(self, service: InferenceService) -> None:
+        """Starts every input. Raises what the service raises; what was started before belongs to the answer."""
+        for given in self._inputs:
+            self._streams.append(await service.generate(given))
 
     async def whole(self, envelope: Envelope, *, with_timeline: bool, with_token_ids: bool) -> bytes:
         """The body of an answer in one piece. Raises what the streams raise."""
@@ -119,7 +127,7 @@ class Answer:
         """The prompt's choices with its text; once per prompt, when its logprobs are known."""
         self._unechoed.discard(prompt_index)
         first = prompt_index * self._num_samples
-        text = self._echo_texts[prompt_index] if self._echo_texts is not None else ""
+        text = self._echo_text(self._inputs[prompt_index]) if self._echo_text is not None else ""
         return [(choice, text) for choice in self._choices[first : first + self._num_samples]]
 
     def _usage(self) -> dict[str, Any]:
@@ -131,30 +139,14 @@ class Answer:
         return timelines[0] if len(timelines) == 1 else timelines
 
 
-async def open_answer(
-    service: InferenceService,
-    inputs: list[GenerateInput],
-    form: ChatForm | CompletionForm,
-    echo_text: Callable[[GenerateInput], str] | None,
-) -> Answer:
-    """Starts every input. Raises what the service raises, with nothing left running."""
-    streams: list[GenerationStream] = []
-    try:
-        for given in inputs:
-            streams.append(await service.generate(given))
-        echo_texts = [echo_text(given) for given in inputs] if echo_text is not None else None
-        return Answer(streams, inputs[0].sampling.n or 1, form, echo_texts)
-    except BaseException:
-        for stream in streams:
-            await stream.aclose()
-        raise
-
-
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
-    """Awaits `work`, and cancels it as soon as the client leaves.
+    """Awaits `work`, and cancels it as soon as the client leaves, or when the caller itself is cancelled.
+
+    `work` has ended when this returns or raises. Its result may be lost then, so that what it opens must belong to
+    somebody else (`Answer`).
 
     Raises:
-        ClientLeft: the client left first; `work` has ended when this is raised.
+        ClientLeft: the client left first.
     """
     worker = asyncio.create_task(work)
     watcher = asyncio.create_task(_disconnected(receive))

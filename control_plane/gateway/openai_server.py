@@ -33,7 +33,7 @@ from control_plane.gateway.openai_errors import (
     error_response,
     from_validation,
 )
-from control_plane.gateway.openai_generation import Answer, ClientLeft, open_answer, until_disconnect
+from control_plane.gateway.openai_generation import Answer, ClientLeft, until_disconnect
 from control_plane.gateway.openai_responses import ChatForm, ChunkWriter, CompletionForm, Envelope, dumps
 from control_plane.gateway.openai_schema import ChatBody, CompletionBody, DetokenizeBody, ProbeLinksBody, TokenizeBody
 from control_plane.gateway.service import GenerateInput, InferenceService, ModelCard
@@ -195,12 +195,13 @@ class _Api:
         echo_text: Callable[[GenerateInput], str] | None,
     ) -> Response:
         receive, card = call.request.receive, self._service.model
-        answer = await until_disconnect(receive, open_answer(self._service, inputs, form, echo_text))
+        answer = Answer(inputs, form, echo_text)
         kind, with_token_ids = form.chunk_kind if body.stream else form.kind, bool(body.return_token_ids)
         envelope = Envelope(
             form.prefix + call.request_id, kind, int(self._clock.unix_s()), card.name, _fingerprint(card)
         )
         try:
+            await until_disconnect(receive, answer.open(self._service))
             if body.stream:
                 writer = ChunkWriter(envelope, form, body.wants_usage, with_token_ids)
                 return await _stream(call, answer, writer, body.wants_usage)

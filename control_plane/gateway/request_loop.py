@@ -182,7 +182,8 @@ class RequestLoop:
         """Takes no more requests and waits for the open ones; what is left after `timeout_s` is ended."""
         self._is_admitting = False
         try:
-            await asyncio.wait_for(self._all_closed.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._all_closed.wait()
         except TimeoutError:
             for stream in list(self._open.values()):
                 self._fail(stream, Unavailable("the server is shutting down"))
