@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import random
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +61,43 @@ async def test_50_clients_that_leave_half_way_free_their_blocks(cluster: Served)
 
         await asyncio.gather(*(leave(seed) for seed in range(50)))
         await asyncio.to_thread(until, lambda: not held(cluster.status()), 10.0)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_bursts_of_clients_that_leave_at_once_are_run_for_nobody(cluster: Served, stream: bool) -> None:
+    body = {"prompt": [65] * 20, "max_tokens": 8000, "ignore_eos": True, "stream": stream}
+    rng = random.Random(1)
+
+    async def leave_http(host: str, port: str) -> None:
+        reader, writer = await asyncio.open_connection(host, int(port))
+        content = json.dumps(body)
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+        writer.write((head + content).encode())
+        await asyncio.sleep(rng.uniform(0, 0.015))
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+
+    async def leave_grpc(client: phasewise.AsyncClient) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(rng.uniform(0, 0.015)):
+                await client.generate(token_ids=[65] * 20, max_tokens=8000, ignore_eos=True)
+
+    before = num_finished(cluster)
+    for _ in range(3):
+        await asyncio.gather(*(leave_http(*cluster.http.split(":")) for _ in range(20)))
+    async with phasewise.AsyncClient(cluster.grpc) as client:
+        await client.model()  # connected
+        for _ in range(3):
+            await asyncio.gather(*(leave_grpc(client) for _ in range(20)))
+    await asyncio.to_thread(until, lambda: not held(cluster.status()), 10.0)
+    assert num_finished(cluster) == before, "ran to their end, for nobody"
+
+
+def num_finished(cluster: Served) -> float:
+    with urllib.request.urlopen(f"http://{cluster.http}/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("phasewise_requests_finished_total"))
 
 
 def test_n_samples_are_handed_off_once(cluster: Served) -> None:
