@@ -18,7 +18,9 @@ import uvicorn
 from ray.exceptions import RayError
 
 from control_plane.cluster_scheduler import ClusterScheduler
+from control_plane.gateway.bodies import Bodies, largest_body
 from control_plane.gateway.grpc_server import start_grpc_server
+from control_plane.gateway.http_protocol import make_http_server
 from control_plane.gateway.openai_server import build_app
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
 from control_plane.gateway.request_loop import RequestLoop
@@ -37,10 +39,6 @@ from phasewise.core.model_source import resolve_model
 from phasewise.core.placement import Placement, WorkerId
 
 logger = logging.getLogger(__name__)
-
-_KEEP_ALIVE_S = 75
-"""An idle connection is kept for longer than clients and load balancers do (60 s): who closes first may close under a
-request that is on its way, and the other side cannot tell whether it was read."""
 
 _LINKS_TIMEOUT_S = 5.0  # for a worker to tell of its links
 
@@ -320,6 +318,7 @@ class GatewayActor:
         self._socket: socket.socket | None = None
         self._tokenizer: TextTokenizer | None = None
         self._loop: RequestLoop | None = None
+        self._bodies: Bodies | None = None
         self._http: uvicorn.Server | None = None
         self._grpc: grpc.aio.Server | None = None
         self._http_task: asyncio.Task[None] | None = None
@@ -378,27 +377,20 @@ class GatewayActor:
             GatewayMetrics(card.name),
             MonotonicClock(),
             max_open_requests=config.max_open_requests,
+            max_open_per_client=config.max_open_per_client,
             addresses=addresses,
         )
         self._loop = loop
-        max_bytes = config.max_body_mib * 2**20
+        max_bytes = largest_body(card.context_length, tokenizer.longest_token_bytes, config.max_body_mib * 2**20)
         try:
             self._grpc, port = await start_grpc_server(loop, config.grpc, max_message_bytes=max_bytes)
         except ServingError as error:
             return error
         host, _ = split_address(config.grpc, field="gateway.grpc")
         addresses["grpc"] = f"{host}:{port}"
-        app = build_app(loop, max_body_bytes=max_bytes)
-        self._http = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                timeout_graceful_shutdown=5,
-                timeout_keep_alive=_KEEP_ALIVE_S,
-            )
-        )
+        self._bodies = Bodies(max_bytes, config.max_open_requests)
+        app = build_app(loop, self._bodies, cors_origins=config.cors_origins)
+        self._http = make_http_server(app)
         self._http_task = asyncio.create_task(self._http.serve(sockets=[self._socket]))
         loop.start_admitting()
         return addresses["grpc"]
@@ -427,6 +419,8 @@ class GatewayActor:
             await self._http_task
         if self._socket is not None:
             self._socket.close()
+        if self._bodies is not None:
+            self._bodies.close()
         self._closed.set()
 
     async def wait_closed(self) -> None:

@@ -53,8 +53,9 @@ class Attempt:
 class OpenRequest:
     """One request from its arrival to its end. `pending` is what the client has not fetched yet.
 
-    `client_id` is the id that the client knows, `request` what it asked for, `attempts` what workers have of it, by
-    the ids that they know. `placement` is the newest; `avoided` are workers that failed it without being lost.
+    `client` is whose share of the open requests it is part of. `client_id` is the id that the client knows, `request`
+    what it asked for, `attempts` what workers have of it, by the ids that they know. `placement` is the newest;
+    `avoided` are workers that failed it without being lost.
     """
 
     client_id: str
@@ -63,6 +64,7 @@ class OpenRequest:
     received_s: float
     deadline_s: float
     samples: list[OpenSample]
+    client: str | None = None
     status: RequestStatus = RequestStatus.RECEIVED
     attempts: dict[str, Attempt] = field(default_factory=dict)
     avoided: set[WorkerId] = field(default_factory=set)

@@ -38,6 +38,12 @@ class BodyTooLarge(InvalidRequest):
     code = "body_too_large"
 
 
+class UnsupportedMedia(InvalidRequest):
+    """The HTTP body is in a form that this server does not read."""
+
+    code = "unsupported_media_type"
+
+
 @dataclass(frozen=True, slots=True)
 class ParameterNames:
     """How the fields of `GenerateInput` are called in one HTTP request."""
@@ -57,6 +63,8 @@ def status_of(error: ServingError) -> int:
     """The HTTP status of an error."""
     if isinstance(error, BodyTooLarge):
         return 413
+    if isinstance(error, UnsupportedMedia):
+        return 415
     return _STATUS_AND_TYPE.get(error.code, _INTERNAL)[0]
 
 

@@ -7,6 +7,8 @@ refused because ignoring them would change the answer.
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo
@@ -40,16 +42,21 @@ def _refuse(value: Any, info: ValidationInfo) -> Any:
 Unsupported = Annotated[Any, AfterValidator(_refuse)]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """What all bodies share."""
+
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
+    def compact(self) -> None:
+        """Makes arrays of long lists of token ids, for the way to another process. Raises InvalidRequest."""
 
-class StreamOptions(_Body):
+
+class StreamOptions(Body):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None  # padding against traffic analysis; without effect here
 
 
-class _GenerateBody(_Body):
+class _GenerateBody(Body):
     """What both kinds of generation share."""
 
     model: str | None = None
@@ -130,7 +137,7 @@ class ChatBody(_GenerateBody):
     verbosity: Unsupported = None
     web_search_options: Unsupported = None
 
-    def inputs(self, request_id: str, timeout_s: float | None) -> list[GenerateInput]:
+    def inputs(self, request_id: str, timeout_s: float | None, client: str | None = None) -> list[GenerateInput]:
         """The one request of a chat. Raises InvalidRequest."""
         self.check_stream_options()
         if self.top_logprobs is not None and not self.logprobs:
@@ -152,6 +159,7 @@ class ChatBody(_GenerateBody):
             request_id=request_id,
             timeout_s=self.timeout if self.timeout is not None else timeout_s,
             cache_salt=self.cache_salt or "",
+            client=client,
         )
         return [given]
 
@@ -172,7 +180,10 @@ class CompletionBody(_GenerateBody):
     best_of: int | None = None
     suffix: Unsupported = None
 
-    def inputs(self, request_id: str, timeout_s: float | None) -> list[GenerateInput]:
+    def compact(self) -> None:
+        self.prompt = [p if isinstance(p, str) else _as_array(p, "prompt") for p in split_prompts(self.prompt)]
+
+    def inputs(self, request_id: str, timeout_s: float | None, client: str | None = None) -> list[GenerateInput]:
         """One request per prompt, in order. Raises InvalidRequest."""
         self.check_stream_options()
         if self.best_of is not None and self.best_of != (1 if self.n is None else self.n):
@@ -190,12 +201,13 @@ class CompletionBody(_GenerateBody):
         return [
             GenerateInput(
                 text=prompt if isinstance(prompt, str) else None,
-                token_ids=None if isinstance(prompt, str) else tuple(prompt),
+                token_ids=None if isinstance(prompt, str) else prompt,
                 sampling=sampling,
                 model=self.model,
                 request_id=request_id if len(prompts) == 1 else f"{request_id}-{index}",
                 timeout_s=timeout,
                 cache_salt=self.cache_salt or "",
+                client=client,
             )
             for index, prompt in enumerate(prompts)
         ]
@@ -206,7 +218,7 @@ class CompletionBody(_GenerateBody):
         return ParameterNames(renamed)
 
 
-class TokenizeBody(_Body):
+class TokenizeBody(Body):
     """POST /tokenize: one of prompt and messages."""
 
     model: str | None = None
@@ -214,21 +226,37 @@ class TokenizeBody(_Body):
     messages: list[Any] | None = None
 
 
-class DetokenizeBody(_Body):
+class DetokenizeBody(Body):
     """POST /detokenize"""
 
     model: str | None = None
     tokens: list[int]
 
+    def compact(self) -> None:
+        self.tokens = _as_array(self.tokens, "tokens")  # type: ignore[assignment]
 
-class ProbeLinksBody(_Body):
+
+class ProbeLinksBody(Body):
     """POST /links/probe"""
 
     sizes: list[int] = list(DEFAULT_SIZES)
     timeout_s: float = DEFAULT_TIMEOUT_S
 
 
-def split_prompts(prompt: object) -> list[str | list[int]]:
+SCHEMAS: dict[str, type[Body]] = {
+    schema.__name__: schema for schema in (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, ProbeLinksBody)
+}
+"""The bodies by their names, for a process that is told a name."""
+
+
+def _as_array(token_ids: Sequence[int], field: str) -> array[int]:
+    try:
+        return array("q", token_ids)
+    except OverflowError:
+        raise InvalidRequest(f"{field} holds a number that is no token id; token ids are small", field=field) from None
+
+
+def split_prompts(prompt: object) -> list[str | Sequence[int]]:
     """The four forms of `prompt` as a list of prompts. Raises InvalidRequest for any other form."""
     if isinstance(prompt, str):
         return [prompt]
@@ -240,7 +268,7 @@ def split_prompts(prompt: object) -> list[str | list[int]]:
     kinds = set(map(type, prompt))
     if kinds == {int}:
         return [prompt]
-    if kinds == {str}:
+    if kinds == {str} or kinds == {array}:
         return list(prompt)
     if kinds == {list}:
         for index, ids in enumerate(prompt):

@@ -14,41 +14,57 @@ import json
 import logging
 import math
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
-from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from control_plane.gateway.bodies import Bodies, Room, is_to_be_closed
 from control_plane.gateway.openai_errors import (
     NO_RENAMES,
     BodyTooLarge,
     ParameterNames,
     error_event,
     error_response,
-    from_validation,
 )
 from control_plane.gateway.openai_generation import Answer, ClientLeft, until_disconnect
 from control_plane.gateway.openai_responses import ChatForm, ChunkWriter, CompletionForm, Envelope, dumps
-from control_plane.gateway.openai_schema import ChatBody, CompletionBody, DetokenizeBody, ProbeLinksBody, TokenizeBody
+from control_plane.gateway.openai_schema import (
+    Body,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    ProbeLinksBody,
+    TokenizeBody,
+)
+from control_plane.gateway.quota import client_of
 from control_plane.gateway.service import GenerateInput, InferenceService, ModelCard
 from phasewise.core.clock import Clock, MonotonicClock
-from phasewise.core.errors import InternalError, InvalidRequest, ModelNotFound, ServingError, Unavailable
+from phasewise.core.errors import InternalError, InvalidRequest, ModelNotFound, Overloaded, ServingError, Unavailable
 
 logger = logging.getLogger(__name__)
 
 _REQUEST_ID_HEADER = "x-request-id"
-_Schema = TypeVar("_Schema", bound=BaseModel)
+_Schema = TypeVar("_Schema", bound=Body)
 
 
-def build_app(service: InferenceService, *, max_body_bytes: int, clock: Clock | None = None) -> Starlette:
-    """The ASGI application over `service`. Bodies longer than `max_body_bytes` are refused with 413."""
-    api = _Api(service, max_body_bytes, clock or MonotonicClock())
+def build_app(
+    service: InferenceService, bodies: Bodies, *, cors_origins: Sequence[str] = (), clock: Clock | None = None
+) -> ASGIApp:
+    """The ASGI application over `service`.
+
+    Args:
+        bodies: reads the bodies of requests; whoever made it closes it.
+        cors_origins: the origins of pages whose scripts may call this server; ("*",) means all.
+    """
+    api = _Api(service, bodies, clock or MonotonicClock())
     routes = [
         Route("/v1/chat/completions", api.answering(api.chat), methods=["POST"]),
         Route("/v1/completions", api.answering(api.completions), methods=["POST"]),
@@ -62,7 +78,30 @@ def build_app(service: InferenceService, *, max_body_bytes: int, clock: Clock | 
         Route("/links/probe", api.answering(api.probe_links), methods=["POST"]),
         Route("/metrics", api.answering(api.metrics), methods=["GET"]),
     ]
-    return Starlette(routes=routes, exception_handlers={HTTPException: _unknown_route})
+    middleware = []
+    if cors_origins:
+        own_headers = [_REQUEST_ID_HEADER, "x-should-retry", "retry-after"]
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=own_headers,
+        )
+        middleware.append(cors)
+    app = Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: _unknown_route})
+    app.router.redirect_slashes = False
+    return _without_trailing_slash(app)
+
+
+def _without_trailing_slash(app: ASGIApp) -> ASGIApp:
+    async def routed(scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        if path.endswith("/"):
+            scope = {**scope, "path": path.rstrip("/") or "/"}
+        await app(scope, receive, send)
+
+    return routed
 
 
 class _Call:
@@ -72,6 +111,18 @@ class _Call:
         self.request = request
         self.request_id = request.headers.get(_REQUEST_ID_HEADER) or uuid.uuid4().hex
         self.names: ParameterNames = NO_RENAMES
+        self.room: Room | None = None
+
+    def leave_room(self) -> None:
+        """Nothing of the request is in preparation any more."""
+        if self.room is not None:
+            self.room.leave()
+
+    @property
+    def client(self) -> str | None:
+        """Whose share the request counts to."""
+        client = self.request.client
+        return client_of(client.host) if client is not None else None
 
     @property
     def headers(self) -> dict[str, str]:
@@ -101,15 +152,17 @@ class _Call:
         return Response(dumps(body), status, headers=self.headers, media_type="application/json")
 
     def error(self, error: ServingError) -> Response:
-        return error_response(error, self.names, self.headers)
+        is_unread = isinstance(error, BodyTooLarge | Overloaded) and is_to_be_closed(self.request)
+        headers = {**self.headers, "connection": "close"} if is_unread else self.headers
+        return error_response(error, self.names, headers)
 
 
 class _Api:
     """The endpoints."""
 
-    def __init__(self, service: InferenceService, max_body_bytes: int, clock: Clock) -> None:
+    def __init__(self, service: InferenceService, bodies: Bodies, clock: Clock) -> None:
         self._service = service
-        self._max_body_bytes = max_body_bytes
+        self._bodies = bodies
         self._clock = clock
 
     def answering(self, endpoint: Callable[[_Call], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
@@ -127,19 +180,21 @@ class _Api:
             except Exception:
                 logger.exception("request failed", extra={"request_id": call.request_id})
                 return call.error(_internal(call))
+            finally:
+                call.leave_room()
 
         return answer
 
     async def chat(self, call: _Call) -> Response:
         body = await self._read(call, ChatBody)
         call.names = body.names
-        inputs = body.inputs(call.request_id, call.timeout_s)
+        inputs = body.inputs(call.request_id, call.timeout_s, call.client)
         return await self._generate(call, body, inputs, ChatForm(bool(body.logprobs)), None)
 
     async def completions(self, call: _Call) -> Response:
         body = await self._read(call, CompletionBody)
         call.names = body.names
-        inputs = body.inputs(call.request_id, call.timeout_s)
+        inputs = body.inputs(call.request_id, call.timeout_s, call.client)
         echo = self._prompt_text if body.echo else None
         return await self._generate(call, body, inputs, CompletionForm(body.logprobs is not None), echo)
 
@@ -165,7 +220,7 @@ class _Api:
     async def detokenize(self, call: _Call) -> Response:
         call.names = ParameterNames({"token_ids": "tokens"})
         body = await self._read(call, DetokenizeBody)
-        return call.json({"prompt": self._service.detokenize(tuple(body.tokens), body.model)})
+        return call.json({"prompt": self._service.detokenize(body.tokens, body.model)})
 
     async def health(self, call: _Call) -> Response:
         if not self._service.is_ready:
@@ -202,6 +257,7 @@ class _Api:
         )
         try:
             await until_disconnect(receive, answer.open(self._service))
+            call.leave_room()
             if body.stream:
                 writer = ChunkWriter(envelope, form, body.wants_usage, with_token_ids)
                 return await _stream(call, answer, writer, body.wants_usage)
@@ -217,27 +273,8 @@ class _Api:
 
     async def _read(self, call: _Call, schema: type[_Schema], empty: bytes = b"") -> _Schema:
         """The body as `schema`; `empty` stands for one without content."""
-        raw = await self._read_body(call.request) or empty
-        try:
-            return schema.model_validate_json(raw)
-        except ValidationError as error:
-            raise from_validation(error, schema) from None
-
-    async def _read_body(self, request: Request) -> bytes:
-        """The whole body; never holds more than `max_body_bytes`."""
-        limit = self._max_body_bytes
-        announced = request.headers.get("content-length", "0")
-        parts: list[bytes] = []
-        num_bytes = int(announced) if announced.isdigit() and int(announced) > limit else 0
-        if not num_bytes:
-            async for part in request.stream():
-                num_bytes += len(part)
-                if num_bytes > limit:
-                    break
-                parts.append(part)
-        if num_bytes > limit:
-            raise BodyTooLarge(f"the body is longer than the {limit} bytes that this server accepts; send less")
-        return b"".join(parts)
+        call.room = self._bodies.enter(call.client)
+        return await self._bodies.read(call.request, call.room, schema, empty)
 
 
 class EventStream(Response):

@@ -9,6 +9,7 @@ import math
 import random
 import re
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from control_plane.gateway.service import GenerateInput, ModelCard, SamplingInput
@@ -100,9 +101,9 @@ class RequestPreparer:
         if model is not None and model != self._card.name:
             raise ModelNotFound(f"model {model!r} is not served here; use {self._card.name!r}", field="model")
 
-    def check_token_ids(self, token_ids: tuple[int, ...], field: str) -> None:
+    def check_token_ids(self, token_ids: Sequence[int], field: str) -> None:
         """Raises InvalidRequest for an id outside of the vocabulary."""
-        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self._card.vocab_size):
+        if len(token_ids) and not (min(token_ids) >= 0 and max(token_ids) < self._card.vocab_size):
             index, wrong = next((i, t) for i, t in enumerate(token_ids) if not 0 <= t < self._card.vocab_size)
             raise InvalidRequest(
                 f"{field}[{index}] is {wrong}; token ids of this model are 0 to {self._card.vocab_size - 1}",
@@ -116,8 +117,9 @@ class RequestPreparer:
             found = " and ".join(present) or "none of them"
             raise InvalidRequest(f"give exactly one of text, token_ids and messages; given: {found}", field="text")
         if given.token_ids is not None:
+            self._check_length(len(given.token_ids), "token_ids")  # first: it may be millions
             self.check_token_ids(given.token_ids, "token_ids")
-            prompt = given.token_ids
+            prompt = tuple(given.token_ids)
         elif given.text is not None:
             prompt = tuple(self._tokenizer.encode(given.text, add_special=True))
         else:
@@ -129,13 +131,16 @@ class RequestPreparer:
                 f"{present[0]} holds token id {max(prompt)}, beyond the model's vocabulary of {self._card.vocab_size}",
                 field=present[0],
             )
-        if len(prompt) >= self._card.context_length:
-            raise InvalidRequest(
-                f"the prompt has {len(prompt)} tokens, but the context is {self._card.context_length} tokens with at "
-                f"least one of them for the output; shorten {present[0]}",
-                field=present[0],
-            )
+        self._check_length(len(prompt), present[0])
         return prompt
+
+    def _check_length(self, num_tokens: int, field: str) -> None:
+        if num_tokens >= self._card.context_length:
+            raise InvalidRequest(
+                f"the prompt has {num_tokens} tokens, but the context is {self._card.context_length} tokens with at "
+                f"least one of them for the output; shorten {field}",
+                field=field,
+            )
 
     def _with_max_tokens(
         self, sampling: SamplingParams, given: GenerateInput, num_prompt_tokens: int

@@ -27,6 +27,7 @@ from control_plane.gateway.open_requests import Attempt, OpenRequest, OpenSample
 from control_plane.gateway.open_stream import OpenStream
 from control_plane.gateway.placer import Placer
 from control_plane.gateway.preparation import PreparedRequest, RequestPreparer
+from control_plane.gateway.quota import Quota, share_of
 from control_plane.gateway.service import GenerateInput, ModelCard
 from control_plane.gateway.text import TextTokenizer
 from control_plane.link_survey import check_probes
@@ -38,7 +39,6 @@ from phasewise.core.errors import (
     DuplicateRequest,
     InternalError,
     InvalidRequest,
-    Overloaded,
     RequestCancelled,
     ServingError,
     TransferFailed,
@@ -84,6 +84,7 @@ class RequestLoop:
         *,
         max_open_requests: int,
         addresses: Mapping[str, str],
+        max_open_per_client: int | None = None,
     ) -> None:
         self.gateway_id = gateway_id
         self.model = card
@@ -93,7 +94,7 @@ class RequestLoop:
         self._workers = workers
         self._metrics = metrics
         self._clock = clock
-        self._max_open_requests = max_open_requests
+        self._quota = Quota("requests open", max_open_requests, max_open_per_client or share_of(max_open_requests))
         self._addresses = addresses
         self._started_s = clock.now_s()
         self._open: dict[str, OpenStream] = {}  # by the client's id
@@ -116,11 +117,18 @@ class RequestLoop:
         """Accepts a request and starts it. An error that is raised was counted, and nothing is left of the request."""
         try:
             self._check_admission()
-            prepared = await self._prepare(request)
-            self._check_admission()  # much may have happened while a long prompt was tokenised
-            stream = self._accept(prepared)
+            self._quota.take(request.client)
         except ServingError as error:
             self._metrics.request_refused(error.code)
+            raise
+        try:
+            prepared = await self._prepare(request)
+            self._check_admission()  # much may have happened while a long prompt was tokenised
+            stream = self._accept(prepared, request.client)
+        except BaseException as error:
+            self._quota.give_back(request.client)
+            if isinstance(error, ServingError):
+                self._metrics.request_refused(error.code)
             raise
         try:
             await self._start(stream, self._begin(stream, stream.record.request, 0))
@@ -140,7 +148,7 @@ class RequestLoop:
             raise InvalidRequest("give exactly one of text and messages", field="text")
         return self._tokenizer.encode(text) if text is not None else self._tokenizer.encode_chat(messages or ())
 
-    def detokenize(self, token_ids: tuple[int, ...], model: str | None) -> str:
+    def detokenize(self, token_ids: Sequence[int], model: str | None) -> str:
         self._preparer.check_model(model)
         self._preparer.check_token_ids(token_ids, "token_ids")
         return self._tokenizer.decode(token_ids)
@@ -221,8 +229,6 @@ class RequestLoop:
     def _check_admission(self) -> None:
         if not self._is_admitting:
             raise Unavailable("the server is not taking requests: it is starting or shutting down", retry_after_s=2.0)
-        if len(self._open) >= self._max_open_requests:
-            raise Overloaded(f"{self._max_open_requests} requests are open already", retry_after_s=1.0)
 
     async def _prepare(self, given: GenerateInput) -> PreparedRequest:
         """Checks and tokenises; a long text on a thread of its own, so that streams go on meanwhile."""
@@ -231,8 +237,8 @@ class RequestLoop:
             return await asyncio.to_thread(self._preparer.prepare, given)
         return self._preparer.prepare(given)
 
-    def _accept(self, prepared: PreparedRequest) -> OpenStream:
-        """Opens the record of a request."""
+    def _accept(self, prepared: PreparedRequest, client: str | None) -> OpenStream:
+        """Opens the record of a request, whose place in the quota it gives back when it closes."""
         client_id = prepared.request.request_id
         if client_id in self._open:
             raise DuplicateRequest(
@@ -245,6 +251,7 @@ class RequestLoop:
         ]
         now_s = self._clock.now_s()
         record = OpenRequest(client_id, request, self.gateway_id, now_s, now_s + prepared.timeout_s, samples)
+        record.client = client
         stream = OpenStream(record, self._cancel)
         stream.timer = asyncio.get_running_loop().call_later(prepared.timeout_s, self._expire, stream)
         self._open[client_id] = stream
@@ -451,6 +458,7 @@ class RequestLoop:
             num_output_tokens = sum(len(sample.token_ids) for sample in record.samples_of(attempt))
             self._end_attempt(stream, attempt, num_output_tokens)
         self._open.pop(record.client_id, None)
+        self._quota.give_back(record.client)
         if not self._open:
             self._all_closed.set()
 

@@ -42,17 +42,19 @@ class GenerateInput:
     """A request in neither protocol's form. Exactly one of `text`, `token_ids`, `messages` is given.
 
     `messages` are plain dicts with "role" and "content" (a string), as the chat template wants them.
-    `model` may be None (the one model served). `timeout_s` None means the gateway's default.
+    `model` may be None (the one model served). `timeout_s` None means the gateway's default. `client` is whose share of
+    the open requests it counts to: a network address, or None for nobody's.
     """
 
     text: str | None = None
-    token_ids: tuple[int, ...] | None = None
+    token_ids: Sequence[int] | None = None
     messages: tuple[Mapping[str, Any], ...] | None = None
     sampling: SamplingInput = field(default_factory=SamplingInput)
     model: str | None = None
     request_id: str | None = None
     timeout_s: float | None = None
     cache_salt: str = ""
+    client: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +160,7 @@ class InferenceService(Protocol):
     ) -> list[int]:
         """Token ids of a text (special tokens as in generation) or of a chat with its template."""
 
-    def detokenize(self, token_ids: tuple[int, ...], model: str | None) -> str: ...
+    def detokenize(self, token_ids: Sequence[int], model: str | None) -> str: ...
 
     async def status(self) -> dict[str, Any]:
         """The cluster's state as JSON: {"workers": [{"id", "pid", "role", "state", …}], "gateway": {…}, …}."""

@@ -40,6 +40,11 @@ class TextTokenizer:
         return self._vocabulary.special_ids
 
     @property
+    def longest_token_bytes(self) -> int:
+        """The bytes of the longest token: a text of b bytes has b / this tokens or more."""
+        return max((len(self._bytes[token_id]) for token_id in range(self.vocab_size)), default=1)
+
+    @property
     def leading_space(self) -> LeadingSpace:
         return self._vocabulary.leading_space
 

@@ -170,11 +170,19 @@ class GatewayConfig(_Section):
     http: str = Field("127.0.0.1:8000", description="HOST:PORT of the OpenAI-compatible HTTP server")
     grpc: str = Field("127.0.0.1:50051", description="HOST:PORT of the gRPC server")
     max_open_requests: int = Field(4096, ge=1, description="Most requests open at once; more are refused")
+    max_open_per_client: int | None = Field(
+        None, ge=1, description="Most of them from one network address; default: three quarters of max_open_requests"
+    )
     default_timeout_s: float = Field(600.0, gt=0, description="Deadline of a request that names none")
     default_max_tokens: int | None = Field(
         None, ge=1, description="max_tokens of a chat request that names none; default: what the context leaves"
     )
-    max_body_mib: int = Field(16, ge=1, description="Largest HTTP body or gRPC message accepted")
+    max_body_mib: int = Field(
+        16, ge=1, description="Largest HTTP body or gRPC message accepted, where the model's context allows so much"
+    )
+    cors_origins: list[str] = Field(
+        [], description="Origins of web pages whose scripts may call the HTTP server; '*': all; default: none"
+    )
     drain_s: float = Field(10.0, ge=0, description="How long a shutdown waits for open requests")
 
     @model_validator(mode="after")

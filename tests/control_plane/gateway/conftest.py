@@ -9,17 +9,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
-import socket
-import threading
 import warnings
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
-import uvicorn
 
 from control_plane.gateway.detokenizer import SampleText, token_info
-from control_plane.gateway.openai_server import build_app
 from control_plane.gateway.preparation import PreparedRequest, RequestLimits, RequestPreparer
 from control_plane.gateway.service import GenerateInput, InferenceService, ModelCard, SampleDelta, TokenInfo, Usage
 from control_plane.gateway.text import TextTokenizer, load_tokenizer
@@ -30,6 +26,7 @@ from phasewise.core.messages import TimelineEvent
 from phasewise.core.model_source import ModelSource, model_facts, resolve_model
 from phasewise.core.placement import Placement
 from phasewise.core.request import FinishReason, SampledToken
+from tests.support.http_server import api_server
 
 _WORDS = "the sky is blue, and €9 coffee ☕ tastes naïve 👩‍🚀 in 2024:\n  def f(x): return x + 1  日本語 end. Paris"
 
@@ -70,29 +67,8 @@ def service(smollm2_card: ModelCard, smollm2_tokenizer: TextTokenizer) -> Infere
 @pytest.fixture
 def base_url(service: InferenceService) -> Iterator[str]:
     """The address of a real server over `service`, without a path."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    app = build_app(service, max_body_bytes=1 << 20)
-    config = uvicorn.Config(app, ws="none", lifespan="off", log_level="warning", timeout_graceful_shutdown=5)
-    server = _Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        assert server.is_up.wait(30)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
-
-
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.is_up = threading.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.is_up.set()
+    with api_server(service) as address:
+        yield f"http://{address}"
 
 
 class HashService:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from control_plane.actors import RemotePlacer
+from control_plane.gateway.bodies import Bodies
 from control_plane.gateway.grpc_server import InferenceServicer
 from control_plane.gateway.openai_server import build_app
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
@@ -149,7 +150,7 @@ class Client:
             "headers": [], "http_version": "1.1", "scheme": "http", "client": ("127.0.0.1", 1), "server": None,
             "root_path": "",
         }  # fmt: skip
-        return build_app(cluster.service, max_body_bytes=1 << 20)(scope, self.receive, self.send)
+        return build_app(cluster.service, Bodies(1 << 20, 10))(scope, self.receive, self.send)
 
 
 BODIES = [

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from control_plane.gateway.bodies import Bodies
 from control_plane.gateway.openai_server import build_app
 from control_plane.link_survey import DEFAULT_SIZES, DEFAULT_TIMEOUT_S
 from phasewise.core.errors import Overloaded
@@ -79,7 +80,7 @@ async def test_real_workers_are_measured_beside_a_running_request(
     save_tiny_model(tmp_path)
     pools = {"prefill": {"workers": 1}, "decode": {"workers": 2, "block_size": 32}}
     async with local_cluster(tmp_path, has_direct_links=has_direct_links, pools=pools) as cluster:
-        app = build_app(cluster.service, max_body_bytes=1 << 20)
+        app = build_app(cluster.service, Bodies(1 << 20, 10))
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as http:
             body = {"prompt": [1, 2, 3] * 20, "max_tokens": 40, "temperature": 0, "ignore_eos": True}
             request = asyncio.create_task(http.post("/v1/completions", json=body))

@@ -11,6 +11,7 @@ import httpx
 import openai
 import pytest
 
+from control_plane.gateway.bodies import Bodies
 from control_plane.gateway.openai_server import build_app
 from phasewise.core.errors import (
     DeadlineExceeded,
@@ -263,7 +264,7 @@ async def test_a_client_that_left_at_once_leaves_nothing_open(service: Any, stre
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": COMPLETIONS,
         "raw_path": COMPLETIONS.encode(), "query_string": b"", "headers": [], "scheme": "http",
     }  # fmt: skip
-    await build_app(service, max_body_bytes=1 << 20)(scope, receive, send)
+    await build_app(service, Bodies(1 << 20, 10))(scope, receive, send)
     assert not service.open
     if num_sends == 0:
         assert sent[0]["status"] == 499

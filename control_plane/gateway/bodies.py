@@ -1,0 +1,127 @@
+"""Reads the bodies of HTTP requests: their form, their size, and what may be in preparation at once.
+
+A body is *in preparation* from its first byte until its request is placed or answered. The number of such bodies and
+the bytes of the large ones are bounded, in all and per client; small ones always find room in bytes.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from starlette.requests import Request
+
+from control_plane.gateway.large_bodies import LargeBodies, parse_body
+from control_plane.gateway.openai_errors import BodyTooLarge, UnsupportedMedia
+from control_plane.gateway.openai_schema import Body
+from control_plane.gateway.quota import Quota, share_of
+
+LARGE_BYTES = 1 << 16
+"""From here on a body counts as large. One of token ids takes some 5 ms to parse at this size."""
+
+_MIN_MAX_BYTES = 1 << 20
+_MAX_ESCAPED_BYTES = 6  # of JSON for one byte of text: \u0041
+_FRAME_BYTES = 1 << 16  # all fields beside the prompt
+_MAX_DISCARDED_BYTES = 64 << 20
+_BOM = b"\xef\xbb\xbf"
+_CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")
+
+_Schema = TypeVar("_Schema", bound=Body)
+
+
+def largest_body(context_length: int, longest_token_bytes: int, configured_bytes: int) -> int:
+    """The most bytes that a body can need for a prompt that fits, or `configured_bytes` where that is less.
+
+    Several short prompts in one body share this; 1 MiB is always allowed.
+    """
+    needed = context_length * longest_token_bytes * _MAX_ESCAPED_BYTES + _FRAME_BYTES
+    return min(configured_bytes, max(needed, _MIN_MAX_BYTES))
+
+
+class Room:
+    """What one request in preparation takes up. `leave` may be called again."""
+
+    def __init__(self, client: str | None, requests: Quota, large_bytes: Quota) -> None:
+        self._client = client
+        self._requests = requests
+        self._large_bytes = large_bytes
+        self._num_large_bytes = 0
+        requests.take(client)
+        self._is_in = True
+
+    def grow(self, num_bytes: int) -> None:
+        """The body has, or will have, so many bytes. Raises Overloaded."""
+        if num_bytes > max(LARGE_BYTES, self._num_large_bytes):
+            self._large_bytes.take(self._client, num_bytes - self._num_large_bytes)
+            self._num_large_bytes = num_bytes
+
+    def leave(self) -> None:
+        if self._is_in:
+            self._is_in = False
+            self._requests.give_back(self._client)
+            self._large_bytes.give_back(self._client, self._num_large_bytes)
+
+
+class Bodies:
+    """Reads and parses bodies. `close` ends its process."""
+
+    def __init__(self, max_bytes: int, max_requests: int) -> None:
+        self._max_bytes = max_bytes
+        self._requests = Quota("requests in preparation", max_requests, share_of(max_requests))
+        self._large_bytes = Quota("bytes of large requests in preparation", 4 * max_bytes, 2 * max_bytes)
+        self._large = LargeBodies()
+
+    def close(self) -> None:
+        self._large.close()
+
+    def enter(self, client: str | None) -> Room:
+        """Room for a request whose body is about to be read. Raises Overloaded."""
+        return Room(client, self._requests, self._large_bytes)
+
+    async def read(self, request: Request, room: Room, schema: type[_Schema], empty: bytes = b"") -> _Schema:
+        """The body as `schema`; `empty` stands for one without content.
+
+        Raises:
+            UnsupportedMedia: it is not UTF-8, or compressed.
+            BodyTooLarge: as soon as that is known.
+            InvalidRequest: it is no such JSON.
+            Overloaded: too much is in preparation.
+        """
+        _check_form(request)
+        raw = (await self._read(request, room)).removeprefix(_BOM) or empty
+        return parse_body(raw, schema) if len(raw) <= LARGE_BYTES else await self._large.parse(raw, schema)
+
+    async def _read(self, request: Request, room: Room) -> bytes:
+        announced = request.headers.get("content-length", "")
+        self._check_size(int(announced[:20]) if announced.isascii() and announced.isdigit() else 0, room)
+        parts: list[bytes] = []
+        num_bytes = 0
+        async for part in request.stream():
+            num_bytes += len(part)
+            self._check_size(num_bytes, room)
+            parts.append(part)
+        return b"".join(parts)
+
+    def _check_size(self, num_bytes: int, room: Room) -> None:
+        if num_bytes > self._max_bytes:
+            raise BodyTooLarge(
+                f"the body is longer than the {self._max_bytes} bytes that a request to this model can need; send less"
+            )
+        room.grow(num_bytes)
+
+
+def is_to_be_closed(request: Request) -> bool:
+    """Whether a connection is better closed than read to the end of a body that was refused."""
+    announced = request.headers.get("content-length", "")
+    has_length = announced.isascii() and announced.isdigit()
+    return not has_length or len(announced) > 20 or int(announced) > _MAX_DISCARDED_BYTES
+
+
+def _check_form(request: Request) -> None:
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("identity", ""):
+        raise UnsupportedMedia(f"content-encoding {coding[:40]!r} is not supported; send the body as it is")
+    for parameter in request.headers.get("content-type", "").split(";")[1:]:
+        name, _, value = parameter.partition("=")
+        charset = value.strip().strip("\"'").lower()
+        if name.strip().lower() == "charset" and charset not in _CHARSETS:
+            raise UnsupportedMedia(f"charset {charset[:40]!r} is not supported; send UTF-8")

@@ -1,0 +1,126 @@
+"""Checks large JSON bodies in a process of its own: a parser holds the interpreter until it is through.
+
+One body at a time. The process is started for the first one, and ends after a very large one, which gives its memory
+back. It lives no longer than the gateway: its input ends with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO, Any, TypeVar
+
+from pydantic import ValidationError
+
+from control_plane.gateway.openai_errors import from_validation
+from control_plane.gateway.openai_schema import SCHEMAS, Body
+from phasewise.core.errors import InternalError, ServingError
+
+logger = logging.getLogger(__name__)
+
+_VERY_LARGE_BYTES = 4 << 20
+_TIMEOUT_S = 60.0  # a body of 16 MiB takes some 2 s
+
+_Schema = TypeVar("_Schema", bound=Body)
+
+
+class LargeBodies:
+    """The process, as the gateway sees it."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="large-bodies")
+        self._process: subprocess.Popen[bytes] | None = None
+
+    async def parse(self, raw: bytes, schema: type[_Schema]) -> _Schema:
+        """`raw` as `schema`, with long lists of token ids as arrays.
+
+        Raises:
+            InvalidRequest: as the schema does.
+            InternalError: the process died over it.
+        """
+        loop = asyncio.get_running_loop()
+        answer = await loop.run_in_executor(self._thread, self._exchange, schema.__name__, raw)
+        if isinstance(answer, ServingError):
+            raise answer
+        assert isinstance(answer, schema)
+        return answer
+
+    def close(self) -> None:
+        """Ends the process once it has answered."""
+        self._thread.submit(self._end)
+        self._thread.shutdown(wait=True)
+
+    def _exchange(self, name: str, raw: bytes) -> Any:
+        if self._process is not None and self._process.poll() is not None:
+            self._end()
+        process = self._process = self._process or _start()
+        assert process.stdin is not None and process.stdout is not None
+        timer = threading.Timer(_TIMEOUT_S, process.kill)
+        timer.start()
+        try:
+            pickle.dump((name, raw), process.stdin, protocol=5)
+            process.stdin.flush()
+            return pickle.load(process.stdout)
+        except (OSError, EOFError, pickle.UnpicklingError):
+            logger.error("the process that parses large bodies has died over one of %d bytes", len(raw))
+            self._end()
+            return InternalError("the body could not be parsed; the gateway's log has the cause")
+        finally:
+            timer.cancel()
+            if len(raw) >= _VERY_LARGE_BYTES:
+                self._end()
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            with contextlib.suppress(OSError):  # what it was not sent is lost with it
+                process.communicate()
+
+
+def _start() -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "control_plane.gateway.large_bodies"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+    )
+
+
+def parse_body(raw: bytes, schema: type[_Schema]) -> _Schema:
+    """A JSON body as `schema`. Raises InvalidRequest."""
+    try:
+        return schema.model_validate_json(raw)
+    except ValidationError as error:
+        raise from_validation(error, schema) from None
+
+
+def _serve(bodies: IO[bytes], answers: IO[bytes]) -> None:
+    """Answers each (schema's name, body) with the body, or with what is wrong with it."""
+    while True:
+        try:
+            name, raw = pickle.load(bodies)
+        except EOFError:
+            return
+        answer: Body | ServingError
+        try:
+            answer = parse_body(raw, SCHEMAS[name])
+            answer.compact()
+        except ServingError as error:
+            answer = error
+        pickle.dump(answer, answers, protocol=5)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the launcher
+    _serve(sys.stdin.buffer, sys.stdout.buffer)
