@@ -26,7 +26,7 @@ from phasewise.core.errors import InternalError, ServingError
 
 logger = logging.getLogger(__name__)
 
-_VERY_LARGE_BYTES = 4 << 20
+_VERY_LARGE_BYTES = 1 << 20
 _TIMEOUT_S = 60.0  # a body of 16 MiB takes some 2 s
 
 _Schema = TypeVar("_Schema", bound=Body)
@@ -123,4 +123,5 @@ def _serve(bodies: IO[bytes], answers: IO[bytes]) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the launcher
+    os.nice(10)  # streams go first
     _serve(sys.stdin.buffer, sys.stdout.buffer)
