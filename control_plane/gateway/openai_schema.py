@@ -57,6 +57,7 @@ class _GenerateBody(_Body):
     stream_options: StreamOptions | None = None
     n: int | None = None
     max_tokens: int | None = None
+    min_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -85,6 +86,7 @@ class _GenerateBody(_Body):
         return SamplingInput(
             n=self.n,
             max_tokens=max_tokens,
+            min_tokens=self.min_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
@@ -191,6 +193,7 @@ class CompletionBody(_GenerateBody):
             GenerateInput(
                 text=prompt if isinstance(prompt, str) else None,
                 token_ids=None if isinstance(prompt, str) else tuple(prompt),
+                echo=bool(self.echo),
                 sampling=sampling,
                 model=self.model,
                 request_id=request_id if len(prompts) == 1 else f"{request_id}-{index}",

@@ -21,6 +21,7 @@ class SamplingInput:
 
     n: int | None = None
     max_tokens: int | None = None
+    min_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -42,7 +43,8 @@ class GenerateInput:
     """A request in neither protocol's form. Exactly one of `text`, `token_ids`, `messages` is given.
 
     `messages` are plain dicts with "role" and "content" (a string), as the chat template wants them.
-    `model` may be None (the one model served). `timeout_s` None means the gateway's default.
+    `model` may be None (the one model served). `timeout_s` None means the gateway's default. `echo`: the answer begins
+    with the prompt, so it may be asked for without output (`max_tokens` 0).
     """
 
     text: str | None = None
@@ -53,6 +55,7 @@ class GenerateInput:
     request_id: str | None = None
     timeout_s: float | None = None
     cache_salt: str = ""
+    echo: bool = False
 
 
 @dataclass(frozen=True, slots=True)
