@@ -35,6 +35,9 @@ def generate_command(
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from stdin.")],
     grpc: GrpcOption = "127.0.0.1:50051",
     max_tokens: Annotated[int, typer.Option(help="Most output tokens.")] = 128,
+    min_tokens: Annotated[
+        int | None, typer.Option(help="Nothing ends the answer before it has so many tokens.")
+    ] = None,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
     seed: SeedOption = None,
@@ -67,6 +70,7 @@ def generate_command(
     text = sys.stdin.read() if prompt == "-" else prompt
     options: Options = {
         "max_tokens": max_tokens,
+        "min_tokens": min_tokens,
         "temperature": temperature,
         "top_p": top_p,
         "seed": seed,

@@ -75,7 +75,8 @@ class GatewayMetrics:
         stages: Mapping[str, float],
         num_samples: int = 1,
     ) -> None:
-        """A request ended well. `num_output_tokens` is the sum over its `num_samples` samples.
+        """A request ended well. `num_output_tokens` is the sum over its `num_samples` samples; with none of them there
+        was no first token, and `ttft_s` is not used.
 
         `stages` maps names of TTFT_STAGES to seconds; stages that the request skipped are absent.
         Raises KeyError on an unknown stage, before anything is recorded.
@@ -89,7 +90,8 @@ class GatewayMetrics:
         self._counts[names.PREFIX_QUERIES] += num_prompt_tokens
         self._counts[names.PREFIX_HITS] += num_cached_tokens
         latencies = self._latencies
-        latencies[names.TTFT].observe(ttft_s)
+        if num_output_tokens:
+            latencies[names.TTFT].observe(ttft_s)
         latencies[names.E2E].observe(e2e_s)
         latencies[names.REQUEST_PROMPT_TOKENS].observe(num_prompt_tokens)
         latencies[names.REQUEST_OUTPUT_TOKENS].observe(num_output_tokens)

@@ -1,7 +1,8 @@
 """Logits → tokens. A sample is a pure function of (logits, sampling parameters, seed, sample index, output position).
 
 Order of operations, as in vLLM and the OpenAI API:
-    logit_bias, then repetition, frequency and presence penalty
+    logit_bias; minus infinity for every token that would end a sample before it has min_tokens
+    repetition, frequency and presence penalty
     temperature (0: the largest logit wins, and nothing below matters)
     top_k, top_p on what top_k left, min_p
     one uniform number, looked up in the cumulative distribution in the order of the vocabulary
@@ -33,7 +34,8 @@ class SampleRow:
 
 
 def sample(logits: torch.Tensor, rows: list[SampleRow]) -> list[SampledToken | None]:
-    """Chooses a token per row; None where the logits hold NaN, or infinity where the largest should be.
+    """Chooses a token per row; None where the logits hold NaN, or infinity where the largest should be, or where no
+    token is left that may be chosen.
 
     logits: [num_logits_rows, vocab_size] float32, left as they are.
     """
@@ -42,18 +44,19 @@ def sample(logits: torch.Tensor, rows: list[SampleRow]) -> list[SampledToken | N
     largest, best = logits.max(dim=-1)  # a NaN anywhere in a row is its maximum
     is_usable = largest.isfinite().tolist()
     usable = [row for row in rows if is_usable[row.logits_row]]
-    tokens = iter(_sample_usable(logits, usable, best.tolist()) if usable else ())
-    return [next(tokens) if is_usable[row.logits_row] else None for row in rows]
+    chosen = iter(_choose(logits, usable, best.tolist()))
+    tokens = [next(chosen) if is_usable[row.logits_row] else None for row in rows]
+    return _with_logprobs(logits, rows, tokens)
 
 
-def _sample_usable(logits: torch.Tensor, rows: list[SampleRow], best: list[int]) -> list[SampledToken]:
-    """`sample` of rows whose logits have a largest, at `best[row.logits_row]`."""
-    tokens = _choose(logits, rows, best)
-    if all(row.sequence.sampling.logprobs is None for row in rows):
-        return [SampledToken(token) for token in tokens]
+def _with_logprobs(logits: torch.Tensor, rows: list[SampleRow], tokens: list[int | None]) -> list[SampledToken | None]:
+    """The tokens chosen for these rows; with log-probabilities where asked for."""
     wanted = [row.sequence.sampling.logprobs for row in rows]
+    if all(count is None for count in wanted):
+        return [None if token is None else SampledToken(token) for token in tokens]
     picked = logits[torch.tensor([row.logits_row for row in rows], device=logits.device)]
-    return describe(picked, tokens, wanted)
+    described = describe(picked, [token or 0 for token in tokens], wanted)
+    return [None if token is None else one for token, one in zip(tokens, described, strict=True)]
 
 
 def describe(logits: torch.Tensor, tokens: list[int], wanted: list[int | None]) -> list[SampledToken]:
@@ -76,37 +79,50 @@ def describe(logits: torch.Tensor, tokens: list[int], wanted: list[int | None]) 
     return described
 
 
-def _choose(logits: torch.Tensor, rows: list[SampleRow], best: list[int]) -> list[int]:
-    tokens = [best[row.logits_row] for row in rows]
-    special = [i for i, row in enumerate(rows) if not _takes_largest(row.sequence.sampling)]
+def _choose(logits: torch.Tensor, rows: list[SampleRow], best: list[int]) -> list[int | None]:
+    """Tokens for rows whose logits have a largest, at `best[row.logits_row]`; None where no token may be chosen."""
+    tokens: list[int | None] = [best[row.logits_row] for row in rows]
+    special = [i for i, row in enumerate(rows) if not _takes_largest(row.sequence)]
     if not special:
         return tokens
     picked = [rows[i] for i in special]
     adjusted = logits[torch.tensor([row.logits_row for row in picked], device=logits.device)]
     for values, row in zip(adjusted, picked, strict=True):
         apply_bias_and_penalties(values, row.sequence)
-    drawn = [i for i, row in enumerate(picked) if row.sequence.sampling.temperature > 0]
-    chosen = adjusted.argmax(dim=-1).tolist()
+    largest, places = adjusted.max(dim=-1)
+    has_token = largest.isfinite().tolist()
+    chosen: list[int | None] = [token if has_token[i] else None for i, token in enumerate(places.tolist())]
+    drawn = [i for i, row in enumerate(picked) if has_token[i] and row.sequence.sampling.temperature > 0]
     if drawn:
         index = torch.tensor(drawn, device=logits.device)
         for i, token in zip(drawn, _draw(adjusted[index], [picked[i] for i in drawn]), strict=True):
             chosen[i] = token
-    for i, token in zip(special, chosen, strict=True):
-        tokens[i] = token
+    for i, place in zip(special, chosen, strict=True):
+        tokens[i] = place
     return tokens
 
 
-def _takes_largest(sampling: SamplingParams) -> bool:
-    return sampling.temperature == 0 and not _is_adjusted(sampling)
+def _takes_largest(sequence: Sequence) -> bool:
+    sampling = sequence.sampling
+    return sampling.temperature == 0 and not is_adjusted(sampling, sequence.num_output_tokens)
 
 
-def _is_adjusted(sampling: SamplingParams) -> bool:
+def is_adjusted(sampling: SamplingParams, num_outputs: int) -> bool:
+    """Whether logits are changed before a token is chosen, after so many output tokens."""
     return bool(
         sampling.logit_bias
         or sampling.presence_penalty
         or sampling.frequency_penalty
         or sampling.repetition_penalty != 1.0
+        or (sampling.min_tokens and sampling.must_go_on(num_outputs))
     )
+
+
+def biases(sampling: SamplingParams, num_outputs: int) -> tuple[tuple[int, float], ...]:
+    """(token, what is added to its logit), after so many output tokens. A token may come twice."""
+    if not sampling.must_go_on(num_outputs):
+        return sampling.logit_bias
+    return sampling.logit_bias + tuple((token, -math.inf) for token in sampling.stop_token_ids)
 
 
 def apply_bias_and_penalties(logits: torch.Tensor, sequence: Sequence) -> None:
@@ -114,13 +130,13 @@ def apply_bias_and_penalties(logits: torch.Tensor, sequence: Sequence) -> None:
 
     Repetition (Keskar et al. 2019, "CTRL") looks at prompt and output, frequency and presence at the output only.
     """
-    sampling = sequence.sampling
-    if not _is_adjusted(sampling):
+    sampling, num_outputs = sequence.sampling, sequence.num_output_tokens
+    if not is_adjusted(sampling, num_outputs):
         return
     device = logits.device
-    if sampling.logit_bias:
-        ids = torch.tensor([token for token, _ in sampling.logit_bias], device=device)
-        bias = torch.tensor([value for _, value in sampling.logit_bias], dtype=logits.dtype, device=device)
+    if added := biases(sampling, num_outputs):
+        ids = torch.tensor([token for token, _ in added], device=device)
+        bias = torch.tensor([value for _, value in added], dtype=logits.dtype, device=device)
         logits.index_add_(0, ids, bias)
     if sampling.repetition_penalty != 1.0:
         seen = torch.tensor(sequence.token_ids, device=device).unique()
@@ -134,11 +150,15 @@ def apply_bias_and_penalties(logits: torch.Tensor, sequence: Sequence) -> None:
 
 
 def _draw(logits: torch.Tensor, rows: list[SampleRow]) -> list[int]:
-    """One token per row by inverse transform sampling in float64. logits: [num_rows, vocab_size]."""
+    """One token per row by inverse transform sampling in float64.
+
+    logits: [num_rows, vocab_size], in each row a finite largest. Temperatures are above 0, however near.
+    """
     sampling = [row.sequence.sampling for row in rows]
     temperature = torch.tensor([params.temperature for params in sampling], dtype=torch.float64, device=logits.device)
-    scaled = logits.double() / temperature.unsqueeze(1)
-    scaled -= scaled.max(dim=-1, keepdim=True).values  # the largest is 0 now; temperatures near 0 do no harm
+    scaled = logits.double()
+    scaled -= scaled.max(dim=-1, keepdim=True).values  # before the division, which would overflow near temperature 0
+    scaled /= temperature.unsqueeze(1)
     cutoffs = [_cutoff(values, params) for values, params in zip(scaled, sampling, strict=True)]
     if any(cutoff > -math.inf for cutoff in cutoffs):
         limit = torch.tensor(cutoffs, dtype=torch.float64, device=logits.device).unsqueeze(1)

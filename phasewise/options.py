@@ -10,14 +10,16 @@ from typing import TypedDict
 class SamplingOptions(TypedDict, total=False):
     """How to choose tokens. What is absent or None takes the server's default; the server checks the ranges.
 
-    `n` samples; `max_tokens` of output at most; `top_k` 0 is off; `logit_bias` maps token ids to what is added to their
-    logits; `seed` makes a sample repeatable; `logprobs` (`prompt_logprobs`) is the number of alternatives reported
-    beside each output (prompt) token, 0 for the token alone; `stop` ends a sample before the given text, one string or
-    several; `stop_token_ids` end it too; `ignore_eos` goes on past the end-of-sequence token.
+    `n` samples; `max_tokens` of output at most; nothing ends a sample before it has `min_tokens`; `top_k` 0 is off;
+    `logit_bias` maps token ids to what is added to their logits; `seed` makes a sample repeatable; `logprobs`
+    (`prompt_logprobs`) is the number of alternatives reported beside each output (prompt) token, 0 for the token alone;
+    `stop` ends a sample before the given text, one string or several; `stop_token_ids` end it too; `ignore_eos` goes on
+    past the end-of-sequence token.
     """
 
     n: int | None
     max_tokens: int | None
+    min_tokens: int | None
     temperature: float | None
     top_p: float | None
     top_k: int | None
@@ -52,6 +54,7 @@ class Options(SamplingOptions, total=False):
 SCALAR_SAMPLING = (
     "n",
     "max_tokens",
+    "min_tokens",
     "temperature",
     "top_p",
     "top_k",

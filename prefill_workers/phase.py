@@ -32,7 +32,7 @@ from phasewise.core.lifecycle import RequestStatus, Stage
 from phasewise.core.messages import KVAccepted, KVFailed, KVRefused, PrefillTask, PromptLogprobs, TokenChunk
 from phasewise.core.outbox import Outbox
 from phasewise.core.placement import WorkerId
-from phasewise.core.request import SampledToken
+from phasewise.core.request import FinishReason, SampledToken
 from prefill_workers.scheduler import PrefillJob, PrefillScheduler
 
 MAX_OFFERS = 2
@@ -250,14 +250,18 @@ class PrefillPhase:
             self._outbox.prompt_logprobs(job.task.gateway_id, logprobs)
         live: list[SampledToken | None] = []
         position = job.sequence.num_output_tokens
+        has_output = job.task.request.max_new_tokens > 0
         for index, token in enumerate(tokens, job.sequence.sample_index):
-            reason = self._fork(job.sequence, index, token).finish_reason()
+            # Without output the token only showed that the prompt's logits are usable.
+            reason = self._fork(job.sequence, index, token).finish_reason() if has_output else FinishReason.LENGTH
             goes_on = reason is None and index not in job.ended_samples
             live.append(token if goes_on else None)
-            self._outbox.chunk(job.task.gateway_id, TokenChunk(job.request_id, index, position, (token,), reason))
-        self._event(job, Stage.FIRST_TOKEN)
+            chunk = TokenChunk(job.request_id, index, position, (token,) if has_output else (), reason)
+            self._outbox.chunk(job.task.gateway_id, chunk)
+        if has_output:
+            self._event(job, Stage.FIRST_TOKEN)
         if all(token is None for token in live):
-            self._drop(job, RequestStatus.FINISHED, "every sample ended with its first token")
+            self._drop(job, RequestStatus.FINISHED, "every sample ended with its first token, or without one")
         elif job.needs_handoff:
             self._hand_off(job, tuple(live))
         else:
@@ -319,14 +323,15 @@ class PrefillPhase:
         return bool(job.transfer_id) and self._sender.status(job.transfer_id) is SendStatus.OFFERED
 
     def _may_start(self, job: PrefillJob, has_computed: bool) -> bool:
-        """Is there room to decode what this prompt leads to? Never needed when its first token is its last.
+        """Is there room to decode what this prompt leads to? Never needed when its first token is its last, or it has
+        no output.
 
         `has_computed`: whether computed prompts wait for room.
         """
         request = job.task.request
         if has_computed and not self._fits(job):
             return False  # it waits for blocks that they hold; those behind it may have the room that they wait for
-        if request.max_new_tokens == 1:
+        if request.max_new_tokens <= 1:
             return True
         if job.needs_handoff:
             if self._is_unanswered(job):

@@ -46,7 +46,7 @@ class PrefillJob:
 
     @property
     def needs_handoff(self) -> bool:
-        """False when decoding happens on this worker, or when the first token is the last."""
+        """False when decoding happens on this worker, or when the first token is the last or there is none."""
         return not self.task.placement.is_local and self.task.request.max_new_tokens > 1
 
     def move(self, status: RequestStatus) -> None:

@@ -68,8 +68,8 @@ def prompts() -> list[list[int]]:
     return [[rng.randrange(199) for _ in range(length)] for length in lengths]
 
 
-async def run(cluster: LocalCluster, prompt: list[int], num_tokens: int) -> list[int]:
-    sampling = SamplingInput(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
+async def run(cluster: LocalCluster, prompt: list[int], num_tokens: int, **more: Any) -> list[int]:
+    sampling = SamplingInput(max_tokens=num_tokens, temperature=0.0, ignore_eos=True, **more)
     stream = await cluster.service.generate(GenerateInput(token_ids=tuple(prompt), sampling=sampling))
     return [token_id async for delta in stream for token_id in delta.token_ids]
 
@@ -116,6 +116,23 @@ async def test_tokens_are_those_of_transformers(name: str, way: str, oracle_of: 
         assert (preemptions > 0) is (way == "preempted")
         if "handoff" in way:
             assert sum(c["handoffs_in"] for c in counters) == 15
+
+
+@pytest.mark.parametrize("way", ["handoff by layers and chunks", "mixed, chunked", "preempted"])
+async def test_min_tokens_are_those_of_transformers(way: str, oracle_of: Any) -> None:
+    folder, free = oracle_of("llama")
+    model = transformers.LlamaForCausalLM.from_pretrained(folder).eval()
+    wanted = []
+    for i, (prompt, tokens) in enumerate(zip(prompts(), free, strict=True)):
+        limits = {"min_tokens": 12 * (i % 5), "ends": (tokens[0], tokens[7], tokens[30])}
+        wanted.append((prompt, limits, oracle_tokens(model, prompt, 64, **limits)))
+    async with local_cluster(folder, **WAYS[way]) as cluster:
+        answers = await asyncio.gather(
+            *(run(cluster, p, 64, min_tokens=x["min_tokens"], stop_token_ids=x["ends"]) for p, x, _ in wanted)
+        )
+        assert answers == [tokens for _, _, tokens in wanted]
+        await asyncio.wait_for(cluster.until_empty(), 30)
+    assert len({len(tokens) for tokens in answers}) > 3
 
 
 @pytest.mark.parametrize("way", UNEQUAL_ENDS)

@@ -41,6 +41,9 @@ REQUESTS: dict[str, SamplingInput] = {
     "drawn, penalties, log-probabilities": SamplingInput(
         max_tokens=60, frequency_penalty=0.9, repetition_penalty=1.2, logprobs=3, prompt_logprobs=1, **DRAWN
     ),
+    "drawn, min_tokens": SamplingInput(  # nearly every token would end it before, and after
+        max_tokens=60, min_tokens=40, stop_token_ids=tuple(range(0, 320, 2))[:160], **DRAWN
+    ),
     "three samples": SamplingInput(max_tokens=40, n=3, logprobs=0, presence_penalty=0.5, **DRAWN),
 }
 
@@ -122,6 +125,7 @@ async def test_lost_twice_and_nobody_can_tell(way: str, name: str, model: Path, 
     num_samples = sampling.n or 1
     async with local_cluster(model, **WAYS[way]) as cluster:
         answer = await run(cluster, sampling, ((3 * num_samples, 1), (20 * num_samples, 1)))
+    assert min(map(len, answer.ids.values())) > (sampling.min_tokens or 0)
     assert_same(answer, undisturbed[name])
     assert answer.attempt == 2 or num_samples > 1
 

@@ -23,17 +23,22 @@ class SampleText:
         stop: stop strings; none of them is empty.
         continues_text: the sample goes on from a text, so a space before its first word belongs to it. Otherwise the
             sample is a text of its own, equal to `tokenizer.decode` of all its tokens.
+        min_tokens: a stop string that is complete with one of the first so many tokens ends nothing, as in vLLM. One
+            that begins in their text and is completed by a later token does.
 
     Attributes:
         num_tokens: tokens used so far. After a stop string was hit it counts those up to the end of that string.
         is_done: True after a stop string or a finish reason; nothing may be pushed any more.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, stop: Sequence[str] = (), *, continues_text: bool = False) -> None:
+    def __init__(
+        self, tokenizer: TextTokenizer, stop: Sequence[str] = (), *, continues_text: bool = False, min_tokens: int = 0
+    ) -> None:
         self._bytes = tokenizer.text_bytes
         self._decode = _Utf8Decoder("replace").decode
         self._stop = StopStrings(stop) if stop else None
         self._leading_space = "keep" if continues_text else tokenizer.leading_space
+        self._min_tokens = min_tokens
         self.num_tokens = 0
         self.is_done = False
 
@@ -64,7 +69,7 @@ class SampleText:
         text = ""
         for token_id in ids:  # one at a time, so that num_tokens says which one completed a stop string
             self.num_tokens += 1
-            more, hit = self._stop.push(self._decode(self._join((token_id,))))
+            more, hit = self._stop.push(self._decode(self._join((token_id,))), may_hit=self._may_end)
             text += more
             if hit is not None:
                 return text, hit
@@ -74,8 +79,12 @@ class SampleText:
         rest = self._decode(b"", True)
         if self._stop is None:
             return rest, None
-        text, hit = self._stop.push(rest)
+        text, hit = self._stop.push(rest, may_hit=self._may_end)
         return (text, hit) if hit is not None else (text + self._stop.flush(), None)
+
+    @property
+    def _may_end(self) -> bool:
+        return self.num_tokens > self._min_tokens
 
     def _join(self, ids: Iterable[int]) -> bytes:
         lookup = self._bytes
@@ -101,12 +110,18 @@ class StopStrings:
         self._first_characters = frozenset(string[0] for string in stop)
         self._longest = max(len(string) for string in stop)
         self._held = ""
+        self._num_exempt = 0  # characters at the beginning of the held text in which no stop string may end
 
-    def push(self, text: str) -> tuple[str, str | None]:
-        """Returns (text that is certain, stop string or None). The stop string and what follows it are cut off."""
+    def push(self, text: str, *, may_hit: bool = True) -> tuple[str, str | None]:
+        """Returns (text that is certain, stop string or None). The stop string and what follows it are cut off.
+
+        Without `may_hit` a stop string that ends in `text` is text like any other.
+        """
         if not text:
             return "", None
         text = self._held + text
+        if not may_hit:
+            self._num_exempt = len(text)
         hit = self._first_hit(text)
         if hit is not None:
             self._held = ""
@@ -114,6 +129,7 @@ class StopStrings:
             return text[:start], string
         cut = self._safe_length(text)
         self._held = text[cut:]
+        self._num_exempt = max(0, self._num_exempt - cut)
         return text[:cut], None
 
     def flush(self) -> str:
@@ -122,7 +138,8 @@ class StopStrings:
         return held
 
     def _first_hit(self, text: str) -> tuple[int, str] | None:
-        found = [(start + len(s), start, s) for s in self._stop if (start := text.find(s)) >= 0]
+        exempt = self._num_exempt
+        found = [(i + len(s), i, s) for s in self._stop if (i := text.find(s, max(0, exempt + 1 - len(s)))) >= 0]
         if not found:
             return None
         _, start, string = min(found)

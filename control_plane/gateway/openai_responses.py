@@ -135,7 +135,9 @@ def completion_logprobs(choice: Choice, tokens: Sequence[TokenInfo]) -> dict[str
         else:
             value = _finite(token.logprob)
             values.append(value)
-            top = {_token_name(raw): _finite(logprob) for _, _, raw, logprob in token.top_logprobs}
+            top: dict[str, float] = {}
+            for _, _, raw, logprob in token.top_logprobs:
+                top.setdefault(_token_name(raw), _finite(logprob))  # of tokens with one name the likeliest
             top.setdefault(name, value)
             alternatives.append(top)
         if not token.is_special:

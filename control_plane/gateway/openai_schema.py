@@ -64,6 +64,7 @@ class _GenerateBody(Body):
     stream_options: StreamOptions | None = None
     n: int | None = None
     max_tokens: int | None = None
+    min_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -92,6 +93,7 @@ class _GenerateBody(Body):
         return SamplingInput(
             n=self.n,
             max_tokens=max_tokens,
+            min_tokens=self.min_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
@@ -202,6 +204,7 @@ class CompletionBody(_GenerateBody):
             GenerateInput(
                 text=prompt if isinstance(prompt, str) else None,
                 token_ids=None if isinstance(prompt, str) else prompt,
+                echo=bool(self.echo),
                 sampling=sampling,
                 model=self.model,
                 request_id=request_id if len(prompts) == 1 else f"{request_id}-{index}",

@@ -23,6 +23,9 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1000
 MAX_STOP_TOKEN_IDS = 256
 COMPLETION_MAX_TOKENS = 16  # as OpenAI's completions
+GREEDY_BELOW = 1e-5
+"""A temperature below it is greedy, as in vLLM. A draw would choose only between logits that are equal within their
+rounding, and logits divided by a number next to 0 overflow."""
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 # Logits are divided and multiplied by it: far from 1 they overflow, and mean nothing long before.
 _REPETITION_PENALTY = (0.01, 100.0)
@@ -90,6 +93,7 @@ class RequestPreparer:
         timeout_s = self._limits.default_timeout_s if given.timeout_s is None else given.timeout_s
         _check_range("timeout_s", timeout_s, 0.0, self._limits.max_timeout_s, above_low=True)
         check_stop(given.sampling.stop)
+        _check_lengths(given)
         partial = self._sampling(given.sampling)
         prompt = self._prompt(given)
         sampling = self._with_max_tokens(partial, given, len(prompt))
@@ -117,7 +121,7 @@ class RequestPreparer:
             found = " and ".join(present) or "none of them"
             raise InvalidRequest(f"give exactly one of text, token_ids and messages; given: {found}", field="text")
         if given.token_ids is not None:
-            self._check_length(len(given.token_ids), "token_ids")  # first: it may be millions
+            self._check_length(len(given.token_ids), "token_ids", given.sampling)  # first: it may be millions
             self.check_token_ids(given.token_ids, "token_ids")
             prompt = tuple(given.token_ids)
         elif given.text is not None:
@@ -131,14 +135,16 @@ class RequestPreparer:
                 f"{present[0]} holds token id {max(prompt)}, beyond the model's vocabulary of {self._card.vocab_size}",
                 field=present[0],
             )
-        self._check_length(len(prompt), present[0])
+        self._check_length(len(prompt), present[0], given.sampling)
         return prompt
 
-    def _check_length(self, num_tokens: int, field: str) -> None:
-        if num_tokens >= self._card.context_length:
+    def _check_length(self, num_tokens: int, field: str, sampling: SamplingInput) -> None:
+        has_output = sampling.max_tokens != 0
+        if num_tokens + has_output > self._card.context_length:
+            rest = " with at least one of them for the output" if has_output else ""
             raise InvalidRequest(
-                f"the prompt has {num_tokens} tokens, but the context is {self._card.context_length} tokens with at "
-                f"least one of them for the output; shorten {field}",
+                f"the prompt has {num_tokens} tokens, but the context is {self._card.context_length} tokens{rest}; "
+                f"shorten {field}",
                 field=field,
             )
 
@@ -151,13 +157,20 @@ class RequestPreparer:
             default = self._limits.default_max_tokens if given.messages is not None else COMPLETION_MAX_TOKENS
             max_tokens = room if default is None else min(default, room)
         else:
-            max_tokens = _check_int("max_tokens", wanted, 1, None)
+            max_tokens = wanted
         if max_tokens > room:
             raise InvalidRequest(
                 f"the prompt's {num_prompt_tokens} tokens and max_tokens {max_tokens} make "
                 f"{num_prompt_tokens + max_tokens}, but the context is {self._card.context_length} tokens; lower "
                 f"max_tokens to {room} or shorten the prompt",
                 field="max_tokens",
+            )
+        if sampling.min_tokens > max_tokens:
+            source = "" if wanted is not None else ", which is the default here"
+            raise InvalidRequest(
+                f"min_tokens {sampling.min_tokens} is more than max_tokens {max_tokens}{source}; lower min_tokens or "
+                "raise max_tokens",
+                field="min_tokens",
             )
         limits = self._limits
         # Every further sample gets its own copy of the prompt's last block (decode_workers/reservations.py).
@@ -171,17 +184,31 @@ class RequestPreparer:
         return replace(sampling, max_tokens=max_tokens)
 
     def _sampling(self, given: SamplingInput) -> SamplingParams:
-        """All but max_tokens, which depends on the prompt."""
+        """All but max_tokens, which depends on the prompt.
+
+        Only the likeliest token is left by `top_p` 0, so that is greedy, too.
+        """
         self.check_token_ids(given.stop_token_ids, "stop_token_ids")
         if len(given.stop_token_ids) > MAX_STOP_TOKEN_IDS:
             raise InvalidRequest(f"stop_token_ids may hold at most {MAX_STOP_TOKEN_IDS} ids", field="stop_token_ids")
-        ends = () if given.ignore_eos else self._card.eos_token_ids
+        vocab_size = self._card.vocab_size
+        eos = () if given.ignore_eos else self._card.eos_token_ids
+        ends = dict.fromkeys((*(token for token in eos if 0 <= token < vocab_size), *given.stop_token_ids))
+        if given.min_tokens and len(ends) == vocab_size:
+            raise InvalidRequest(
+                f"min_tokens {given.min_tokens} leaves no token to generate: all {vocab_size} tokens of this model end "
+                "a sample; give fewer stop_token_ids",
+                field="min_tokens",
+            )
+        temperature = _range_or("temperature", given.temperature, 1.0, 0.0, 2.0)
+        top_p = _range_or("top_p", given.top_p, 1.0, 0.0, 1.0)
         top_k = _check_int("top_k", given.top_k if given.top_k is not None else 0, -1, None)
         return SamplingParams(
             n=_check_int("n", given.n if given.n is not None else 1, 1, min(MAX_SAMPLES, self._limits.max_samples)),
-            temperature=_range_or("temperature", given.temperature, 1.0, 0.0, 2.0),
-            top_p=_range_or("top_p", given.top_p, 1.0, 0.0, 1.0, above_low=True),
-            top_k=max(top_k, 0),
+            min_tokens=given.min_tokens or 0,
+            temperature=temperature if temperature >= GREEDY_BELOW and top_p > 0 else 0.0,
+            top_p=top_p,
+            top_k=top_k if 0 < top_k < vocab_size else 0,
             min_p=_range_or("min_p", given.min_p, 0.0, 0.0, 1.0),
             presence_penalty=_range_or("presence_penalty", given.presence_penalty, 0.0, -2.0, 2.0),
             frequency_penalty=_range_or("frequency_penalty", given.frequency_penalty, 0.0, -2.0, 2.0),
@@ -190,7 +217,7 @@ class RequestPreparer:
             seed=self._rng.getrandbits(63) if given.seed is None else _check_int("seed", given.seed, *_INT64),
             logprobs=_optional_int("logprobs", given.logprobs, 0, MAX_LOGPROBS),
             prompt_logprobs=_optional_int("prompt_logprobs", given.prompt_logprobs, 0, MAX_LOGPROBS),
-            stop_token_ids=tuple(dict.fromkeys((*ends, *given.stop_token_ids))),
+            stop_token_ids=tuple(ends),
         )
 
     def _logit_bias(self, given: SamplingInput) -> tuple[tuple[int, float], ...]:
@@ -204,6 +231,20 @@ class RequestPreparer:
                 )
             _check_range("logit_bias", bias, -100.0, 100.0)
         return tuple(sorted((token_id, float(bias)) for token_id, bias in given.logit_bias.items()))
+
+
+def _check_lengths(given: GenerateInput) -> None:
+    """max_tokens and min_tokens as they are, before the prompt is looked at."""
+    sampling = given.sampling
+    _optional_int("min_tokens", sampling.min_tokens, 0, None)
+    if sampling.max_tokens == 0 and not given.echo and sampling.prompt_logprobs is None:
+        raise InvalidRequest(
+            "max_tokens must be at least 1; 0 needs an answer without output, which is echo in /v1/completions and "
+            "prompt_logprobs over gRPC",
+            field="max_tokens",
+        )
+    if sampling.max_tokens != 0:
+        _optional_int("max_tokens", sampling.max_tokens, 1, None)
 
 
 def check_stop(stop: tuple[str, ...]) -> None:
@@ -229,10 +270,8 @@ def _check_range(field: str, value: float, low: float, high: float, *, above_low
     return float(value)
 
 
-def _range_or(
-    field: str, value: float | None, default: float, low: float, high: float, *, above_low: bool = False
-) -> float:
-    return default if value is None else _check_range(field, value, low, high, above_low=above_low)
+def _range_or(field: str, value: float | None, default: float, low: float, high: float) -> float:
+    return default if value is None else _check_range(field, value, low, high)
 
 
 def _check_int(field: str, value: int, low: int, high: int | None) -> int:
@@ -242,5 +281,5 @@ def _check_int(field: str, value: int, low: int, high: int | None) -> int:
     return value
 
 
-def _optional_int(field: str, value: int | None, low: int, high: int) -> int | None:
+def _optional_int(field: str, value: int | None, low: int, high: int | None) -> int | None:
     return None if value is None else _check_int(field, value, low, high)

@@ -246,7 +246,14 @@ class RequestLoop:
             )
         request = replace(prepared.request, request_id=self._new_id(client_id))
         samples = [
-            OpenSample(SampleText(self._tokenizer, prepared.stop, continues_text=prepared.continues_text))
+            OpenSample(
+                SampleText(
+                    self._tokenizer,
+                    prepared.stop,
+                    continues_text=prepared.continues_text,
+                    min_tokens=request.sampling.min_tokens,
+                )
+            )
             for _ in range(request.sampling.n)
         ]
         now_s = self._clock.now_s()

@@ -21,6 +21,7 @@ class SamplingInput:
 
     n: int | None = None
     max_tokens: int | None = None
+    min_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -43,7 +44,8 @@ class GenerateInput:
 
     `messages` are plain dicts with "role" and "content" (a string), as the chat template wants them.
     `model` may be None (the one model served). `timeout_s` None means the gateway's default. `client` is whose share of
-    the open requests it counts to: a network address, or None for nobody's.
+    the open requests it counts to: a network address, or None for nobody's. `echo`: the answer begins with the prompt,
+    so it may be asked for without output (`max_tokens` 0).
     """
 
     text: str | None = None
@@ -55,6 +57,7 @@ class GenerateInput:
     timeout_s: float | None = None
     cache_salt: str = ""
     client: str | None = None
+    echo: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ from engine.cuda.step_inputs import (
 from engine.kv_cache import PagedKVCache
 from engine.loader import LoadedModel
 from engine.model_runner import ModelRunner, sample_indices
+from engine.sampler import is_adjusted
 from engine.sequence import Sequence
 from engine.tensor_parallel import Command, OtherRanks
 from phasewise.core.request import SampledToken, SamplingParams
@@ -246,7 +247,7 @@ class CudaModelRunner(ModelRunner):
             is_replay=is_replay,
             prompt_graph=prompt_graph,
             layers_per_group=layers_per_group,
-            needs_draw=any(i.num_samples and not _takes_largest(i.sequence.sampling) for i in (*decodes, *prompts)),
+            needs_draw=any(i.num_samples and _needs_draw(i) for i in (*decodes, *prompts)),
             needs_hidden=needs_hidden,
         )
 
@@ -340,7 +341,7 @@ class CudaModelRunner(ModelRunner):
                 item.sequence,
                 index,
                 row,
-                item.start + item.num_tokens - item.sequence.first_output,
+                _num_outputs(item),
                 row if item.start == len(item.sequence.token_ids) else -1,
             )
             for item, row in items
@@ -427,13 +428,12 @@ def _wants_prompt_logprobs(item: ScheduledSequence) -> bool:
     return item.sequence.sampling.prompt_logprobs is not None and not _is_decode(item)
 
 
-def _takes_largest(params: SamplingParams) -> bool:
-    """True when the largest logit is all that is wanted."""
-    return (
-        params.temperature == 0
-        and params.logprobs is None
-        and not params.logit_bias
-        and not params.presence_penalty
-        and not params.frequency_penalty
-        and params.repetition_penalty == 1.0
-    )
+def _num_outputs(item: ScheduledSequence) -> int:
+    """Output tokens before the one that the item samples, those that the host has not seen included."""
+    return item.start + item.num_tokens - item.sequence.first_output
+
+
+def _needs_draw(item: ScheduledSequence) -> bool:
+    """False when the largest logit is all that is wanted."""
+    sampling = item.sequence.sampling
+    return sampling.temperature > 0 or sampling.logprobs is not None or is_adjusted(sampling, _num_outputs(item))

@@ -14,6 +14,7 @@ import torch
 
 from engine.cuda.sampling_kernels import NUM_PARAMS, draw_tokens
 from engine.random_numbers import uniforms
+from engine.sampler import biases, is_adjusted
 from engine.sequence import Sequence
 from phasewise.core.request import SampledToken, SamplingParams
 
@@ -39,7 +40,8 @@ class DrawRow:
 class Drawn:
     """Chosen tokens on the device, and the way to the host for them and their log-probabilities.
 
-    `tokens`: [num_rows] int64; -1 where the row's logits hold a NaN, or infinity where the largest should be.
+    `tokens`: [num_rows] int64; -1 where the row's logits hold a NaN, or infinity where the largest should be, or where
+    no token is left that may be chosen.
     """
 
     def __init__(self, tokens: torch.Tensor, wanted: list[int | None], described: list[_Described]) -> None:
@@ -100,8 +102,10 @@ def draw(logits: torch.Tensor, rows: list[DrawRow], newest: torch.Tensor | None 
         if any(row.pending >= 0 for row in rows):
             raise ValueError("a row has its newest token pending; give the tensor that holds it as newest")
         newest = torch.empty(0, dtype=torch.int64, device=device)
-    plain = [i for i, row in enumerate(rows) if not _is_adjusted(row.sequence.sampling)]
-    special = [i for i, row in enumerate(rows) if _is_adjusted(row.sequence.sampling)]
+    plain: list[int] = []
+    special: list[int] = []
+    for i, row in enumerate(rows):
+        (special if is_adjusted(row.sequence.sampling, row.num_outputs) else plain).append(i)
     wanted = [row.sequence.sampling.logprobs for row in rows]
     upload = _Upload()
     params_place = upload.add(_kernel_params(rows, plain, special, vocab_size))
@@ -137,10 +141,6 @@ def warm_up(logits: torch.Tensor) -> None:
         draw(logits, [DrawRow(Sequence("warm-up", sampling, [0], 1), 0, 0, 0)])
 
 
-def _is_adjusted(sampling: SamplingParams) -> bool:
-    return bool(sampling.logit_bias or sampling.repetition_penalty != 1.0 or _counts_outputs(sampling))
-
-
 def _counts_outputs(sampling: SamplingParams) -> bool:
     return bool(sampling.frequency_penalty or sampling.presence_penalty)
 
@@ -155,7 +155,8 @@ def _kernel_params(rows: list[DrawRow], plain: list[int], special: list[int], vo
     table = np.empty((len(chosen), NUM_PARAMS))
     table[:, 0] = [*(rows[i].logits_row for i in plain), *(i % _ROWS_AT_ONCE for i in range(len(special)))]
     table[:, 1] = chosen
-    # In float32 a temperature next to 0 would be 0, and its inverse infinite.
+    # In float32 a temperature next to 0 would be 0, and its inverse infinite. At 1e-30 every logit below the largest is
+    # infinitely far from it already.
     temperature = np.array([p.temperature and max(p.temperature, 1e-30) for p in params])
     table[:, 2] = temperature
     table[:, 3] = [p.top_k if 0 < p.top_k < vocab_size else 0 for p in params]
@@ -236,8 +237,9 @@ class _Adjustment:
         for i, row in enumerate(rows[j] for j in chosen):
             sequence, start = row.sequence, i * vocab_size
             sampling = sequence.sampling
-            bias_places += [start + token for token, _ in sampling.logit_bias]
-            bias_values += [value for _, value in sampling.logit_bias]
+            added = biases(sampling, row.num_outputs)
+            bias_places += [start + token for token, _ in added]
+            bias_values += [value for _, value in added]
             if sampling.repetition_penalty != 1.0:
                 self._seen.add(start, sequence.token_ids, row.pending)
             if _counts_outputs(sampling):

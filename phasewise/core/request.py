@@ -19,12 +19,15 @@ class SamplingParams:
     """How to choose tokens. Every value is final: defaults, limits and the seed were settled by the gateway.
 
     `stop_token_ids` holds the model's end-of-sequence ids too, unless the request ignores them, so workers know one
-    kind of stop only. `logprobs` is None (none wanted) or the number of alternatives beside each chosen token.
+    kind of stop only. None of them can be drawn before a sample has `min_tokens` output tokens. `max_tokens` 0: the
+    prompt is computed, and nothing is generated. `logprobs` is None (none wanted) or the number of alternatives beside
+    each chosen token.
     A sample is a pure function of (logits, seed, sample index, position): see engine/sampler.py.
     """
 
     n: int = 1
     max_tokens: int = 16
+    min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0: off
@@ -37,6 +40,10 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     stop_token_ids: tuple[int, ...] = ()
+
+    def must_go_on(self, num_output_tokens: int) -> bool:
+        """Whether a sample that has so many output tokens may not end with its next one."""
+        return num_output_tokens < self.min_tokens and bool(self.stop_token_ids)
 
 
 @dataclass(frozen=True, slots=True)

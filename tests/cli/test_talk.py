@@ -37,13 +37,14 @@ def test_generate_streams_the_text_and_ends_the_line(
     service: ScriptedService, address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--max-tokens", "5", "--temperature", "0", "--top-p", "0.5", "--seed", "7", "--stop", "a", "--stop", "b"]
+    flags += ["--min-tokens", "2"]
     assert run(["generate", "hello", "--grpc", address, *flags]) == 0
     assert capsys.readouterr().out == "olleh\n"
     (request,) = service.requests
     assert request.text == "hello"
     sampling = request.sampling
     assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.seed) == (5, 0.0, 0.5, 7)
-    assert sampling.stop == ("a", "b")
+    assert (sampling.min_tokens, sampling.stop) == (2, ("a", "b"))
 
 
 def test_generate_in_the_chat_template(

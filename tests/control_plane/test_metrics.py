@@ -104,6 +104,15 @@ def test_tpot_of_several_samples_is_that_of_one() -> None:
     assert found[key("phasewise_tpot_seconds_sum")] == pytest.approx(0.4 / 4)
 
 
+def test_a_request_without_output_has_no_first_token() -> None:
+    metrics = GatewayMetrics("m")
+    finish(metrics, num_output_tokens=0)
+    found = samples(metrics)
+    assert found[key("phasewise_ttft_seconds_count")] == found[key("phasewise_tpot_seconds_count")] == 0
+    assert found[key("phasewise_e2e_seconds_count")] == found[key("phasewise_request_output_tokens_count")] == 1
+    assert found[key("phasewise_prompt_tokens_total")] == 32
+
+
 def test_every_way_to_end_closes_the_request() -> None:
     metrics = GatewayMetrics("m")
     for _ in range(4):

@@ -136,14 +136,18 @@ def load(directory: Path, dtype: str = "float32") -> LoadedModel:
     return load_model(source, dtype=dtype, device="cpu", seed=0, progress=lambda share: None)
 
 
-def oracle_tokens(model: torch.nn.Module, prompt: list[int], num_tokens: int) -> list[int]:
+def oracle_tokens(
+    model: torch.nn.Module, prompt: list[int], num_tokens: int, *, min_tokens: int = 0, ends: tuple[int, ...] = ()
+) -> list[int]:
+    """Greedy: `num_tokens`, or up to the first of `ends` that comes behind `min_tokens`."""
     with torch.inference_mode():
         output = model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
             max_new_tokens=num_tokens,
-            min_new_tokens=num_tokens,
+            min_new_tokens=min_tokens if ends else num_tokens,
             do_sample=False,
+            eos_token_id=list(ends) or None,
         )
     return output[0, len(prompt) :].tolist()
 

@@ -33,7 +33,7 @@ from engine.cuda.attention import RaggedAttention
 from engine.cuda.decode_attention import DecodeAttention
 from engine.cuda.products import gate_up_silu, gemv, has_gate_up_silu, skinny_product
 from engine.cuda.prompt_attention import prompt_attention
-from engine.cuda.runner import CudaModelRunner
+from engine.cuda.runner import CudaModelRunner, _needs_draw
 from engine.cuda.step_inputs import PromptChunk, Upload
 
 pytestmark = [
@@ -414,6 +414,47 @@ def test_a_worker_a_step_ahead_gives_the_tokens_of_transformers(tmp_path: Path) 
     for num_blocks in (400, 60):  # the second preempts
         outputs = serve(engine.runner, CachePort(engine.cache, engine.cache.spec), CONFIG, requests, num_blocks)
         assert [outputs[(f"r{i}", 0)] for i in range(len(requests))] == expected
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_min_tokens_gives_the_tokens_of_transformers(graphs: bool, tmp_path: Path) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    oracle = build_oracle(CONFIGS["llama"](), tmp_path)
+    expected, requests = [], []
+    for i, prompt in enumerate(prompts_of(SIZES["vocab_size"]) * 2):
+        free = oracle_tokens(oracle, prompt, 12)
+        ends = (free[0], free[4], free[11])  # each would end the sample where it comes first
+        min_tokens = (0, 1, 6, 30)[i % 4]
+        expected.append(oracle_tokens(oracle, prompt, 40, min_tokens=min_tokens, ends=ends))
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=40,
+            min_tokens=min_tokens,
+            stop_token_ids=ends,
+            logprobs=1 if i % 5 == 0 else None,
+        )
+        requests.append(Request(f"r{i}", tuple(prompt), params))
+    engine = GpuEngine(tmp_path, "float32", graphs=graphs)
+    outputs = serve(engine.runner, CachePort(engine.cache, engine.cache.spec), CONFIG, requests)
+    assert [outputs[(f"r{i}", 0)] for i in range(len(requests))] == expected
+    assert len({len(tokens) for tokens in expected}) > 3
+
+
+def test_a_greedy_step_draws_only_until_min_tokens_are_there() -> None:
+    def needs_draw(num_outputs: int, in_flight: int = 0, **sampling: Any) -> bool:
+        params = SamplingParams(temperature=0.0, **sampling)
+        sequence = Sequence("r", params, [1, 2, 3] + [5] * (num_outputs - in_flight), 3)
+        sequence.num_computed_tokens = sequence.num_tokens - 1
+        if in_flight:
+            sequence.begin_step(1)
+        return _needs_draw(ScheduledSequence(sequence, 1, 1))
+
+    limits = {"min_tokens": 4, "stop_token_ids": (9,)}
+    assert [needs_draw(n, **limits) for n in range(1, 7)] == [True, True, True, False, False, False]
+    assert [needs_draw(n, 1, **limits) for n in range(2, 7)] == [True, True, False, False, False]
+    assert not needs_draw(1, min_tokens=4)  # nothing ends it
+    assert not needs_draw(1, stop_token_ids=(9,))
+    assert needs_draw(9, logprobs=0)
 
 
 def test_sampling_a_step_ahead_does_not_change_a_token(tmp_path: Path) -> None:

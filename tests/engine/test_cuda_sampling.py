@@ -48,8 +48,10 @@ def draw_row(sequence: Sequence, logits_row: int = 0, sample_index: int = 0, pen
 
 def random_params(rng: random.Random, vocab_size: int) -> SamplingParams:
     bias = rng.sample(range(vocab_size), rng.choice([0, 0, 3]))
+    ends = rng.sample(range(vocab_size), rng.choice([0, 1, 5]))
+    tiny = rng.choice([5e-324, 1e-308, 1e-45, 1e-38, 1e-10, 1e-5])
     return SamplingParams(
-        temperature=rng.choice([0.0, 1e-6, 0.3, 0.7, 1.0, 1.0, 1.0, 2.0, 5.0]),
+        temperature=rng.choice([0.0, tiny, 1e-6, 0.3, 0.7, 1.0, 1.0, 1.0, 2.0, 5.0]),
         top_k=rng.choice([0, 0, 0, 1, 2, 16, 50, 1000, 4096, 4097, 20_000, 10**6]),
         top_p=rng.choice([1.0, 1.0, 1.0, 0.0, 0.2, 0.8, 0.9, 0.95, 0.999, 1 - 1e-7]),
         min_p=rng.choice([0.0, 0.0, 0.0, 0.003, 0.05, 1.0]),
@@ -57,6 +59,8 @@ def random_params(rng: random.Random, vocab_size: int) -> SamplingParams:
         frequency_penalty=rng.choice([0.0, 0.0, 0.4, -1.1]),
         presence_penalty=rng.choice([0.0, 0.0, 0.9, -0.2]),
         logit_bias=tuple((token, rng.choice([-100.0, 100.0, 1.5, -0.7])) for token in sorted(bias)),
+        min_tokens=rng.choice([0, 0, 1, 26, 100]),
+        stop_token_ids=tuple(ends),
         seed=rng.randrange(-(2**40), 2**70),
     )
 
@@ -96,8 +100,8 @@ def assert_as_the_twin(drawn: list[SampledToken | None], logits: torch.Tensor, r
         assert params.temperature > 0, params
         values = logits[row.logits_row].clone()
         apply_bias_and_penalties(values, row.sequence)
-        scaled = values.double() / params.temperature
-        scaled -= scaled.max()
+        scaled = values.double()
+        scaled = (scaled - scaled.max()) / params.temperature
         cumulative = torch.where(scaled >= _cutoff(scaled, params), scaled.exp(), 0.0).cumsum(0)
         cumulative /= cumulative[-1].item()
         number = uniforms([params.seed], [row.sample_index], [row.num_outputs])[0]
@@ -199,6 +203,48 @@ def test_pending_tokens_count_as_if_the_host_knew_them() -> None:
     assert_as_the_twin(with_pending, logits, known)
     with pytest.raises(ValueError, match="newest"):
         draw_all(logits, rows)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bias", [0.0, 100.0])
+def test_nothing_that_ends_a_sample_is_drawn_before_min_tokens(temperature: float, bias: float) -> None:
+    ends = (7, 3, 250)
+    params = SamplingParams(
+        temperature=temperature,
+        min_tokens=3,
+        stop_token_ids=ends,
+        logit_bias=tuple((token, bias) for token in sorted(ends) if bias),
+        logprobs=1,
+    )
+    logits = torch.randn(40, 300)
+    logits[:, list(ends)] += 9.0  # nearly always the likeliest
+    newest = torch.full((1,), 8, device=DEVICE)
+    for num_outputs in range(5):
+        rows, known = [], []
+        for i in range(40):  # half of them with the newest token on the device alone
+            own = dataclasses.replace(params, seed=i)
+            known.append(draw_row(Sequence("request", own, [1, 2] + [8] * num_outputs, 2), i))
+            is_pending = bool(num_outputs and i % 2)
+            sequence = Sequence("request", own, [1, 2] + [8] * (num_outputs - is_pending), 2)
+            rows.append(draw_row(sequence, i, pending=0 if is_pending else -1))
+        drawn = draw_all(logits.to(DEVICE), rows, newest)
+        assert_as_the_twin(drawn, logits, known)
+        chosen = {token.token_id for token in drawn if token is not None}
+        assert bool(chosen & set(ends)) == (num_outputs >= 3)
+        best = logits.argmax(-1).tolist()  # alternatives are the model's own
+        assert [token.top_logprobs[0][0] for token in drawn if token is not None] == best
+
+
+def test_a_row_of_which_only_ends_are_possible_has_no_token() -> None:
+    logits = torch.full((2, 300), -math.inf)
+    logits[:, :5] = 1.0
+    logits[1, 9] = 0.0
+    for changes in ({"temperature": 0.0}, {"top_p": 0.5}, {"top_k": 2}, {"logprobs": 2}):
+        params = SamplingParams(min_tokens=1, stop_token_ids=(0, 1, 2, 3, 4), **changes)
+        rows = [draw_row(Sequence("request", params, [1, 2], 2), i) for i in (0, 1, 0)]
+        drawn = draw_all(logits.to(DEVICE), rows)
+        assert [token and token.token_id for token in drawn] == [None, 9, None]
+        assert drawn[::2] == sample(logits, [SampleRow(row.sequence, 0, row.logits_row) for row in rows])[::2]
 
 
 def test_log_probabilities_are_the_models_own() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -142,9 +143,121 @@ def test_output_of_an_earlier_attempt_counts_as_output(params: SamplingParams) -
     assert {(s.num_output_tokens, s.first_output, s.finish_reason()) for s in (whole, *resumed)} == {(5, 4, None)}
 
 
-def test_tiny_temperature_is_greedy_and_finite() -> None:
-    logits = torch.randn(1, VOCAB) * 50
-    assert sample(logits, [row(SamplingParams(temperature=1e-6))])[0].token_id == logits.argmax().item()
+@pytest.mark.parametrize("temperature", [5e-324, 1e-308, 1e-45, 1e-38, 1e-10, 1e-6, 1e-5])
+@pytest.mark.parametrize("scale", [1.0, 50.0, 1e4])
+def test_tiny_temperature_is_greedy_and_finite(temperature: float, scale: float) -> None:
+    torch.manual_seed(4)
+    logits = torch.randn(8, VOCAB).mul(scale).round(decimals=2)
+    logits[1] -= 1e4
+    logits[2, ::2] = -math.inf
+    best = logits.argmax(-1).tolist()
+    for changes in ({}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"top_p": 0.5, "top_k": 3, "min_p": 1.0}):
+        params = SamplingParams(temperature=temperature, **changes)
+        tokens = sample(logits, [row(params, logits_row=i, sample_index=i) for i in range(8)])
+        assert [token.token_id for token in tokens] == best
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(repetition_penalty=0.01, frequency_penalty=-2.0, presence_penalty=-2.0),
+        SamplingParams(repetition_penalty=100.0, frequency_penalty=2.0, presence_penalty=2.0),
+        SamplingParams(logit_bias=tuple((token, -100.0) for token in range(VOCAB))),
+        SamplingParams(logit_bias=tuple((token, 100.0) for token in range(VOCAB)), temperature=1e-5),
+        SamplingParams(top_p=5e-324, min_p=5e-324),
+        SamplingParams(top_p=1 - 2**-53, min_p=1.0, top_k=VOCAB),
+        SamplingParams(top_k=2**63, seed=-(2**63)),
+        SamplingParams(seed=2**63 - 1, temperature=2.0),
+    ],
+)
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
+def test_the_ends_of_every_range_give_a_token(params: SamplingParams, scale: float) -> None:
+    torch.manual_seed(5)
+    logits = torch.randn(6, VOCAB) * scale
+    rows = [row(params, logits_row=i, sample_index=i, output=[5] * 300 + [6]) for i in range(6)]
+    assert all(token is not None and 0 <= token.token_id < VOCAB for token in sample(logits, rows))
+
+
+# ---- min_tokens
+
+ENDS = (7, 3, 40)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0.0),
+        SamplingParams(seed=2, top_p=0.9),
+        SamplingParams(seed=2, top_k=4, min_p=0.05),
+        SamplingParams(temperature=0.0, logit_bias=((3, 100.0), (7, 100.0), (40, 100.0))),
+        SamplingParams(seed=1, repetition_penalty=0.5, frequency_penalty=-2.0, presence_penalty=-2.0),
+    ],
+)
+def test_nothing_that_ends_a_sample_is_drawn_before_min_tokens(params: SamplingParams) -> None:
+    torch.manual_seed(1)
+    params = dataclasses.replace(params, min_tokens=3, stop_token_ids=ENDS)
+    free = dataclasses.replace(params, min_tokens=0)
+    logits = torch.randn(40, VOCAB)
+    logits[:, list(ENDS)] += 6.0  # nearly always the likeliest
+    for output in ([], [8], [8, 7], [8, 7, 3], [8, 7, 3, 9]):
+        rows = [row(params, logits_row=i, sample_index=i, output=output) for i in range(40)]
+        tokens = [token.token_id for token in sample(logits, rows)]
+        if len(output) < 3:
+            assert not set(tokens) & set(ENDS)
+            without = logits.clone()
+            without[:, list(ENDS)] = -math.inf
+        else:
+            assert set(tokens) & set(ENDS)
+            without = logits
+        # As if the model had found them impossible, and nothing else is different.
+        rows = [row(free, logits_row=i, sample_index=i, output=output) for i in range(40)]
+        assert tokens == [token.token_id for token in sample(without, rows)]
+
+
+def test_min_tokens_masks_what_transformers_masks() -> None:
+    torch.manual_seed(2)
+    prompt, output = [1, 2, 3, 3], [8, 9]
+    params = SamplingParams(min_tokens=3, stop_token_ids=ENDS)
+    for num_outputs in (0, 1, 2, 3):
+        ids = (prompt + output + [10])[: len(prompt) + num_outputs]
+        processor: Any = transformers.MinNewTokensLengthLogitsProcessor(len(prompt), 3, list(ENDS), device="cpu")
+        logits = torch.randn(1, VOCAB)
+        expected = processor(torch.tensor([ids]), logits.clone())[0]
+        apply_bias_and_penalties(logits[0], Sequence("request", params, ids, len(prompt)))
+        assert torch.equal(logits[0], expected)
+
+
+def test_min_tokens_counts_the_output_of_an_earlier_attempt() -> None:
+    params = SamplingParams(temperature=0.0, min_tokens=3, stop_token_ids=(7,))
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 7], logits[0, 9] = 2.0, 1.0
+    for num_outputs, wanted in ((1, 9), (2, 9), (3, 7), (4, 7)):
+        ids = [1, 2] + [5] * num_outputs
+        for num_resumed in range(num_outputs + 1):
+            sequence = Sequence("request", params, ids, 2 + num_resumed, num_resumed_tokens=num_resumed)
+            assert sample(logits, [SampleRow(sequence, 0, 0)])[0].token_id == wanted
+
+
+def test_log_probabilities_do_not_know_of_min_tokens() -> None:
+    torch.manual_seed(3)
+    logits = torch.randn(1, VOCAB)
+    logits[0, 7] = 9.0
+    (token,) = sample(logits, [row(SamplingParams(temperature=0.0, min_tokens=1, stop_token_ids=(7,), logprobs=2))])
+    logprobs = logits[0].log_softmax(-1)
+    assert token.token_id == logits[0].topk(2).indices[1] and token.logprob == pytest.approx(logprobs[token.token_id])
+    assert token.top_logprobs[0] == (7, pytest.approx(logprobs[7]))
+
+
+@pytest.mark.parametrize("params", [SamplingParams(temperature=0.0), SamplingParams(top_p=0.5, logprobs=1)])
+def test_a_row_of_which_only_ends_are_possible_has_no_token(params: SamplingParams) -> None:
+    params = dataclasses.replace(params, min_tokens=1, stop_token_ids=ENDS)
+    logits = torch.full((2, VOCAB), -math.inf)
+    logits[:, list(ENDS)] = 1.0
+    logits[1, 9] = 0.0
+    tokens = sample(logits, [row(params, logits_row=i) for i in (0, 1, 0)])
+    assert [token and token.token_id for token in tokens] == [None, 9, None]
+    (ended,) = sample(logits, [row(params, output=[5])])
+    assert ended is not None and ended.token_id in ENDS
 
 
 def test_penalties() -> None:

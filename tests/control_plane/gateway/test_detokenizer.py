@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,54 @@ def test_a_stop_string_of_characters_that_span_tokens(smollm2_tokenizer: TextTok
     ids = smollm2_tokenizer.encode("go 👩‍🚀 on")
     pieces = run(smollm2_tokenizer, ids, range(1, len(ids)), ["🚀"])
     assert "".join(pieces) == "go 👩‍"
+
+
+def test_stop_strings_within_min_tokens_are_text_like_any_other() -> None:
+    """By definition: cut as `expected_cut`, but only at ends behind the first so many characters."""
+    rng = random.Random(5)
+    for _ in range(3000):
+        text = "".join(rng.choice("aab\n") for _ in range(rng.randrange(20)))
+        stop = ["".join(rng.choice("aab\n") for _ in range(rng.randrange(1, 5))) for _ in range(rng.randrange(1, 4))]
+        exempt = rng.randrange(12)
+        finder, got, hit, start = StopStrings(stop), "", None, 0
+        while start < len(text) and hit is None:
+            end = min(len(text), start + rng.randrange(1, 5))
+            if start < exempt:
+                end = min(end, exempt)
+            more, hit = finder.push(text[start:end], may_hit=end > exempt)
+            got, start = got + more, end
+            assert text.startswith(got)
+        if hit is None:
+            got += finder.flush()
+        wanted: tuple[str, str | None] = (text, None)
+        for end in range(exempt + 1, len(text) + 1):
+            if hits := [s for s in stop if text[:end].endswith(s)]:
+                longest = max(hits, key=len)
+                wanted = (text[: end - len(longest)], longest)
+                break
+        assert (got, hit) == wanted, (text, stop, exempt)
+
+
+@pytest.mark.parametrize("cuts", [[], [3], [4, 7], range(1, 11)])
+def test_min_tokens_holds_for_stop_strings(tmp_path: Path, cuts: Sequence[int]) -> None:
+    tokenizer = byte_tokenizer(tmp_path)
+
+    def end(min_tokens: int) -> tuple[str, str | None, int]:
+        sample = SampleText(tokenizer, ["ab"], min_tokens=min_tokens)
+        text, hit = "", None
+        for first, last in pairwise([0, *cuts, 11]):
+            if hit is None:
+                more, hit = sample.push(
+                    sampled(b"abcabcabcab"[first:last]), FinishReason.LENGTH if last == 11 else None
+                )
+                text += more
+        return text, hit, sample.num_tokens
+
+    assert end(0) == end(1) == ("", "ab", 2)
+    assert end(2) == end(4) == ("abc", "ab", 5), "one that is completed behind min_tokens counts"
+    assert end(5) == ("abcabc", "ab", 8)
+    assert end(10) == ("abcabcabc", "ab", 11)
+    assert end(11) == ("abcabcabcab", None, 11)
 
 
 def test_work_is_in_the_new_tokens_only(tmp_path: Path) -> None:

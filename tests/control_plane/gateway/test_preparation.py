@@ -57,9 +57,9 @@ def test_defaults_of_a_chat(preparer: RequestPreparer, smollm2_tokenizer: TextTo
 
 def test_everything_given_is_kept(preparer: RequestPreparer) -> None:
     sampling = SamplingInput(
-        n=2, max_tokens=3, temperature=0.5, top_p=0.9, top_k=-1, min_p=0.1, presence_penalty=-2, frequency_penalty=2,
-        repetition_penalty=1.5, logit_bias={7: -100, 3: 1.5}, seed=-(2**63), logprobs=20, prompt_logprobs=0,
-        stop=("x",), stop_token_ids=(9, 2, 9), ignore_eos=True,
+        n=2, max_tokens=3, min_tokens=3, temperature=0.5, top_p=0.9, top_k=-1, min_p=0.1, presence_penalty=-2,
+        frequency_penalty=2, repetition_penalty=1.5, logit_bias={7: -100, 3: 1.5}, seed=-(2**63), logprobs=20,
+        prompt_logprobs=0, stop=("x",), stop_token_ids=(9, 2, 9), ignore_eos=True,
     )  # fmt: skip
     prepared = preparer.prepare(
         GenerateInput(token_ids=(5, 6), sampling=sampling, request_id="r-1", timeout_s=2.5, cache_salt="t")
@@ -69,7 +69,8 @@ def test_everything_given_is_kept(preparer: RequestPreparer) -> None:
     assert (prepared.stop, prepared.timeout_s) == (("x",), 2.5)
     assert params.logit_bias == ((3, 1.5), (7, -100.0))
     assert (params.top_k, params.seed, params.stop_token_ids) == (0, -(2**63), (9, 2))
-    assert (params.n, params.max_tokens, params.logprobs, params.prompt_logprobs) == (2, 3, 20, 0)
+    assert (params.n, params.max_tokens, params.min_tokens) == (2, 3, 3)
+    assert (params.logprobs, params.prompt_logprobs) == (20, 0)
     assert (params.temperature, params.top_p, params.min_p, params.repetition_penalty) == (0.5, 0.9, 0.1, 1.5)
 
 
@@ -79,12 +80,15 @@ def test_everything_given_is_kept(preparer: RequestPreparer) -> None:
         ("n", 0, "1 to 128"),
         ("n", 129, "1 to 128"),
         ("max_tokens", 0, "at least 1"),
+        ("max_tokens", -1, "at least 1"),
+        ("min_tokens", -1, "at least 0"),
+        ("min_tokens", 17, "max_tokens 16, which is the default here"),
         ("temperature", -0.1, "0 to 2"),
         ("temperature", 2.01, "0 to 2"),
         ("temperature", math.nan, "finite"),
         ("temperature", math.inf, "finite"),
-        ("top_p", 0.0, "above 0"),
-        ("top_p", 1.01, "at most 1"),
+        ("top_p", -0.01, "0 to 1"),
+        ("top_p", 1.01, "0 to 1"),
         ("top_k", -2, "at least -1"),
         ("min_p", 1.5, "0 to 1"),
         ("presence_penalty", -2.1, "-2 to 2"),
@@ -122,6 +126,7 @@ def test_values_out_of_range(preparer: RequestPreparer, field: str, value: Any, 
         (GenerateInput(token_ids=(-1,)), "token_ids[0]", ["-1"]),
         (GenerateInput(token_ids=(5,) * 64), "token_ids", ["64 tokens", "context is 64"]),
         (GenerateInput(token_ids=(5,) * 60, sampling=SamplingInput(max_tokens=5)), "max_tokens", ["65", "64", "to 4"]),
+        (given(min_tokens=5, max_tokens=4), "min_tokens", ["min_tokens 5", "max_tokens 4", "lower min_tokens"]),
         (given(stop_token_ids=(1, 60000)), "stop_token_ids[1]", ["60000"]),
         (given(stop=("a", "")), "stop[1]", ["empty"]),
         (given(stop=("a" * 1001,)), "stop[0]", ["1001", "1000"]),
@@ -143,6 +148,53 @@ def test_a_context_that_is_used_up_exactly(preparer: RequestPreparer) -> None:
     assert preparer.prepare(exact).request.sampling.max_tokens == 4
     assert preparer.prepare(GenerateInput(token_ids=(5,) * 60)).request.sampling.max_tokens == 4
     assert preparer.prepare(GenerateInput(token_ids=(5,) * 63)).request.sampling.max_tokens == 1
+
+
+@pytest.mark.parametrize("number", [5e-324, 1e-308, 1e-45, 1e-38, 1e-10, 9.99e-6, 0.0, -0.0])
+def test_a_temperature_next_to_0_is_greedy(preparer: RequestPreparer, number: float) -> None:
+    assert preparer.prepare(given(temperature=number)).request.sampling.temperature == 0.0
+    assert preparer.prepare(given(temperature=1e-5)).request.sampling.temperature == 1e-5
+
+
+def test_top_p_0_is_greedy(preparer: RequestPreparer) -> None:
+    assert preparer.prepare(given(top_p=0.0, temperature=1.5)).request.sampling.temperature == 0.0
+    assert preparer.prepare(given(top_p=5e-324, temperature=1.5)).request.sampling.temperature == 1.5
+
+
+def test_top_k_of_the_whole_vocabulary_and_more_is_off(preparer: RequestPreparer) -> None:
+    for top_k in (49152, 10**18, 10**400):
+        assert preparer.prepare(given(top_k=top_k)).request.sampling.top_k == 0
+    assert preparer.prepare(given(top_k=49151)).request.sampling.top_k == 49151
+
+
+def test_no_output_is_for_those_who_ask_for_the_prompt(preparer: RequestPreparer) -> None:
+    for asked in (replace(given(max_tokens=0), echo=True), given(max_tokens=0, prompt_logprobs=0)):
+        params = preparer.prepare(asked).request.sampling
+        assert (params.max_tokens, params.min_tokens) == (0, 0)
+        full = replace(asked, text=None, token_ids=(5,) * 64)
+        assert len(preparer.prepare(full).request.prompt_token_ids) == 64
+        with pytest.raises(InvalidRequest, match="65 tokens, but the context is 64 tokens; shorten token_ids"):
+            preparer.prepare(replace(full, token_ids=(5,) * 65))
+        with pytest.raises(InvalidRequest, match="min_tokens 1 is more than max_tokens 0;"):
+            preparer.prepare(replace(asked, sampling=replace(asked.sampling, min_tokens=1)))
+    with pytest.raises(InvalidRequest, match="at least one of them for the output"):
+        preparer.prepare(replace(full, sampling=SamplingInput(max_tokens=1, prompt_logprobs=0)))
+
+
+def test_what_ends_a_sample(smollm2_tokenizer: TextTokenizer, card: ModelCard) -> None:
+    small = RequestPreparer(smollm2_tokenizer, replace(card, vocab_size=4, eos_token_ids=(2, 9, -1)), RequestLimits())
+
+    def ends(**sampling: Any) -> tuple[int, ...]:
+        asked = GenerateInput(token_ids=(1, 2), sampling=SamplingInput(**sampling))
+        return small.prepare(asked).request.sampling.stop_token_ids
+
+    assert ends(min_tokens=1) == (2,)  # 9 and -1 are no tokens of this model
+    assert ends(min_tokens=1, stop_token_ids=(0, 1)) == (2, 0, 1)
+    assert ends(stop_token_ids=(0, 1, 3)) == (2, 0, 1, 3)
+    assert ends(min_tokens=1, stop_token_ids=(0, 1, 3), ignore_eos=True) == (0, 1, 3)
+    with pytest.raises(InvalidRequest, match="all 4 tokens of this model end a sample; give fewer stop_token_ids") as e:
+        ends(min_tokens=1, stop_token_ids=(0, 1, 3, 3))
+    assert e.value.field == "min_tokens"
 
 
 def test_more_samples_than_a_worker_can_hold(smollm2_tokenizer: TextTokenizer, card: ModelCard) -> None:
