@@ -19,16 +19,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from cli.model_check import check_model
 from control_plane.gateway.service import ModelCard
-from engine.gguf_config import read_gguf_config
-from engine.model_config import read_model_config
 from phasewise.core.config import PoolConfig, ServingConfig, split_address
 from phasewise.core.errors import ConfigError, ServingError
-from phasewise.core.gguf_file import GGUFFile
 from phasewise.core.logs import LogCollector
 from phasewise.core.mailboxes import ActorHandle
 from phasewise.core.messages import WorkerInfo
-from phasewise.core.model_source import ModelFacts, ModelSource, config_file, model_facts, resolve_model
+from phasewise.core.model_source import ModelFacts, ModelSource, resolve_model
 from phasewise.core.placement import WorkerId, WorkerRole
 from workers.settings import WorkerSettings
 
@@ -86,8 +84,7 @@ class Launcher:
         """
         config = self._config
         source = resolve_model(config.model.path)
-        facts = model_facts(source)
-        check_architecture(source)
+        facts = check_model(source, config)
         for name in ("http", "grpc"):
             check_port(getattr(config.gateway, name), name)
         self._progress("starting processes", 0.0)
@@ -253,6 +250,7 @@ class Launcher:
             created_unix_s=int(source.path.stat().st_mtime),
             eos_token_ids=facts.eos_token_ids,
             has_chat_template=self._ask(self._gateway.has_chat_template.remote()),
+            sampling=facts.sampling,
         )
 
     def _watch(self, cluster: Cluster) -> None:
@@ -321,14 +319,6 @@ def worker_settings(
         for role, pool in pools
         for i in range(pool.workers)
     ]
-
-
-def check_architecture(source: ModelSource) -> None:
-    """Raises ModelLoadError when the engine does not know the model: said before anything is started."""
-    if source.kind == "gguf":
-        read_gguf_config(GGUFFile(source.path))
-    else:
-        read_model_config(config_file(source))
 
 
 def check_ray_address(address: str) -> None:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import struct
-from typing import Any
-
-from engine.model_config import ModelConfig, RopeConfig, check_shape
+from engine.model_config import ModelConfig, check_shape
 from phasewise.core.errors import ModelLoadError
 from phasewise.core.gguf_file import GGUFFile
+from phasewise.core.gguf_metadata import GGUFValues
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 """GGUF architecture → ours. Mistral models are `llama` there."""
-
-ROPE_DIVISORS = "rope_freqs.weight"
 
 
 def read_gguf_config(file: GGUFFile) -> ModelConfig:
@@ -36,14 +32,13 @@ def read_gguf_config(file: GGUFFile) -> ModelConfig:
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise ModelLoadError(f"{file.path}: tensor 'token_embd.weight' is missing; the file is damaged")
-    values = _Metadata(file, name)
+    values = GGUFValues(file)
     hidden_size, num_heads = values.integer("embedding_length"), values.integer("attention.head_count")
     head_dim = values.integer("attention.key_length", default=hidden_size // max(num_heads, 1))
     rotary_dim = values.integer("rope.dimension_count", default=head_dim)
     if rotary_dim != head_dim:
         raise ModelLoadError(f"{file.path}: partial rotary positions ({rotary_dim} of {head_dim}) are not supported")
     num_layers = values.integer("block_count")
-    context = values.integer("context_length")
     window = values.integer("attention.sliding_window", default=0) if name == "llama" else 0
     config = ModelConfig(
         architecture=ARCHITECTURES[name],
@@ -54,9 +49,9 @@ def read_gguf_config(file: GGUFFile) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=values.integer("attention.head_count_kv", default=num_heads),
         head_dim=head_dim,
-        max_position_embeddings=context,
+        max_position_embeddings=values.integer("context_length"),
         rms_norm_eps=values.number("attention.layer_norm_rms_epsilon"),
-        rope=_rope(file, values, context),
+        rope=values.rope(),
         windows=(window or None,) * num_layers,
         tie_word_embeddings="output.weight" not in file.tensors,
         qkv_bias="blk.0.attn_q.bias" in file.tensors,
@@ -66,60 +61,3 @@ def read_gguf_config(file: GGUFFile) -> ModelConfig:
     )
     check_shape(config, file.path)
     return config
-
-
-class _Metadata:
-    """Typed access to the entries of one architecture."""
-
-    def __init__(self, file: GGUFFile, architecture: str) -> None:
-        self._values = file.metadata
-        self._path = file.path
-        self._prefix = architecture + "."
-
-    def get(self, key: str) -> Any:
-        return self._values.get(self._prefix + key)
-
-    def integer(self, key: str, *, default: int | None = None) -> int:
-        value = self.get(key)
-        if value is None:
-            value = default
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ModelLoadError(
-                f"{self._path}: metadata {self._prefix + key!r} must be one whole number, not {value!r}"
-            )
-        return value
-
-    def number(self, key: str, *, default: float | None = None) -> float:
-        value = self.get(key)
-        if value is None:
-            value = default
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ModelLoadError(f"{self._path}: metadata {self._prefix + key!r} must be a number, not {value!r}")
-        return float(value)
-
-
-def _rope(file: GGUFFile, values: _Metadata, context: int) -> RopeConfig:
-    theta = values.number("rope.freq_base", default=10000.0)
-    divisors = _divisors(file)
-    scaling = values.get("rope.scaling.type")
-    if scaling in (None, "none"):
-        return RopeConfig(theta=theta, frequency_divisors=divisors)
-    if scaling not in ("linear", "yarn"):
-        raise ModelLoadError(f"{file.path}: RoPE scaling {scaling!r} is not supported; supported: none, linear, yarn")
-    return RopeConfig(
-        rope_type=scaling,
-        theta=theta,
-        factor=values.number("rope.scaling.factor"),
-        original_context=values.integer("rope.scaling.original_context_length", default=context),
-        frequency_divisors=divisors,
-    )
-
-
-def _divisors(file: GGUFFile) -> tuple[float, ...]:
-    tensor = file.tensors.get(ROPE_DIVISORS)
-    if tensor is None:
-        return ()
-    if tensor.type_name != "F32":
-        raise ModelLoadError(f"{file.path}: tensor {ROPE_DIVISORS!r} must be F32, not {tensor.type_name}")
-    with file.data(tensor) as data:
-        return struct.unpack(f"<{tensor.num_bytes // 4}f", data)

@@ -11,12 +11,12 @@ import gguf
 import numpy as np
 import torch
 
-from engine.gguf_config import ROPE_DIVISORS
 from engine.model_config import ModelConfig
 from engine.sharding import Shard, Slice
 from engine.weights import check_complete, whole_shape
 from phasewise.core.errors import ModelLoadError
 from phasewise.core.gguf_file import GGUFFile, GGUFTensor
+from phasewise.core.gguf_metadata import ROPE_DIVISORS
 
 SUPPORTED_TYPES = (
     *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.checkpoint import Checkpoint
 from engine.gguf_config import read_gguf_config
 from engine.gguf_weights import load_gguf
 from engine.kv_cache import TORCH_DTYPES
@@ -14,7 +15,7 @@ from engine.model_config import ModelConfig, read_model_config
 from engine.models.llama import LlamaModel
 from engine.models.registry import build_model
 from engine.tensor_parallel import Group
-from engine.weights import files_identity, fill_random, load_safetensors, safetensors_files
+from engine.weights import files_identity, fill_random, load_safetensors
 from phasewise.core.errors import ConfigError
 from phasewise.core.gguf_file import GGUFFile
 from phasewise.core.kv_spec import KVCacheSpec
@@ -117,15 +118,18 @@ def load_model(
             model = build_model(config, torch_dtype, torch_device, group)
             load_gguf(file, config, model.weight_views(), progress, group.shard)
         identity = files_identity([source.path])
+    elif source.kind == "hf":
+        config = read_model_config(config_file(source))
+        checkpoint = Checkpoint(source.path, config)
+        config = checkpoint.config(config)
+        model = build_model(config, torch_dtype, torch_device, group)
+        load_safetensors(checkpoint, config, model.weight_views(), progress, group.shard)
+        identity = files_identity(checkpoint.files)
     else:
         config = read_model_config(config_file(source))
         model = build_model(config, torch_dtype, torch_device, group)
-        if source.kind == "hf":
-            load_safetensors(source.path, config, model.weight_views(), progress, group.shard)
-            identity = files_identity(safetensors_files(source.path))
-        else:
-            fill_random(config, model.weight_views(), seed, progress, group.shard)
-            identity = f"random/{seed}/{torch_device.type}"
+        fill_random(config, model.weight_views(), seed, progress, group.shard)
+        identity = f"random/{seed}/{torch_device.type}"
     if weights == "fp8":
         identity += "/fp8"  # their KV is another
         for layer in model.layers:

@@ -6,36 +6,10 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from phasewise.core.errors import ModelLoadError
-from phasewise.core.model_source import read_json
-
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
-
-
-@dataclass(frozen=True, slots=True)
-class RopeConfig:
-    """Rotary position embedding. Fields that a type does not use keep their default.
-
-    `rope_type` is one of SUPPORTED_ROPE_TYPES, with the meaning that transformers gives them. `frequency_divisors`
-    (GGUF's `rope_freqs.weight`) divides each frequency: llama.cpp's stored form of llama3 scaling.
-    """
-
-    rope_type: str = "default"
-    theta: float = 10000.0
-    factor: float = 1.0
-    original_context: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    attention_factor: float | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-    frequency_divisors: tuple[float, ...] = ()
+from phasewise.core.hf_config import HFConfig
+from phasewise.core.rope import RopeConfig, read_rope
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +50,36 @@ def read_model_config(path: Path) -> ModelConfig:
     Raises:
         ModelLoadError: names the file, the key, and what is supported instead.
     """
-    values = read_json(path)
-    try:
-        return _from_values(values)
-    except _Unsupported as error:
-        raise ModelLoadError(f"{path}: {error}") from None
+    values = HFConfig(path)
+    if quantization := values.values.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise values.error(f"quantisation {method!r} is not supported; use float32 or bfloat16 weights, or a GGUF file")
+    activation = values.get("hidden_act")
+    if activation not in ("silu", "swish"):
+        raise values.error(f"activation {activation!r} (hidden_act) is not supported; supported: silu")
+    num_layers, num_heads = values.whole("num_hidden_layers"), values.whole("num_attention_heads")
+    config = ModelConfig(
+        architecture=values.architecture,
+        vocab_size=values.whole("vocab_size"),
+        hidden_size=values.whole("hidden_size"),
+        intermediate_size=values.whole("intermediate_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=values.optional_whole("num_key_value_heads") or num_heads,
+        head_dim=_head_dim(values, num_heads),
+        max_position_embeddings=values.whole("max_position_embeddings"),
+        rms_norm_eps=values.number("rms_norm_eps"),
+        rope=read_rope(values),
+        windows=_windows(values, num_layers),
+        tie_word_embeddings=values.flag("tie_word_embeddings"),
+        qkv_bias=values.architecture == "Qwen2ForCausalLM" or values.flag("attention_bias"),
+        output_bias=values.flag("attention_bias"),
+        mlp_bias=values.flag("mlp_bias"),
+        qk_norm=values.architecture == "Qwen3ForCausalLM",
+        initializer_range=values.number("initializer_range"),
+    )
+    check_shape(config, str(path))
+    return config
 
 
 def check_shape(config: ModelConfig, where: str) -> None:
@@ -99,137 +98,39 @@ def check_shape(config: ModelConfig, where: str) -> None:
         raise ModelLoadError(f"{where}: rope_freqs has {len(divisors)} values, head_dim {config.head_dim} needs half")
 
 
-class _Unsupported(Exception):
-    """What is wrong, without the file's name."""
-
-
-def _from_values(values: dict[str, Any]) -> ModelConfig:
-    names = values.get("architectures") or [None]
-    architecture = names[0] if isinstance(names, list) else names
-    if architecture not in SUPPORTED_ARCHITECTURES:
-        raise _Unsupported(f"architecture {architecture!r} is not supported; {_list(SUPPORTED_ARCHITECTURES)}")
-    if quantization := values.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise _Unsupported(f"quantisation {method!r} is not supported; use float32 or bfloat16 weights, or a GGUF file")
-    activation = values.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise _Unsupported(f"activation {activation!r} (hidden_act) is not supported; supported: silu")
-    hidden_size, num_heads = _positive(values, "hidden_size"), _positive(values, "num_attention_heads")
-    num_layers = _positive(values, "num_hidden_layers")
-    config = ModelConfig(
-        architecture=architecture,
-        vocab_size=_positive(values, "vocab_size"),
-        hidden_size=hidden_size,
-        intermediate_size=_positive(values, "intermediate_size"),
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=_positive(values, "num_key_value_heads", default=num_heads),
-        head_dim=_positive(values, "head_dim", default=_derived_head_dim(architecture, hidden_size, num_heads)),
-        max_position_embeddings=_positive(values, "max_position_embeddings"),
-        rms_norm_eps=_number(values, "rms_norm_eps", 1e-6),
-        rope=_rope(values),
-        windows=_windows(architecture, values, num_layers),
-        tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
-        qkv_bias=architecture == "Qwen2ForCausalLM" or _has_attention_bias(architecture, values),
-        output_bias=_has_attention_bias(architecture, values),
-        mlp_bias=architecture == "LlamaForCausalLM" and bool(values.get("mlp_bias", False)),
-        qk_norm=architecture == "Qwen3ForCausalLM",
-        initializer_range=_number(values, "initializer_range", 0.02),
-    )
-    check_shape(config, "config.json")
-    return config
-
-
-def _list(names: tuple[str, ...]) -> str:
-    return "supported: " + ", ".join(names)
-
-
-def _positive(values: dict[str, Any], key: str, *, default: int | None = None) -> int:
-    value = values.get(key)
-    if value is None:
-        value = default
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise _Unsupported(f"{key!r} must be a positive whole number, not {value!r}")
-    return value
-
-
-def _number(values: dict[str, Any], key: str, default: float) -> float:
-    value = values.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise _Unsupported(f"{key!r} must be a number, not {value!r}")
-    return float(value)
-
-
-def _derived_head_dim(architecture: str, hidden_size: int, num_heads: int) -> int:
-    if architecture == "Qwen3ForCausalLM":
-        return 128
-    if hidden_size % num_heads:
-        raise _Unsupported(
+def _head_dim(values: HFConfig, num_heads: int) -> int:
+    """Where the file gives none: the share of a head, which for Llama must come out even."""
+    given = values.optional_whole("head_dim")
+    if given is not None:
+        return given
+    hidden_size = values.whole("hidden_size")
+    if values.architecture == "LlamaForCausalLM" and hidden_size % num_heads:
+        raise values.error(
             f"hidden_size {hidden_size} is no multiple of num_attention_heads {num_heads}; give head_dim"
         )
     return hidden_size // num_heads
 
 
-def _has_attention_bias(architecture: str, values: dict[str, Any]) -> bool:
-    return architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM") and bool(values.get("attention_bias", False))
-
-
-def _windows(architecture: str, values: dict[str, Any], num_layers: int) -> tuple[int | None, ...]:
-    if architecture == "LlamaForCausalLM":
-        return (None,) * num_layers
-    if values.get("sliding_window", 4096) is None:  # transformers' default where the key is absent
-        return (None,) * num_layers
-    window = _positive(values, "sliding_window", default=4096)
-    if architecture == "MistralForCausalLM":
-        return (window,) * num_layers
-    if not values.get("use_sliding_window", False):
-        return (None,) * num_layers
+def _windows(values: HFConfig, num_layers: int) -> tuple[int | None, ...]:
+    """Mistral has one window for all layers; Qwen has one where it is switched on, for the layers that are named."""
+    full = (None,) * num_layers
+    if not values.has("sliding_window"):
+        return full
+    if not values.has("use_sliding_window"):
+        return (values.optional_whole("sliding_window"),) * num_layers
+    window = values.optional_whole("sliding_window") if values.flag("use_sliding_window") else None
     kinds = values.get("layer_types")
     if kinds is None:
-        first = values.get("max_window_layers", 28)
-        kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
-    unknown = set(kinds) - {"sliding_attention", "full_attention"}
-    if unknown or len(kinds) != num_layers:
-        raise _Unsupported(f"'layer_types' must name sliding_attention or full_attention for {num_layers} layers")
+        first = values.get("max_window_layers")
+        if not isinstance(first, int) or isinstance(first, bool):
+            raise values.error(f"'max_window_layers' must be a whole number, not {first!r}")
+        return full if window is None else tuple(window if i >= first else None for i in range(num_layers))
+    if not isinstance(kinds, list) or len(kinds) != num_layers:
+        raise values.error(f"'layer_types' must be a list of {num_layers} names, one for each layer")
+    if unknown := [kind for kind in kinds if kind not in ("sliding_attention", "full_attention")]:
+        raise values.error(f"'layer_types' may name sliding_attention and full_attention, not {unknown[0]!r}")
+    if window is None and "sliding_attention" in kinds:
+        raise values.error(
+            "'layer_types' names sliding_attention, which needs use_sliding_window true and a sliding_window"
+        )
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-
-
-def _rope(values: dict[str, Any]) -> RopeConfig:
-    """Both forms: transformers 5 (`rope_parameters`), and before (`rope_scaling` beside `rope_theta`)."""
-    given = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    if not isinstance(given, dict):
-        raise _Unsupported(f"'rope_parameters' must be an object, not {given!r}")
-    rope_type = given.get("rope_type", given.get("type", "default"))
-    if rope_type not in SUPPORTED_ROPE_TYPES:
-        raise _Unsupported(f"RoPE type {rope_type!r} is not supported; {_list(SUPPORTED_ROPE_TYPES)}")
-    partial = given.get("partial_rotary_factor", values.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        raise _Unsupported(f"partial_rotary_factor {partial!r} is not supported; supported: 1.0")
-    theta = _number(given, "rope_theta", _number(values, "rope_theta", 10000.0))
-    if rope_type == "default":
-        return RopeConfig(theta=theta)
-    context = _positive(values, "max_position_embeddings")
-    original = values.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
-    if not original:
-        original = context
-    if rope_type != "yarn" and not isinstance(given.get("factor"), int | float):
-        raise _Unsupported(f"RoPE type {rope_type!r} needs a number as 'factor', not {given.get('factor')!r}")
-    for key in ("low_freq_factor", "high_freq_factor") if rope_type == "llama3" else ():
-        if given.get(key) is None:
-            raise _Unsupported(f"RoPE type 'llama3' needs {key!r}")
-    return RopeConfig(
-        rope_type=rope_type,
-        theta=theta,
-        factor=_number(given, "factor", context / original),
-        original_context=int(original),
-        low_freq_factor=_number(given, "low_freq_factor", 1.0),
-        high_freq_factor=_number(given, "high_freq_factor", 4.0),
-        beta_fast=float(given.get("beta_fast") or 32),
-        beta_slow=float(given.get("beta_slow") or 1),
-        truncate=bool(given.get("truncate", True)),
-        attention_factor=given.get("attention_factor"),
-        mscale=given.get("mscale"),
-        mscale_all_dim=given.get("mscale_all_dim"),
-    )

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from engine.checkpoint import Checkpoint
 from engine.model_config import ModelConfig
 from engine.sharding import Shard, Slice
 from phasewise.core.errors import ModelLoadError
-from phasewise.core.model_source import read_json
 
-_INDEX = "model.safetensors.index.json"
+logger = logging.getLogger(__name__)
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-# Written by older versions of transformers, computed here.
-_NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")
 
 # Copies give the interpreter up. A few threads keep a disk's queue, or the way to a GPU, full.
 _NUM_THREADS = 8
@@ -31,7 +28,7 @@ _SAMPLE_BYTES = 4096
 
 
 def load_safetensors(
-    directory: Path,
+    checkpoint: Checkpoint,
     config: ModelConfig,
     views: dict[str, torch.Tensor],
     progress: Callable[[float], None],
@@ -39,28 +36,19 @@ def load_safetensors(
 ) -> None:
     """Copies every tensor of the checkpoint, or this rank's part of it, into the view of its name.
 
-    The dtype is converted; bytes of other ranks' parts are not read. A stored `lm_head.weight` is left alone where the
-    output head is the embedding. `progress` gets 0 to 1.
+    The dtype is converted; bytes of other ranks' parts are not read. `config` is that of the checkpoint
+    (`Checkpoint.config`). `progress` gets 0 to 1.
 
     Raises:
         ModelLoadError: names the file and the tensor that is missing, of the wrong shape or type, or damaged.
     """
-    loaded: set[str] = set()
     copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for file in safetensors_files(directory):
-        try:
-            with safe_open(file, framework="pt") as stored:
-                for name in stored.keys():  # noqa: SIM118  (a safe_open is no mapping)
-                    if _NOT_WEIGHTS.search(name) or (config.tie_word_embeddings and name == "lm_head.weight"):
-                        continue
-                    # Not read yet: the tensor lies in the file, which is mapped into memory for as long as it is used.
-                    tensor = stored.get_tensor(name)
-                    copies += _checked(views, name, tensor, shard.slice_of(name, config), file)
-                    loaded.add(name)
-        except (SafetensorError, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise ModelLoadError(f"{file} is cut short or damaged ({reason}); copy or download it again") from None
-    check_complete(views, loaded, str(directory))
+    for name in checkpoint.names():
+        copies += _checked(views, name, checkpoint, shard.slice_of(name, config))
+    if checkpoint.unused and shard.rank == 0:
+        beyond = f"{len(checkpoint.unused)} tensors of layers beyond num_hidden_layers {config.num_layers}"
+        logger.warning("%s are in the checkpoint and not used, %s among them", beyond, min(checkpoint.unused))
+    check_complete(views, set(checkpoint.names()), str(checkpoint.files[0].parent))
     total, done = sum(part.numel() for part, _ in copies) or 1, 0
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         for num_values in pool.map(lambda copy: _copy(*copy), copies):
@@ -69,22 +57,23 @@ def load_safetensors(
 
 
 def _checked(
-    views: dict[str, torch.Tensor], name: str, tensor: torch.Tensor, cut: Slice | None, file: Path
+    views: dict[str, torch.Tensor], name: str, checkpoint: Checkpoint, cut: Slice | None
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(stored part, its place), in pieces for the threads, once type and shape are right."""
     view = views.get(name)
     if view is None and (cut is None or cut.count):
         raise ModelLoadError(
-            f"{file}: tensor {name!r} has no place in this architecture; is config.json the right one?"
+            f"{checkpoint.where(name)} has no place in this architecture; is config.json the right one?"
         )
+    tensor = checkpoint.tensor(name)
     if tensor.dtype not in _FLOATS:
-        raise ModelLoadError(f"{file}: tensor {name!r} is {tensor.dtype}; supported: float32, bfloat16, float16")
+        raise ModelLoadError(f"{checkpoint.where(name)} is {tensor.dtype}; supported: float32, bfloat16, float16")
     if view is None:
         return []
     expected = whole_shape(view, cut)
     if tensor.shape != expected:
         raise ModelLoadError(
-            f"{file}: tensor {name!r} has shape {list(tensor.shape)}, the configuration asks for {list(expected)}"
+            f"{checkpoint.where(name)} has shape {list(tensor.shape)}, the configuration asks for {list(expected)}"
         )
     if cut is not None:
         tensor = tensor.narrow(cut.dim, cut.first, cut.count)
@@ -103,24 +92,6 @@ def whole_shape(view: torch.Tensor, cut: Slice | None) -> tuple[int, ...]:
     if cut is not None:
         shape[cut.dim] = cut.whole
     return tuple(shape)
-
-
-def safetensors_files(directory: Path) -> list[Path]:
-    """The shards: those that the index names, or all of the directory. Raises ModelLoadError when one is missing."""
-    index = directory / _INDEX
-    if not index.is_file():
-        files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            raise ModelLoadError(f"{directory} holds no *.safetensors; save the model again with save_pretrained")
-        return files
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelLoadError(f"{index} has no 'weight_map'; copy or download it again")
-    names = sorted({str(name) for name in weight_map.values()})
-    missing = [name for name in names if not (directory / name).is_file()]
-    if missing:
-        raise ModelLoadError(f"{directory} lacks {', '.join(missing)}, which {_INDEX} names; copy or download it again")
-    return [directory / name for name in names]
 
 
 def check_complete(views: dict[str, torch.Tensor], loaded: set[str], where: str) -> None:
@@ -154,7 +125,7 @@ def fill_random(
         progress(done / len(views))
 
 
-def files_identity(files: list[Path]) -> str:
+def files_identity(files: Sequence[Path]) -> str:
     """Stands for the content of large files without reading them whole: sizes, beginnings, and evenly spread samples.
 
     File names and places do not matter. Raises ModelLoadError when a file cannot be read.

@@ -34,7 +34,7 @@ from phasewise.core.errors import ConfigError
 from phasewise.core.gguf_file import GGUFFile
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.messages import WorkerInfo
-from phasewise.core.model_source import ModelSource, config_file, resolve_model
+from phasewise.core.model_source import ModelSource, config_file, model_facts, resolve_model
 from phasewise.core.outbox import LatePeers, Outbox
 from phasewise.core.ports import GatewayPort, LoadPort, PeerPort
 from phasewise.core.profile import DeviceProfile, ProfileFacts
@@ -134,8 +134,8 @@ def prepare_engine(
     dtype = resolve_dtype(config.model.dtype, settings.device)
     check_fp8("model.weights", config.model.weights, dtype=dtype, device=settings.device)
     check_fp8("cache.dtype", config.cache.dtype, dtype=dtype, device=settings.device)
-    context = model_config.max_position_embeddings
-    wanted = min(config.model.max_model_len, context) if config.model.max_model_len else None
+    takes, wanted = model_facts(source).context, config.model.max_model_len
+    context = takes.at_most(wanted)
     gib, running = config.cache.kv_cache_gib, config.scheduler.max_running
     if gib is None and settings.tensor_parallel > 1 and settings.device != "cpu":
         raise ConfigError(
@@ -149,7 +149,10 @@ def prepare_engine(
         return load_part(settings, group, progress)
 
     def prepared(loaded: LoadedModel, spec: KVCacheSpec, num_blocks: int) -> PreparedEngine:
-        max_model_len = min(wanted or context, num_blocks * spec.block_size)
+        max_model_len = min(context, num_blocks * spec.block_size)
+        if max_model_len < context:
+            reason = f"the KV cache holds no more; the model takes {takes.tokens} ({takes.reason})"
+            logger.info("the context is %d tokens: %s", max_model_len, reason)
         swap_bytes = int(config.cache.swap_gib * 2**30) if settings.role.can_decode else 0
         num_swap_blocks = swap_bytes // (spec.bytes_per_block * settings.tensor_parallel)
         join = Join(num_blocks, max_model_len, running, num_swap_blocks)
@@ -179,7 +182,7 @@ def prepare_engine(
         num_blocks = blocks_of_size(gib, spec, wanted)
         remedy = f"lower cache.kv_cache_gib ({gib})"
     else:
-        limits = StepLimits(wanted or context, token_budget(config, settings.device), running)
+        limits = StepLimits(context, token_budget(config, settings.device), running)
         num_blocks = sizer.num_blocks(loaded, spec, limits, wanted, make_runner)
         remedy = f"lower cache.gpu_memory_utilization ({config.cache.gpu_memory_utilization})"
     with sizer.explained("making the KV cache and the CUDA graphs", remedy):

@@ -1,7 +1,8 @@
 """Builds a `tokenizers.Tokenizer` from the metadata of a GGUF file.
 
-Key names: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, "Tokenizer". The ids are those that transformers
-gives for the same file (`transformers/integrations/gguf/gguf_tokenizer_mapping.py`). Two kinds:
+Key names: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, "Tokenizer". The ids are those of the model's own
+tokenizer.json. transformers gives the same for the same file, but for the splits of `tokenizer.ggml.pre` that it does
+not know. Two kinds:
 
 gpt2     byte-level BPE: tokens and merges; `tokenizer.ggml.pre` names the expression that splits text beforehand
 llama    SentencePiece BPE: tokens with scores, from which the merges follow; bytes as `<0x0A>`
@@ -11,35 +12,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
+from control_plane.gateway.gguf_splits import Split, find_split
 from control_plane.gateway.vocabulary import EndTokens, byte_alphabet
 from phasewise.core.errors import ModelLoadError
-
-_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
-
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_SPLITS: dict[str, str | None] = {
-    "default": None,
-    "gpt-2": None,
-    # llama.cpp and the model's own tokenizer.json cut digits off first. transformers does not for a GGUF file, and it
-    # is the reference here; the ids differ where two or more spaces stand before a digit, and for signs such as ½.
-    "smollm": None,
-    "llama3": _LLAMA3_SPLIT,
-    "llama-v3": _LLAMA3_SPLIT,
-    "llama-bpe": _LLAMA3_SPLIT,
-    "qwen2": _QWEN2_SPLIT,
-    "deepseek-r1-qwen": _QWEN2_SPLIT,
-}
-"""`tokenizer.ggml.pre` → the expression that splits text; None is GPT-2's, which ByteLevel has built in."""
+from phasewise.core.gguf_metadata import CONTROL, END_TEXTS, USER_DEFINED
 
 
 def build_gguf_tokenizer(metadata: dict[str, Any], where: str) -> tuple[Tokenizer, EndTokens]:
@@ -56,9 +35,12 @@ def build_gguf_tokenizer(metadata: dict[str, Any], where: str) -> tuple[Tokenize
         )
     try:
         if kind == "gpt2":
-            tokenizer, vocabulary = _byte_level(metadata, tokens, where)
+            split = find_split(metadata.get("tokenizer.ggml.pre"), where)
+            tokenizer, vocabulary = _byte_level(metadata, tokens, split, where)
+            adds_bos = split.adds_bos
         elif kind == "llama":
             tokenizer, vocabulary = _sentencepiece(metadata, tokens, where)
+            adds_bos = True
         else:
             raise ModelLoadError(
                 f"{where}: tokenizer.ggml.model {kind!r} is not supported; supported are 'gpt2' and 'llama'"
@@ -66,7 +48,7 @@ def build_gguf_tokenizer(metadata: dict[str, Any], where: str) -> tuple[Tokenize
         _add_marked_tokens(tokenizer, metadata, tokens, vocabulary)
     except UnicodeEncodeError:
         raise ModelLoadError(f"{where}: tokenizer.ggml.tokens holds a token that is not UTF-8; damaged file") from None
-    return tokenizer, _end_tokens(metadata, add_bos_by_default=kind == "llama")
+    return tokenizer, _end_tokens(metadata, add_bos_by_default=adds_bos)
 
 
 def gguf_special_tokens(metadata: dict[str, Any]) -> dict[str, str]:
@@ -77,13 +59,9 @@ def gguf_special_tokens(metadata: dict[str, Any]) -> dict[str, str]:
     return {name: tokens[i] for name, i in ids.items() if isinstance(i, int) and 0 <= i < len(tokens)}
 
 
-def _byte_level(metadata: dict[str, Any], tokens: list[str], where: str) -> tuple[Tokenizer, dict[str, int]]:
-    pre = metadata.get("tokenizer.ggml.pre", "default")
-    if pre not in _SPLITS:
-        raise ModelLoadError(
-            f"{where}: tokenizer.ggml.pre {pre!r} is not supported; supported are {', '.join(_SPLITS)}; the model's "
-            "Hugging Face directory works as well"
-        )
+def _byte_level(
+    metadata: dict[str, Any], tokens: list[str], split: Split, where: str
+) -> tuple[Tokenizer, dict[str, int]]:
     merges = metadata.get("tokenizer.ggml.merges")
     if not isinstance(merges, list):
         raise ModelLoadError(f"{where} lacks tokenizer.ggml.merges; convert it again")
@@ -94,18 +72,9 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str], where: str) -> tupl
         token if alphabet.issuperset(token) else "".join(spelling[byte] for byte in token.encode("utf-8")): index
         for index, token in enumerate(tokens)
     }
-    tokenizer = Tokenizer(_bpe(vocabulary, _pairs(merges, where), where, fuse_unk=False))
-    split = _SPLITS[pre]
-    tokenizer.pre_tokenizer = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False)
-        if split is None
-        else pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(split), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-    )
+    options = {"fuse_unk": False, "ignore_merges": split.whole_words}
+    tokenizer = Tokenizer(_bpe(vocabulary, _pairs(merges, where), where, **options))
+    tokenizer.pre_tokenizer = split.pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, vocabulary
 
@@ -152,6 +121,12 @@ def _pairs(merges: list[str], where: str) -> list[tuple[str, str]]:
 
 
 def _bpe(vocabulary: dict[str, int], merges: list[tuple[str, str]], where: str, **options: bool) -> BPE:
+    for left, right in merges:  # the library panics at some of these
+        if left + right not in vocabulary:
+            raise ModelLoadError(
+                f"{where}: tokens and merges do not fit together ({left!r} and {right!r} make no token); convert it "
+                "again"
+            )
     try:
         return BPE(vocab=vocabulary, merges=merges, **options)
     except UnicodeEncodeError:
@@ -166,14 +141,15 @@ def _add_marked_tokens(
 ) -> None:
     """Control tokens become special, user-defined ones plain added tokens: both are matched whole in a text.
 
-    A marked token that was spelled anew is left out: adding it would give it a second id.
+    Tokens that end a turn are control tokens, whatever some files say. A marked token that was spelled anew is left
+    out: adding it would give it a second id.
     """
     types = metadata.get("tokenizer.ggml.token_type") or []
     marked = [(token, kind) for token, kind in zip(tokens, types, strict=False) if token in vocabulary]
-    control = [AddedToken(token, normalized=False, special=True) for token, kind in marked if kind == _CONTROL]
-    defined = [AddedToken(token, normalized=False, special=False) for token, kind in marked if kind == _USER_DEFINED]
-    tokenizer.add_special_tokens(control)
-    tokenizer.add_tokens(defined)
+    control = [token for token, kind in marked if kind == CONTROL or (kind == USER_DEFINED and token in END_TEXTS)]
+    defined = [token for token, kind in marked if kind == USER_DEFINED and token not in END_TEXTS]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in defined])
 
 
 def _end_tokens(metadata: dict[str, Any], *, add_bos_by_default: bool) -> EndTokens:

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from control_plane.gateway.model_defaults import with_defaults
 from control_plane.gateway.service import GenerateInput, ModelCard, SamplingInput
 from control_plane.gateway.text import TextTokenizer
 from phasewise.core.errors import InvalidRequest, ModelNotFound
@@ -94,7 +95,7 @@ class RequestPreparer:
         _check_range("timeout_s", timeout_s, 0.0, self._limits.max_timeout_s, above_low=True)
         check_stop(given.sampling.stop)
         _check_lengths(given)
-        partial = self._sampling(given.sampling)
+        partial = self._sampling(with_defaults(given.sampling, self._card.sampling))
         prompt = self._prompt(given)
         sampling = self._with_max_tokens(partial, given, len(prompt))
         request = Request(request_id, prompt, sampling, cache_salt=given.cache_salt)
@@ -154,7 +155,8 @@ class RequestPreparer:
         room = self._card.context_length - num_prompt_tokens
         wanted = given.sampling.max_tokens
         if wanted is None:
-            default = self._limits.default_max_tokens if given.messages is not None else COMPLETION_MAX_TOKENS
+            of_chat = self._limits.default_max_tokens or self._card.sampling.max_tokens
+            default = of_chat if given.messages is not None else COMPLETION_MAX_TOKENS
             max_tokens = room if default is None else min(default, room)
         else:
             max_tokens = wanted

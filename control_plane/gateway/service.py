@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from phasewise.core.messages import TimelineEvent
 from phasewise.core.placement import Placement
 from phasewise.core.request import FinishReason
+from phasewise.core.sampling_defaults import NO_SAMPLING_DEFAULTS, SamplingDefaults
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ class GenerationStream(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """What a client may know of the model."""
+    """What a client may know of the model. `sampling`: what requests that give no value have."""
 
     name: str
     context_length: int
@@ -143,6 +144,7 @@ class ModelCard:
     created_unix_s: int
     eos_token_ids: tuple[int, ...]
     has_chat_template: bool
+    sampling: SamplingDefaults = NO_SAMPLING_DEFAULTS
 
 
 class InferenceService(Protocol):

@@ -18,7 +18,8 @@ from control_plane.gateway.vocabulary import (
 )
 from phasewise.core.errors import ModelLoadError
 from phasewise.core.gguf_file import GGUFFile
-from phasewise.core.model_source import ModelSource, read_json
+from phasewise.core.hf_config import optional_json, read_json
+from phasewise.core.model_source import ModelSource
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -74,16 +75,12 @@ def _read_directory(directory: Path) -> TextFiles:
     except Exception as error:  # the library raises the bare class
         reason = " ".join(str(error).split())
         raise ModelLoadError(f"cannot read {file}: {reason}; save it again with save_pretrained") from None
-    config = _optional_json(directory / "tokenizer_config.json")
-    special_tokens = _special_tokens(config, _optional_json(directory / "special_tokens_map.json"))
+    config = optional_json(directory / "tokenizer_config.json")
+    special_tokens = _special_tokens(config, optional_json(directory / "special_tokens_map.json"))
     _add_missing_tokens(tokenizer, config, special_tokens)
     # As in transformers, `add_bos_token` in tokenizer_config.json counts for nothing beside a tokenizer.json.
     vocabulary = TokenizersVocabulary(tokenizer, ends=None, where=str(file))
     return TextFiles(vocabulary, _directory_template(directory, config), special_tokens)
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
 
 
 def _token_text(entry: object) -> str | None:

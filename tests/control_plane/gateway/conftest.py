@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
+from tokenizers import pre_tokenizers
 
 from control_plane.gateway.detokenizer import SampleText, token_info
 from control_plane.gateway.preparation import PreparedRequest, RequestLimits, RequestPreparer
@@ -43,12 +44,20 @@ def smollm2_tokenizer(smollm2: ModelSource) -> TextTokenizer:
 
 @pytest.fixture(scope="session")
 def smollm2_oracle(smollm2: ModelSource) -> Any:
-    """transformers' tokenizer for the same file. Its own warnings are not our matter."""
+    """transformers' tokenizer for the same file, with the split of the model's own tokenizer.json.
+
+    Its loader of GGUF files leaves `tokenizer.ggml.pre` aside and splits as GPT-2. The model was trained with digits
+    split off one by one, so its own file is the oracle here. transformers' warnings are not our matter.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(str(smollm2.path.parent), gguf_file=smollm2.path.name)
+        oracle = AutoTokenizer.from_pretrained(str(smollm2.path.parent), gguf_file=smollm2.path.name)
+    oracle.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    return oracle
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from control_plane.gateway.preparation import RequestLimits, RequestPreparer
 from control_plane.gateway.service import GenerateInput, ModelCard, SamplingInput
 from control_plane.gateway.text import TextTokenizer
 from phasewise.core.errors import InvalidRequest, ModelNotFound
+from phasewise.core.sampling_defaults import SamplingDefaults
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_defaults_of_a_completion(preparer: RequestPreparer) -> None:
         1.0,
         0,
     )
-    assert sampling.stop_token_ids == (2,)
+    assert sampling.stop_token_ids == (2, 0)
     assert prepared.timeout_s == 600.0 and prepared.continues_text
     assert len(prepared.request.request_id) == 32
     assert preparer.prepare(given()).request.sampling.seed != sampling.seed
@@ -53,6 +54,24 @@ def test_defaults_of_a_chat(preparer: RequestPreparer, smollm2_tokenizer: TextTo
     limited = RequestPreparer(smollm2_tokenizer, card, RequestLimits(default_max_tokens=5, default_timeout_s=9.0))
     assert limited.prepare(chat).request.sampling.max_tokens == 5
     assert limited.prepare(chat).timeout_s == 9.0
+
+
+def test_defaults_of_the_model(smollm2_tokenizer: TextTokenizer, card: ModelCard) -> None:
+    own = SamplingDefaults(temperature=0.6, top_p=0.9, top_k=20, min_p=0.05, repetition_penalty=1.1, max_tokens=7)
+    preparer = RequestPreparer(smollm2_tokenizer, replace(card, sampling=own), RequestLimits(default_max_tokens=None))
+    sampling = preparer.prepare(given()).request.sampling
+    values = (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p, sampling.repetition_penalty)
+    assert values == (0.6, 0.9, 20, 0.05, 1.1)
+    assert sampling.max_tokens == 16, "of a completion that names none"
+    asked = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    sampling = preparer.prepare(given(**asked)).request.sampling
+    assert {name: getattr(sampling, name) for name in asked} == asked, "what is given wins, also where it is 0"
+    chat = GenerateInput(messages=({"role": "user", "content": "Hi"},))
+    assert preparer.prepare(chat).request.sampling.max_tokens == 7
+    longer = replace(chat, sampling=SamplingInput(max_tokens=9))
+    assert preparer.prepare(longer).request.sampling.max_tokens == 9, "a default and no limit"
+    preparer = RequestPreparer(smollm2_tokenizer, replace(card, sampling=own), RequestLimits(default_max_tokens=3))
+    assert preparer.prepare(chat).request.sampling.max_tokens == 3, "the operator's word goes before the model's"
 
 
 def test_everything_given_is_kept(preparer: RequestPreparer) -> None:

@@ -71,7 +71,7 @@ def test_smollm2_every_token_has_the_bytes_that_transformers_prints(
         backend.decode([i], skip_special_tokens=False) for i in ids
     ]
     assert smollm2_tokenizer.special_ids == frozenset(range(17))
-    assert smollm2_tokenizer.eos_token_ids == (2,)
+    assert smollm2_tokenizer.eos_token_ids == (2, 0), "the one that the file names, and <|endoftext|>"
 
 
 def test_smollm2_ids_agree_on_every_basic_character(smollm2_tokenizer: TextTokenizer, smollm2_oracle: Any) -> None:
@@ -177,7 +177,7 @@ def test_byte_level_gguf_is_its_source_and_transformers(
         assert ours.encode(text) == oracle(text)["input_ids"], text
         assert ours.encode(text) == ([0] if add_bos else []) + ids
         assert ours.decode(ids) == source_tokenizer.decode(ids), text
-    assert ours.eos_token_ids == (1,)
+    assert ours.eos_token_ids == (1, 2), "</s>, which the file names, and <|endoftext|>"
     assert ours.special_ids == frozenset({0, 1, 2})
 
 
@@ -236,19 +236,21 @@ def test_sentencepiece_gguf_is_transformers_and_sentencepiece(
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "expected"),
-    [("tokenizer.ggml.pre", "superbpe", "superbpe"), ("tokenizer.ggml.model", "bert", "bert")],
+    ("kind", "words"),
+    [
+        ("bert", "'bert' is not supported; supported are"),
+        ("gpt2", r"fit together \('a' and 'b' make no token\)"),
+    ],
 )
-def test_unsupported_gguf_tokenizers_are_named(key: str, value: str, expected: str, tmp_path: Path) -> None:
+def test_unsupported_and_damaged_gguf_tokenizers_are_named(kind: str, words: str, tmp_path: Path) -> None:
     def fill(writer: gguf.GGUFWriter) -> None:
-        entries = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "default", key: value}
-        for name, text in entries.items():
-            writer.add_string(name, text)
+        writer.add_tokenizer_model(kind)
+        writer.add_tokenizer_pre("gpt-2")
         writer.add_token_list(["a", "b"])
         writer.add_token_merges(["a b"])
 
     source = write_gguf(tmp_path / "model.gguf", 2, fill)
-    with pytest.raises(ModelLoadError, match=f"{expected}.*supported"):
+    with pytest.raises(ModelLoadError, match=words):
         load_tokenizer(source)
 
 
