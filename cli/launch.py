@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from cli.private_ray import private_ray_environment
 from control_plane.gateway.service import ModelCard
 from engine.gguf_config import read_gguf_config
 from engine.model_config import read_model_config
@@ -135,9 +136,7 @@ class Launcher:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
         if self._config.ray.address == "local":
-            # Ray's own ports listen on every interface: without this anybody in the network could run code here.
-            os.environ["RAY_AUTH_MODE"] = "token"
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+            os.environ.update(private_ray_environment(self._config.ray, secrets.token_hex(32)))
         import ray
 
         options: dict[str, Any] = {
