@@ -55,7 +55,10 @@ class ControlPlaneActor:
         self._health = config.health
         self._transfer = config.transfer
         self._scheduler = ClusterScheduler(
-            MonotonicClock(), max_waiting=config.scheduler.max_waiting, overdue_s=config.health.overdue_s
+            MonotonicClock(),
+            max_waiting=config.scheduler.max_waiting,
+            overdue_s=config.health.overdue_s,
+            heartbeat_s=config.health.heartbeat_s,
         )
         self._workers = WorkerMailboxes()
         self._link_asker = RemoteLinkAsker(self._workers)
@@ -169,7 +172,10 @@ class ControlPlaneActor:
         while not self._is_stopping:
             await asyncio.sleep(self._health.heartbeat_s)
             for worker_id in self._scheduler.tick():
-                self._tell_lost(worker_id, f"silent for {self._health.overdue_s} s")
+                self._tell_lost(worker_id, f"silent for {self._health.overdue_s:g} s")
+            if self._scheduler.listened.is_behind_pause:
+                missed_s = self._scheduler.listened.missed_s
+                logger.warning("the control plane did not run for %.1f s; no worker's silence counts for it", missed_s)
 
     def _on_worker_lost(self, worker_id: WorkerId, reason: str) -> None:
         if not self._is_stopping and self._scheduler.worker_lost(worker_id):

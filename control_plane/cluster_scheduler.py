@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from control_plane.health import ListenedTime
 from control_plane.policies.placement import Arrival, Candidate, choose_pair
 from control_plane.worker_registry import Member, WorkerRegistry
 from phasewise.core.clock import Clock
@@ -68,11 +69,13 @@ class _Work:
 class ClusterScheduler:
     """Membership, the ledger of open requests, and placement.
 
-    `max_waiting` bounds the prompts that are placed on a prefill-capable worker and have no first token yet.
+    `max_waiting` bounds the prompts that are placed on a prefill-capable worker and have no first token yet. A worker
+    that is silent for `overdue_s` of listened time (health.py) is lost.
     """
 
-    def __init__(self, clock: Clock, *, max_waiting: int, overdue_s: float) -> None:
-        self.registry = WorkerRegistry(clock, overdue_s)
+    def __init__(self, clock: Clock, *, max_waiting: int, overdue_s: float, heartbeat_s: float) -> None:
+        self.listened = ListenedTime(clock, heartbeat_s)
+        self.registry = WorkerRegistry(self.listened, overdue_s)
         self._max_waiting = max_waiting
         self._entries: dict[str, _Entry] = {}
         self._work: dict[WorkerId, _Work] = {}
@@ -102,7 +105,10 @@ class ClusterScheduler:
         return self.registry.mark_lost(worker_id)
 
     def tick(self) -> list[WorkerId]:
-        """Marks overdue workers lost and returns them."""
+        """Marks overdue workers lost and returns them. To be called every `heartbeat_s`."""
+        self.listened.tick()
+        if self.listened.is_behind_pause:
+            return []  # reports may wait to be read
         return [worker_id for worker_id in self.registry.overdue() if self.worker_lost(worker_id)]
 
     # ---- requests

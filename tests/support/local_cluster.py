@@ -53,7 +53,9 @@ class LocalCluster:
         self._loop = asyncio.get_running_loop()
         self._clock = MonotonicClock()
         self._news = asyncio.Event()  # something was reported or finished
-        self.scheduler = ClusterScheduler(self._clock, max_waiting=config.scheduler.max_waiting, overdue_s=1e9)
+        self.scheduler = ClusterScheduler(
+            self._clock, max_waiting=config.scheduler.max_waiting, overdue_s=1e9, heartbeat_s=1.0
+        )
         self.workers: dict[WorkerId, Worker] = {}
         self.engines: dict[WorkerId, LoadedEngine] = {}
         self.direct: dict[WorkerId, DirectLinks] = {}
