@@ -6,6 +6,7 @@ This is the only file of the package that knows Ray.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 from collections.abc import Collection, Coroutine, Mapping, Sequence
@@ -26,6 +27,7 @@ from control_plane.gateway.service import ModelCard
 from control_plane.gateway.text import TextTokenizer, load_tokenizer
 from control_plane.link_survey import LinkSurvey, look, measure
 from control_plane.metrics import GatewayMetrics
+from control_plane.serving_pools import ServingPools
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.config import ServingConfig, split_address
 from phasewise.core.errors import ConfigError, DeadlineExceeded, Overloaded, ServingError, Unavailable
@@ -77,6 +79,9 @@ class ControlPlaneActor:
 
     async def join_gateway(self, gateway_id: str, handle: ActorHandle) -> None:
         self._gateways[gateway_id] = handle
+        for member in self._scheduler.registry.members():
+            if not member.is_ready:
+                handle.worker_lost.remote(member.info.worker_id)
         self._watch(self._watch_gateway(gateway_id, handle))
 
     async def start_health_checks(self) -> None:
@@ -327,6 +332,8 @@ class GatewayActor:
         self._http: uvicorn.Server | None = None
         self._grpc: grpc.aio.Server | None = None
         self._http_task: asyncio.Task[None] | None = None
+        self._control_plane_watch: asyncio.Task[None] | None = None
+        self._lost: list[WorkerId] = []
         self._closed = asyncio.Event()
 
     async def bind(self) -> str | ServingError:
@@ -381,10 +388,14 @@ class GatewayActor:
             self._workers,
             GatewayMetrics(card.name),
             MonotonicClock(),
+            pools=ServingPools({info.worker_id: info.role for info in infos}),
             max_open_requests=config.max_open_requests,
             addresses=addresses,
         )
         self._loop = loop
+        for worker_id in self._lost:  # while the cluster started
+            await self.worker_lost(worker_id)
+        self._control_plane_watch = asyncio.create_task(self._watch_control_plane(control_plane, loop))
         max_bytes = config.max_body_mib * 2**20
         try:
             self._grpc, port = await start_grpc_server(loop, config.grpc, max_message_bytes=max_bytes)
@@ -413,7 +424,9 @@ class GatewayActor:
             self._loop.deliver(output)
 
     async def worker_lost(self, worker_id: WorkerId) -> None:
-        if self._loop is not None:
+        if self._loop is None:
+            self._lost.append(worker_id)
+        else:
             self._loop.worker_lost(worker_id)  # its aborts still go out: a silent worker may live
         self._workers.forget(worker_id)
 
@@ -435,6 +448,12 @@ class GatewayActor:
 
     async def wait_closed(self) -> None:
         await self._closed.wait()
+
+    async def _watch_control_plane(self, control_plane: ActorHandle, loop: RequestLoop) -> None:
+        """Open as long as the control plane lives: its death is an answer to this call."""
+        with contextlib.suppress(RayError):
+            await control_plane.wait_closed.remote()
+        loop.control_plane_lost()
 
 
 def bind_http(address: str) -> socket.socket:

@@ -56,7 +56,9 @@ def build_app(service: InferenceService, *, max_body_bytes: int, clock: Clock | 
         Route("/v1/models/{model:path}", api.answering(api.model), methods=["GET"]),
         Route("/tokenize", api.answering(api.tokenize), methods=["POST"]),
         Route("/detokenize", api.answering(api.detokenize), methods=["POST"]),
-        Route("/health", api.answering(api.health), methods=["GET"]),
+        Route("/health", api.answering(api.ready), methods=["GET", "HEAD"]),
+        Route("/health/ready", api.answering(api.ready), methods=["GET", "HEAD"]),
+        Route("/health/live", api.answering(api.live), methods=["GET", "HEAD"]),
         Route("/status", api.answering(api.status), methods=["GET"]),
         Route("/links", api.answering(api.links), methods=["GET"]),
         Route("/links/probe", api.answering(api.probe_links), methods=["POST"]),
@@ -167,9 +169,12 @@ class _Api:
         body = await self._read(call, DetokenizeBody)
         return call.json({"prompt": self._service.detokenize(tuple(body.tokens), body.model)})
 
-    async def health(self, call: _Call) -> Response:
-        if not self._service.is_ready:
-            raise Unavailable("the server is starting or draining; try again soon", retry_after_s=1.0)
+    async def ready(self, call: _Call) -> Response:
+        if reason := self._service.unready_reason:
+            raise Unavailable(reason, retry_after_s=1.0)
+        return call.json({"status": "ok"})
+
+    async def live(self, call: _Call) -> Response:
         return call.json({"status": "ok"})
 
     async def status(self, call: _Call) -> Response:

@@ -31,6 +31,7 @@ from control_plane.gateway.service import GenerateInput, ModelCard
 from control_plane.gateway.text import TextTokenizer
 from control_plane.link_survey import check_probes
 from control_plane.metrics import GatewayMetrics
+from control_plane.serving_pools import ServingPools
 from phasewise.core.clock import Clock
 from phasewise.core.errors import (
     ERROR_BY_CODE,
@@ -82,6 +83,7 @@ class RequestLoop:
         metrics: GatewayMetrics,
         clock: Clock,
         *,
+        pools: ServingPools,
         max_open_requests: int,
         addresses: Mapping[str, str],
     ) -> None:
@@ -93,6 +95,7 @@ class RequestLoop:
         self._workers = workers
         self._metrics = metrics
         self._clock = clock
+        self._pools = pools
         self._max_open_requests = max_open_requests
         self._addresses = addresses
         self._started_s = clock.now_s()
@@ -110,7 +113,13 @@ class RequestLoop:
 
     @property
     def is_ready(self) -> bool:
-        return self._is_admitting
+        return not self.unready_reason
+
+    @property
+    def unready_reason(self) -> str:
+        if reason := self._pools.why_unservable:
+            return reason
+        return "" if self._is_admitting else "the server is not taking requests: it is starting or shutting down"
 
     async def generate(self, request: GenerateInput) -> OpenStream:
         """Accepts a request and starts it. An error that is raised was counted, and nothing is left of the request."""
@@ -146,7 +155,7 @@ class RequestLoop:
         return self._tokenizer.decode(token_ids)
 
     async def status(self) -> dict[str, Any]:
-        state = "ready" if self._is_admitting else "draining"
+        state = "ready" if self.is_ready else "unavailable" if self._is_admitting else "draining"
         workers = await self._placer.snapshot()
         return {
             "cluster": {
@@ -210,16 +219,21 @@ class RequestLoop:
     def worker_lost(self, worker_id: WorkerId) -> None:
         """Moves what the worker still held elsewhere."""
         self._lost_workers.add(worker_id)
+        self._pools.worker_lost(worker_id)
         for stream in list(self._open.values()):
             record = stream.record
             for attempt in [a for a in record.attempts.values() if record.needs(a, worker_id)]:
                 self._recover(stream, attempt, _worker_lost(worker_id))
 
+    def control_plane_lost(self) -> None:
+        """Nothing can be placed from now on; what workers have goes on."""
+        self._pools.control_plane_lost()
+
     # ---- inside: start
 
     def _check_admission(self) -> None:
-        if not self._is_admitting:
-            raise Unavailable("the server is not taking requests: it is starting or shutting down", retry_after_s=2.0)
+        if reason := self.unready_reason:
+            raise Unavailable(reason, retry_after_s=2.0)
         if len(self._open) >= self._max_open_requests:
             raise Overloaded(f"{self._max_open_requests} requests are open already", retry_after_s=1.0)
 

@@ -15,6 +15,7 @@ from control_plane.gateway.service import GenerateInput, ModelCard, SamplingInpu
 from control_plane.gateway.text import TextTokenizer
 from control_plane.gateway.vocabulary import IdVocabulary
 from control_plane.metrics import GatewayMetrics
+from control_plane.serving_pools import ServingPools
 from phasewise.core.lifecycle import Stage
 from phasewise.core.messages import PeerLost, PrefillTask, WorkerInfo, WorkerLoad, WorkerOutput
 from phasewise.core.placement import Placement, WorkerId
@@ -49,6 +50,7 @@ class GatewayBox(WorkerBox):
             self,
             self.metrics,
             self.clock,
+            pools=ServingPools({worker.info.worker_id: worker.info.role for worker in self.workers.values()}),
             max_open_requests=100,
             addresses={},
         )

@@ -25,6 +25,7 @@ from control_plane.gateway.service import ModelCard
 from control_plane.gateway.text import TextTokenizer, load_tokenizer
 from control_plane.link_survey import LinkSurvey, look, measure
 from control_plane.metrics import GatewayMetrics
+from control_plane.serving_pools import ServingPools
 from kv_transfer.direct_link import DirectLinks
 from kv_transfer.link import Landing, Link
 from kv_transfer.loopback_link import LoopbackLink
@@ -99,6 +100,7 @@ class LocalCluster:
             self,
             self.metrics,
             self._clock,
+            pools=ServingPools({worker_id: worker.info.role for worker_id, worker in self.workers.items()}),
             max_open_requests=config.gateway.max_open_requests,
             addresses={},
         )
