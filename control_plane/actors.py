@@ -24,6 +24,7 @@ from control_plane.gateway.openai_server import build_app
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
 from control_plane.gateway.request_loop import RequestLoop
 from control_plane.gateway.service import ModelCard
+from control_plane.gateway.summed_log import SummedLog
 from control_plane.gateway.text import TextTokenizer, load_tokenizer
 from control_plane.link_survey import LinkSurvey, look, measure
 from control_plane.metrics import GatewayMetrics
@@ -67,6 +68,8 @@ class ControlPlaneActor:
         self._is_probing = False
         self._gateways: dict[str, ActorHandle] = {}
         self._watches: set[asyncio.Task[None]] = set()
+        self._last_loss = ""
+        self._has_changed = asyncio.Event()  # a worker was lost, or all stop
         self._is_stopping = False
         self._closed = asyncio.Event()
 
@@ -143,10 +146,20 @@ class ControlPlaneActor:
     async def stop(self) -> None:
         """From now on workers that end are not lost but stopped."""
         self._is_stopping = True
+        self._has_changed.set()
         self._closed.set()
 
     async def wait_closed(self) -> None:
         await self._closed.wait()
+
+    async def wait_unservable(self) -> str:
+        """Returns when no request can be served any more, with the reason; "" when the cluster was stopped."""
+        while not self._is_stopping:
+            if reason := self._scheduler.why_unservable():
+                return f"{reason}: {self._last_loss}, and lost workers do not come back"
+            self._has_changed.clear()
+            await self._has_changed.wait()
+        return ""
 
     # ---- inside
 
@@ -192,6 +205,8 @@ class ControlPlaneActor:
         Its process may be there still, hanging or without its loop: it ends, so that it holds neither device nor links.
         """
         logger.error("worker was lost: %s", reason, extra={"worker_id": worker_id})
+        self._last_loss = f"{worker_id} was lost ({reason})"
+        self._has_changed.set()
         handle = self._workers.get(worker_id)
         self._workers.forget(worker_id)
         if handle is not None:
@@ -334,6 +349,7 @@ class GatewayActor:
         self._http_task: asyncio.Task[None] | None = None
         self._control_plane_watch: asyncio.Task[None] | None = None
         self._lost: list[WorkerId] = []
+        self._lines = SummedLog(MonotonicClock())
         self._closed = asyncio.Event()
 
     async def bind(self) -> str | ServingError:
@@ -403,7 +419,7 @@ class GatewayActor:
             return error
         host, _ = split_address(config.grpc, field="gateway.grpc")
         addresses["grpc"] = f"{host}:{port}"
-        app = build_app(loop, max_body_bytes=max_bytes)
+        app = build_app(loop, max_body_bytes=max_bytes, lines=self._lines)
         self._http = uvicorn.Server(
             uvicorn.Config(
                 app,
@@ -442,6 +458,7 @@ class GatewayActor:
         if self._http is not None and self._http_task is not None:
             self._http.should_exit = True
             await self._http_task
+        self._lines.flush()
         if self._socket is not None:
             self._socket.close()
         self._closed.set()

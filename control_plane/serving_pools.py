@@ -14,7 +14,7 @@ _POOLS = (WorkerRole.PREFILL, WorkerRole.DECODE, WorkerRole.MIXED)
 
 
 def why_unservable(pools: Collection[WorkerRole], ready: Collection[WorkerRole]) -> str:
-    """Why no request can be placed on `ready` workers; "" when one can. Of the cluster's `pools` names the empty ones."""
+    """Why no request can be placed on `ready` workers; "" when one can. Names those of `pools` that are empty."""
     if WorkerRole.MIXED in ready or (WorkerRole.PREFILL in ready and WorkerRole.DECODE in ready):
         return ""
     empty = [role.value for role in _POOLS if role in pools and role not in ready]

@@ -37,6 +37,7 @@ from control_plane.gateway.openai_generation import Answer, ClientLeft, open_ans
 from control_plane.gateway.openai_responses import ChatForm, ChunkWriter, CompletionForm, Envelope, dumps
 from control_plane.gateway.openai_schema import ChatBody, CompletionBody, DetokenizeBody, ProbeLinksBody, TokenizeBody
 from control_plane.gateway.service import GenerateInput, InferenceService, ModelCard
+from control_plane.gateway.summed_log import SummedLog
 from phasewise.core.clock import Clock, MonotonicClock
 from phasewise.core.errors import InternalError, InvalidRequest, ModelNotFound, ServingError, Unavailable
 
@@ -46,9 +47,15 @@ _REQUEST_ID_HEADER = "x-request-id"
 _Schema = TypeVar("_Schema", bound=BaseModel)
 
 
-def build_app(service: InferenceService, *, max_body_bytes: int, clock: Clock | None = None) -> Starlette:
-    """The ASGI application over `service`. Bodies longer than `max_body_bytes` are refused with 413."""
-    api = _Api(service, max_body_bytes, clock or MonotonicClock())
+def build_app(
+    service: InferenceService, *, max_body_bytes: int, clock: Clock | None = None, lines: SummedLog | None = None
+) -> Starlette:
+    """The ASGI application over `service`. Bodies longer than `max_body_bytes` are refused with 413.
+
+    What it says of single requests goes to `lines`, which the caller flushes at the end.
+    """
+    clock = clock or MonotonicClock()
+    api = _Api(service, max_body_bytes, clock, lines or SummedLog(clock))
     routes = [
         Route("/v1/chat/completions", api.answering(api.chat), methods=["POST"]),
         Route("/v1/completions", api.answering(api.completions), methods=["POST"]),
@@ -109,10 +116,11 @@ class _Call:
 class _Api:
     """The endpoints."""
 
-    def __init__(self, service: InferenceService, max_body_bytes: int, clock: Clock) -> None:
+    def __init__(self, service: InferenceService, max_body_bytes: int, clock: Clock, lines: SummedLog) -> None:
         self._service = service
         self._max_body_bytes = max_body_bytes
         self._clock = clock
+        self._lines = lines
 
     def answering(self, endpoint: Callable[[_Call], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         """`endpoint`, with every error turned into an answer."""
@@ -124,13 +132,16 @@ class _Api:
             except ServingError as error:
                 return call.error(error)
             except (ClientLeft, ClientDisconnect):
-                logger.info("client left", extra={"request_id": call.request_id})
+                self._client_left(call)
                 return Response(status_code=499)
             except Exception:
                 logger.exception("request failed", extra={"request_id": call.request_id})
                 return call.error(_internal(call))
 
         return answer
+
+    def _client_left(self, call: _Call) -> None:
+        self._lines.log(logger, logging.INFO, "client left", "client left", call.request_id)
 
     async def chat(self, call: _Call) -> Response:
         body = await self._read(call, ChatBody)
@@ -208,7 +219,7 @@ class _Api:
         try:
             if body.stream:
                 writer = ChunkWriter(envelope, form, body.wants_usage, with_token_ids)
-                return await _stream(call, answer, writer, body.wants_usage)
+                return await _stream(call, answer, writer, body.wants_usage, lambda: self._client_left(call))
             whole = answer.whole(envelope, with_timeline=call.wants_timeline, with_token_ids=with_token_ids)
             content = await until_disconnect(receive, whole)
             return Response(content, headers=call.headers, media_type="application/json")
@@ -245,22 +256,27 @@ class _Api:
 
 
 class EventStream(Response):
-    """Sends events as they come, and calls `close` at the end, or as soon as the client leaves."""
+    """Sends events as they come, and calls `close` at the end, or as soon as the client leaves; `on_left` tells."""
 
     def __init__(
-        self, events: AsyncIterator[bytes], close: Callable[[], Awaitable[None]], headers: dict[str, str]
+        self,
+        events: AsyncIterator[bytes],
+        close: Callable[[], Awaitable[None]],
+        on_left: Callable[[], None],
+        headers: dict[str, str],
     ) -> None:
         super().__init__(headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self.headers["content-type"] = "text/event-stream; charset=utf-8"
         self._events = events
         self._close = close
+        self._on_left = on_left
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await until_disconnect(receive, self._send_all(send))
         except ClientLeft:
-            logger.info("client left", extra={"request_id": self.headers[_REQUEST_ID_HEADER]})
+            self._on_left()
         finally:
             await self._close()
 
@@ -271,7 +287,9 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _stream(call: _Call, answer: Answer, writer: ChunkWriter, with_usage: bool) -> Response:
+async def _stream(
+    call: _Call, answer: Answer, writer: ChunkWriter, with_usage: bool, on_left: Callable[[], None]
+) -> Response:
     """Waits for the first event, so that what fails before it gets its HTTP status."""
     events = answer.events(writer, with_usage=with_usage, with_timeline=call.wants_timeline)
     first = await until_disconnect(call.request.receive, anext(events))
@@ -280,7 +298,7 @@ async def _stream(call: _Call, answer: Answer, writer: ChunkWriter, with_usage: 
         await events.aclose()
         await answer.aclose()
 
-    return EventStream(_with_error_event(call, first, events), close, call.headers)
+    return EventStream(_with_error_event(call, first, events), close, on_left, call.headers)
 
 
 async def _with_error_event(call: _Call, first: bytes, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -289,8 +307,7 @@ async def _with_error_event(call: _Call, first: bytes, events: AsyncIterator[byt
         yield first
         async for event in events:
             yield event
-    except ServingError as error:
-        logger.info("stream failed: %s", error.message, extra={"request_id": call.request_id})
+    except ServingError as error:  # logged where it arose
         yield error_event(error, call.names)
     except Exception:
         logger.exception("stream failed", extra={"request_id": call.request_id})

@@ -28,6 +28,7 @@ from control_plane.gateway.open_stream import OpenStream
 from control_plane.gateway.placer import Placer
 from control_plane.gateway.preparation import PreparedRequest, RequestPreparer
 from control_plane.gateway.service import GenerateInput, ModelCard
+from control_plane.gateway.summed_log import SummedLog
 from control_plane.gateway.text import TextTokenizer
 from control_plane.link_survey import check_probes
 from control_plane.metrics import GatewayMetrics
@@ -96,6 +97,7 @@ class RequestLoop:
         self._metrics = metrics
         self._clock = clock
         self._pools = pools
+        self._lines = SummedLog(clock)
         self._max_open_requests = max_open_requests
         self._addresses = addresses
         self._started_s = clock.now_s()
@@ -195,6 +197,7 @@ class RequestLoop:
         except TimeoutError:
             for stream in list(self._open.values()):
                 self._fail(stream, Unavailable("the server is shutting down"))
+        self._lines.flush()
 
     # ---- from workers and the control plane
 
@@ -347,9 +350,8 @@ class RequestLoop:
         record = stream.record
         if attempt.number + 1 >= MAX_ATTEMPTS:
             raise error
-        logger.warning(
-            "attempt %d is given up: %s", attempt.number, error.message, extra={"request_id": record.request_id}
-        )
+        message = f"attempt {attempt.number} is given up: {error.message}"
+        self._lines.log(logger, logging.WARNING, f"attempt {error.code}", message, record.request_id)
         self._end_attempt(stream, attempt, num_output_tokens=0)
         if record.status is RequestStatus.PLACED:
             self._move(record, RequestStatus.RECOVERING)
@@ -433,8 +435,11 @@ class RequestLoop:
         record = stream.record
         if record.is_over:
             return
-        level = logging.WARNING if error.code != "internal" else logging.ERROR
-        logger.log(level, "request failed: %s", error.message, extra={"request_id": record.request_id})
+        if error.code == "internal":
+            logger.error("request failed: %s", error.message, extra={"request_id": record.request_id})
+        else:
+            message = f"request failed: {error.message}"
+            self._lines.log(logger, logging.WARNING, error.code, message, record.request_id)
         record.error = error
         self._move(record, RequestStatus.FAILED)
         self._metrics.request_failed(error.code, **self._token_counts(record))
