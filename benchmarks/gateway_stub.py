@@ -24,10 +24,11 @@ from control_plane.gateway.request_loop import RequestLoop
 from control_plane.gateway.service import ModelCard
 from control_plane.gateway.text import load_tokenizer
 from control_plane.metrics import GatewayMetrics
+from control_plane.serving_pools import ServingPools
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.messages import AbortRequest, PrefillTask, TokenChunk, WorkerOutput
 from phasewise.core.model_source import model_facts, resolve_model
-from phasewise.core.placement import Placement
+from phasewise.core.placement import Placement, WorkerRole
 from phasewise.core.request import FinishReason, SampledToken
 
 STEP_S = 0.02
@@ -54,6 +55,7 @@ class StubCluster:
             self,
             GatewayMetrics("m"),
             self.clock,
+            pools=ServingPools({"prefill-0": WorkerRole.PREFILL, "decode-0": WorkerRole.DECODE}),
             max_open_requests=4096,
             addresses={},
         )

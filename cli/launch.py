@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cli.model_check import check_model
+from cli.private_ray import private_ray_environment
 from control_plane.gateway.service import ModelCard
 from phasewise.core.config import PoolConfig, ServingConfig, split_address
 from phasewise.core.errors import ConfigError, ServingError
@@ -42,12 +43,20 @@ Progress = Callable[[str, float], None]
 """Called with (what is being done, share done 0 … 1)."""
 
 
+@dataclass(frozen=True, slots=True)
+class ClusterEnd:
+    """Why a cluster is to end: a fault, or "" when somebody asked for it. `drains`: open requests may finish first."""
+
+    fault: str = ""
+    drains: bool = True
+
+
 @dataclass(slots=True)
 class Cluster:
     """A running cluster. `addresses` has the `http` and `grpc` addresses that are really listened on.
 
-    Whoever wants it to end puts a reason into `ends`; "" is an orderly end. (A SimpleQueue, because a signal handler
-    puts it there: an Event's lock could be held by the very thread that the handler interrupts.)
+    Whoever wants it to end says so in `ends`. (A SimpleQueue, because a signal handler puts it there: an Event's lock
+    could be held by the very thread that the handler interrupts.)
     """
 
     config: ServingConfig
@@ -55,7 +64,7 @@ class Cluster:
     workers: list[WorkerInfo] = field(default_factory=list)
     addresses: dict[str, str] = field(default_factory=dict)
     context_length: int = 0
-    ends: queue.SimpleQueue[str] = field(default_factory=queue.SimpleQueue)
+    ends: queue.SimpleQueue[ClusterEnd] = field(default_factory=queue.SimpleQueue)
 
 
 class Launcher:
@@ -132,9 +141,7 @@ class Launcher:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
         if self._config.ray.address == "local":
-            # Ray's own ports listen on every interface: without this anybody in the network could run code here.
-            os.environ["RAY_AUTH_MODE"] = "token"
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+            os.environ.update(private_ray_environment(self._config.ray, secrets.token_hex(32)))
         import ray
 
         options: dict[str, Any] = {
@@ -254,17 +261,22 @@ class Launcher:
         )
 
     def _watch(self, cluster: Cluster) -> None:
-        """The cluster ends when the gateway or the control plane is gone: without them nothing is served."""
+        """The cluster ends when the gateway, the control plane or a pool is gone: without them nothing is served."""
 
         def on_end(name: str) -> Callable[[Any], None]:
             def end(future: Any) -> None:
                 if self._is_up:
-                    cluster.ends.put(f"the {name} process has ended")
+                    cluster.ends.put(ClusterEnd(f"the {name} process has ended", drains=False))
 
             return end
 
+        def on_unservable(future: Any) -> None:
+            if self._is_up and future.exception() is None:  # else the control plane itself is gone
+                cluster.ends.put(ClusterEnd(future.result()))
+
         self._gateway.wait_closed.remote().future().add_done_callback(on_end("gateway"))
         self._control_plane.wait_closed.remote().future().add_done_callback(on_end("control plane"))
+        self._control_plane.wait_unservable.remote().future().add_done_callback(on_unservable)
 
     # ---- inside: calls
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from cli.errors import CommandError
-from cli.launch import Cluster, Launcher
+from cli.launch import Cluster, ClusterEnd, Launcher
 from phasewise.core.config import ServingConfig, load_config
 from phasewise.core.logs import setup_logging
 
@@ -88,7 +88,11 @@ def serve_command(
 
 
 def serve(config: ServingConfig) -> None:
-    """Runs a cluster until Ctrl-C or SIGTERM."""
+    """Runs a cluster until Ctrl-C or SIGTERM.
+
+    Raises:
+        CommandError: it could not start, or cannot serve any more: a process or a whole pool is gone.
+    """
     setup_logging("serve", log_format=config.logging.format, level=config.logging.level)
     stop = _StopSignals()
     with contextlib.ExitStack() as exits:
@@ -104,13 +108,16 @@ def serve(config: ServingConfig) -> None:
         display.close()
         stop.take_over(cluster.ends)
         _announce(cluster)
-        reason = cluster.ends.get()
-        if not reason:
-            seconds = config.gateway.drain_s
-            logger.info("stopping; open requests have %g s (press Ctrl-C again to stop at once)", seconds)
-        launcher.stop(drain_s=0.0 if reason else config.gateway.drain_s)
-    if reason:
-        raise CommandError(f"{reason}; the cluster was stopped. Start it again with: phasewise serve")
+        end = cluster.ends.get()
+        stop.is_stopping()
+        drain_s = config.gateway.drain_s if end.drains else 0.0
+        if end.fault:
+            logger.error("stopping: %s; open requests have %g s", end.fault, drain_s)
+        else:
+            logger.info("stopping; open requests have %g s (press Ctrl-C again to stop at once)", drain_s)
+        launcher.stop(drain_s=drain_s)
+    if end.fault:
+        raise CommandError(f"{end.fault}; the cluster was stopped. Start it again with: phasewise serve")
     logger.info("stopped")
 
 
@@ -118,7 +125,7 @@ class _StopSignals:
     """Ctrl-C and SIGTERM: an exception while starting, an orderly end while serving, an end at once the second time."""
 
     def __init__(self) -> None:
-        self._ends: queue.SimpleQueue[str] | None = None
+        self._ends: queue.SimpleQueue[ClusterEnd] | None = None
         self._count = 0
         self._is_cleaning = False
         self._old: dict[int, Any] = {}
@@ -137,15 +144,19 @@ class _StopSignals:
         for number in self._old:
             signal.signal(number, self._handle)
 
-    def take_over(self, ends: queue.SimpleQueue[str]) -> None:
+    def take_over(self, ends: queue.SimpleQueue[ClusterEnd]) -> None:
         """From now on a signal asks for an end."""
         self._ends = ends
         self.install()
 
+    def is_stopping(self) -> None:
+        """The cluster stops, whoever asked for it: the next signal ends it at once."""
+        self._count = max(self._count, 1)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._count += 1
         if self._ends is not None and self._count == 1:
-            self._ends.put("")
+            self._ends.put(ClusterEnd())
         elif not self._is_cleaning:
             self._is_cleaning = True  # once is enough: what is being cleaned up must not be interrupted
             raise KeyboardInterrupt

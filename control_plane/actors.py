@@ -6,6 +6,7 @@ This is the only file of the package that knows Ray.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 from collections.abc import Collection, Coroutine, Mapping, Sequence
@@ -25,9 +26,11 @@ from control_plane.gateway.openai_server import build_app
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
 from control_plane.gateway.request_loop import RequestLoop
 from control_plane.gateway.service import ModelCard
+from control_plane.gateway.summed_log import SummedLog
 from control_plane.gateway.text import TextTokenizer, load_tokenizer
 from control_plane.link_survey import LinkSurvey, look, measure
 from control_plane.metrics import GatewayMetrics
+from control_plane.serving_pools import ServingPools
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.config import ServingConfig, split_address
 from phasewise.core.errors import ConfigError, DeadlineExceeded, Overloaded, ServingError, Unavailable
@@ -53,13 +56,18 @@ class ControlPlaneActor:
         self._health = config.health
         self._transfer = config.transfer
         self._scheduler = ClusterScheduler(
-            MonotonicClock(), max_waiting=config.scheduler.max_waiting, overdue_s=config.health.overdue_s
+            MonotonicClock(),
+            max_waiting=config.scheduler.max_waiting,
+            overdue_s=config.health.overdue_s,
+            heartbeat_s=config.health.heartbeat_s,
         )
         self._workers = WorkerMailboxes()
         self._link_asker = RemoteLinkAsker(self._workers)
         self._is_probing = False
         self._gateways: dict[str, ActorHandle] = {}
         self._watches: set[asyncio.Task[None]] = set()
+        self._last_loss = ""
+        self._has_changed = asyncio.Event()  # a worker was lost, or all stop
         self._is_stopping = False
         self._closed = asyncio.Event()
 
@@ -72,6 +80,9 @@ class ControlPlaneActor:
 
     async def join_gateway(self, gateway_id: str, handle: ActorHandle) -> None:
         self._gateways[gateway_id] = handle
+        for member in self._scheduler.registry.members():
+            if not member.is_ready:
+                handle.worker_lost.remote(member.info.worker_id)
         self._watch(self._watch_gateway(gateway_id, handle))
 
     async def start_health_checks(self) -> None:
@@ -133,10 +144,20 @@ class ControlPlaneActor:
     async def stop(self) -> None:
         """From now on workers that end are not lost but stopped."""
         self._is_stopping = True
+        self._has_changed.set()
         self._closed.set()
 
     async def wait_closed(self) -> None:
         await self._closed.wait()
+
+    async def wait_unservable(self) -> str:
+        """Returns when no request can be served any more, with the reason; "" when the cluster was stopped."""
+        while not self._is_stopping:
+            if reason := self._scheduler.why_unservable():
+                return f"{reason}: {self._last_loss}, and lost workers do not come back"
+            self._has_changed.clear()
+            await self._has_changed.wait()
+        return ""
 
     # ---- inside
 
@@ -167,7 +188,10 @@ class ControlPlaneActor:
         while not self._is_stopping:
             await asyncio.sleep(self._health.heartbeat_s)
             for worker_id in self._scheduler.tick():
-                self._tell_lost(worker_id, f"silent for {self._health.overdue_s} s")
+                self._tell_lost(worker_id, f"silent for {self._health.overdue_s:g} s")
+            if self._scheduler.listened.is_behind_pause:
+                missed_s = self._scheduler.listened.missed_s
+                logger.warning("the control plane did not run for %.1f s; no worker's silence counts for it", missed_s)
 
     def _on_worker_lost(self, worker_id: WorkerId, reason: str) -> None:
         if not self._is_stopping and self._scheduler.worker_lost(worker_id):
@@ -179,6 +203,8 @@ class ControlPlaneActor:
         Its process may be there still, hanging or without its loop: it ends, so that it holds neither device nor links.
         """
         logger.error("worker was lost: %s", reason, extra={"worker_id": worker_id})
+        self._last_loss = f"{worker_id} was lost ({reason})"
+        self._has_changed.set()
         handle = self._workers.get(worker_id)
         self._workers.forget(worker_id)
         if handle is not None:
@@ -322,6 +348,9 @@ class GatewayActor:
         self._http: uvicorn.Server | None = None
         self._grpc: grpc.aio.Server | None = None
         self._http_task: asyncio.Task[None] | None = None
+        self._control_plane_watch: asyncio.Task[None] | None = None
+        self._lost: list[WorkerId] = []
+        self._lines = SummedLog(MonotonicClock())
         self._closed = asyncio.Event()
 
     async def bind(self) -> str | ServingError:
@@ -376,11 +405,15 @@ class GatewayActor:
             self._workers,
             GatewayMetrics(card.name),
             MonotonicClock(),
+            pools=ServingPools({info.worker_id: info.role for info in infos}),
             max_open_requests=config.max_open_requests,
             max_open_per_client=config.max_open_per_client,
             addresses=addresses,
         )
         self._loop = loop
+        for worker_id in self._lost:  # while the cluster started
+            await self.worker_lost(worker_id)
+        self._control_plane_watch = asyncio.create_task(self._watch_control_plane(control_plane, loop))
         max_bytes = largest_body(card.context_length, tokenizer.longest_token_bytes, config.max_body_mib * 2**20)
         try:
             self._grpc, port = await start_grpc_server(loop, config.grpc, max_message_bytes=max_bytes)
@@ -389,7 +422,7 @@ class GatewayActor:
         host, _ = split_address(config.grpc, field="gateway.grpc")
         addresses["grpc"] = f"{host}:{port}"
         self._bodies = Bodies(max_bytes, config.max_open_requests)
-        app = build_app(loop, self._bodies, cors_origins=config.cors_origins)
+        app = build_app(loop, self._bodies, cors_origins=config.cors_origins, lines=self._lines)
         self._http = make_http_server(app)
         self._http_task = asyncio.create_task(self._http.serve(sockets=[self._socket]))
         loop.start_admitting()
@@ -401,7 +434,9 @@ class GatewayActor:
             self._loop.deliver(output)
 
     async def worker_lost(self, worker_id: WorkerId) -> None:
-        if self._loop is not None:
+        if self._loop is None:
+            self._lost.append(worker_id)
+        else:
             self._loop.worker_lost(worker_id)  # its aborts still go out: a silent worker may live
         self._workers.forget(worker_id)
 
@@ -417,6 +452,7 @@ class GatewayActor:
         if self._http is not None and self._http_task is not None:
             self._http.should_exit = True
             await self._http_task
+        self._lines.flush()
         if self._socket is not None:
             self._socket.close()
         if self._bodies is not None:
@@ -425,6 +461,12 @@ class GatewayActor:
 
     async def wait_closed(self) -> None:
         await self._closed.wait()
+
+    async def _watch_control_plane(self, control_plane: ActorHandle, loop: RequestLoop) -> None:
+        """Open as long as the control plane lives: its death is an answer to this call."""
+        with contextlib.suppress(RayError):
+            await control_plane.wait_closed.remote()
+        loop.control_plane_lost()
 
 
 def bind_http(address: str) -> socket.socket:

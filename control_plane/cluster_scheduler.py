@@ -20,7 +20,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from control_plane.health import ListenedTime
 from control_plane.policies.placement import Arrival, Candidate, choose_pair
+from control_plane.serving_pools import why_unservable
 from control_plane.worker_registry import Member, WorkerRegistry
 from phasewise.core.clock import Clock
 from phasewise.core.errors import Overloaded, Unavailable
@@ -68,11 +70,13 @@ class _Work:
 class ClusterScheduler:
     """Membership, the ledger of open requests, and placement.
 
-    `max_waiting` bounds the prompts that are placed on a prefill-capable worker and have no first token yet.
+    `max_waiting` bounds the prompts that are placed on a prefill-capable worker and have no first token yet. A worker
+    that is silent for `overdue_s` of listened time (health.py) is lost.
     """
 
-    def __init__(self, clock: Clock, *, max_waiting: int, overdue_s: float) -> None:
-        self.registry = WorkerRegistry(clock, overdue_s)
+    def __init__(self, clock: Clock, *, max_waiting: int, overdue_s: float, heartbeat_s: float) -> None:
+        self.listened = ListenedTime(clock, heartbeat_s)
+        self.registry = WorkerRegistry(self.listened, overdue_s)
         self._max_waiting = max_waiting
         self._entries: dict[str, _Entry] = {}
         self._work: dict[WorkerId, _Work] = {}
@@ -102,8 +106,16 @@ class ClusterScheduler:
         return self.registry.mark_lost(worker_id)
 
     def tick(self) -> list[WorkerId]:
-        """Marks overdue workers lost and returns them."""
+        """Marks overdue workers lost and returns them. To be called every `heartbeat_s`."""
+        self.listened.tick()
+        if self.listened.is_behind_pause:
+            return []  # reports may wait to be read
         return [worker_id for worker_id in self.registry.overdue() if self.worker_lost(worker_id)]
+
+    def why_unservable(self) -> str:
+        """Why no request can be served; "" when one can. Lost workers do not come back, so this does not either."""
+        pools = {member.info.role for member in self.registry.members()}
+        return why_unservable(pools, {member.load.role for member in self.registry.ready()})
 
     # ---- requests
 
@@ -132,7 +144,7 @@ class ClusterScheduler:
         arrival = Arrival(request_id, num_prompt_tokens, num_samples, expected)
         prefills, decodes, mixed = _preferred(self._candidates(), avoid)
         if not mixed and not (prefills and decodes):
-            raise Unavailable(self._why_unavailable(), retry_after_s=2.0)
+            raise Unavailable(self.why_unservable(), retry_after_s=2.0)
         if attempt == 0:
             prefills = [c for c in prefills if c.num_pending_prompts < self._max_waiting]
             mixed = [c for c in mixed if c.num_pending_prompts < self._max_waiting]
@@ -192,11 +204,6 @@ class ClusterScheduler:
         for member in self.registry.ready():
             by_role[member.load.role].append(candidate(member))
         return by_role[WorkerRole.PREFILL], by_role[WorkerRole.DECODE], by_role[WorkerRole.MIXED]
-
-    def _why_unavailable(self) -> str:
-        ready = [m.load.role.value for m in self.registry.ready()]
-        missing = [role for role in ("prefill", "decode") if role not in ready]
-        return f"no {' and no '.join(missing)} worker is ready"
 
 
 def _kind(info: WorkerInfo) -> _Kind:

@@ -1,17 +1,20 @@
-"""Who is in the cluster, what each last said, and who has been silent for too long. Pure."""
+"""Who is in the cluster, what each last said, and who has been silent for too long. Pure.
+
+Silence is counted in listened time (health.py): a pause of this process is not the workers'.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from phasewise.core.clock import Clock
+from control_plane.health import ListenedTime
 from phasewise.core.messages import WorkerInfo, WorkerLoad
 from phasewise.core.placement import WorkerId, WorkerState
 
 
 @dataclass(slots=True)
 class Member:
-    """A worker as the control plane knows it."""
+    """A worker as the control plane knows it. `heard_s` is listened time."""
 
     info: WorkerInfo
     load: WorkerLoad
@@ -25,14 +28,14 @@ class Member:
 class WorkerRegistry:
     """Members by id. Lost workers stay in the list, marked, so that status can show them."""
 
-    def __init__(self, clock: Clock, overdue_s: float) -> None:
-        self._clock = clock
+    def __init__(self, listened: ListenedTime, overdue_s: float) -> None:
+        self._listened = listened
         self._overdue_s = overdue_s
         self._members: dict[WorkerId, Member] = {}
 
     def join(self, info: WorkerInfo) -> None:
         load = WorkerLoad(info.worker_id, info.role, WorkerState.READY, num_kv_blocks=info.num_kv_blocks)
-        self._members[info.worker_id] = Member(info, load, self._clock.now_s())
+        self._members[info.worker_id] = Member(info, load, self._listened.now_s())
 
     def update(self, load: WorkerLoad) -> None:
         """Takes a report; one that a newer overtook, or of a worker that is unknown or lost, is ignored."""
@@ -41,7 +44,7 @@ class WorkerRegistry:
             return
         if load.number >= member.load.number:
             member.load = load
-        member.heard_s = self._clock.now_s()
+        member.heard_s = self._listened.now_s()
 
     def mark_lost(self, worker_id: WorkerId) -> bool:
         """True when this is news."""
@@ -53,7 +56,7 @@ class WorkerRegistry:
 
     def overdue(self) -> list[WorkerId]:
         """Ready workers that have not reported for `overdue_s`."""
-        limit_s = self._clock.now_s() - self._overdue_s
+        limit_s = self._listened.now_s() - self._overdue_s
         return [m.info.worker_id for m in self._members.values() if m.is_ready and m.heard_s < limit_s]
 
     def members(self) -> list[Member]:

@@ -19,6 +19,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import phasewise
+from control_plane.gateway.bodies import Bodies
 from control_plane.gateway.grpc_server import start_grpc_server
 from control_plane.gateway.openai_server import build_app
 from phasewise.core.request import FinishReason
@@ -74,7 +75,7 @@ class Served:
 @contextlib.asynccontextmanager
 async def served(folder: Path, **sections: Any) -> AsyncIterator[Served]:
     async with local_cluster(folder, **{"pools": PAIR, **sections}) as cluster:
-        app = build_app(cluster.service, max_body_bytes=1 << 20)
+        app = build_app(cluster.service, Bodies(1 << 20, 10))
         server, port = await start_grpc_server(cluster.service, "127.0.0.1:0", max_message_bytes=1 << 20)
         transport = httpx.ASGITransport(app=app)
         async with (

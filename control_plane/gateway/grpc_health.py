@@ -1,4 +1,4 @@
-"""grpc.health.v1 for the gateway: SERVING while the service is ready, asked anew each time."""
+"""grpc.health.v1 for the gateway: whether the service is ready, and whether it is alive, asked anew each time."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from control_plane.gateway.service import InferenceService
 
+LIVENESS = "liveness"
+"""A name that is SERVING as long as anybody answers: also while the gateway drains, and while a pool is empty."""
+
 WATCH_PERIOD_S = 0.5
 """How often a Watch looks at the service, which announces no changes."""
 
 
 class GatewayHealth(health_pb2_grpc.HealthServicer):
-    """Answers for the names "" (the server) and those given."""
+    """Answers whether it is ready for the names "" (the server) and those given, and for `LIVENESS`."""
 
     def __init__(self, service: InferenceService, names: tuple[str, ...]) -> None:
         self._service = service
-        self._names = ("", *names)
+        self._names = ("", LIVENESS, *names)
 
     async def Check(
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
@@ -44,5 +47,5 @@ class GatewayHealth(health_pb2_grpc.HealthServicer):
     def _status(self, name: str) -> int:
         if name not in self._names:
             return int(health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
-        ready = self._service.is_ready
+        ready = name == LIVENESS or self._service.is_ready
         return int(health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING)

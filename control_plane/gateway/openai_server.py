@@ -46,6 +46,7 @@ from control_plane.gateway.openai_schema import (
 )
 from control_plane.gateway.quota import client_of
 from control_plane.gateway.service import GenerateInput, InferenceService, ModelCard
+from control_plane.gateway.summed_log import SummedLog
 from phasewise.core.clock import Clock, MonotonicClock
 from phasewise.core.errors import InternalError, InvalidRequest, ModelNotFound, Overloaded, ServingError, Unavailable
 
@@ -56,15 +57,22 @@ _Schema = TypeVar("_Schema", bound=Body)
 
 
 def build_app(
-    service: InferenceService, bodies: Bodies, *, cors_origins: Sequence[str] = (), clock: Clock | None = None
+    service: InferenceService,
+    bodies: Bodies,
+    *,
+    cors_origins: Sequence[str] = (),
+    clock: Clock | None = None,
+    lines: SummedLog | None = None,
 ) -> ASGIApp:
     """The ASGI application over `service`.
 
     Args:
         bodies: reads the bodies of requests; whoever made it closes it.
         cors_origins: the origins of pages whose scripts may call this server; ("*",) means all.
+        lines: takes what is said of single requests; the caller flushes it at the end.
     """
-    api = _Api(service, bodies, clock or MonotonicClock())
+    clock = clock or MonotonicClock()
+    api = _Api(service, bodies, clock, lines or SummedLog(clock))
     routes = [
         Route("/v1/chat/completions", api.answering(api.chat), methods=["POST"]),
         Route("/v1/completions", api.answering(api.completions), methods=["POST"]),
@@ -72,7 +80,9 @@ def build_app(
         Route("/v1/models/{model:path}", api.answering(api.model), methods=["GET"]),
         Route("/tokenize", api.answering(api.tokenize), methods=["POST"]),
         Route("/detokenize", api.answering(api.detokenize), methods=["POST"]),
-        Route("/health", api.answering(api.health), methods=["GET"]),
+        Route("/health", api.answering(api.ready), methods=["GET", "HEAD"]),
+        Route("/health/ready", api.answering(api.ready), methods=["GET", "HEAD"]),
+        Route("/health/live", api.answering(api.live), methods=["GET", "HEAD"]),
         Route("/status", api.answering(api.status), methods=["GET"]),
         Route("/links", api.answering(api.links), methods=["GET"]),
         Route("/links/probe", api.answering(api.probe_links), methods=["POST"]),
@@ -160,10 +170,11 @@ class _Call:
 class _Api:
     """The endpoints."""
 
-    def __init__(self, service: InferenceService, bodies: Bodies, clock: Clock) -> None:
+    def __init__(self, service: InferenceService, bodies: Bodies, clock: Clock, lines: SummedLog) -> None:
         self._service = service
         self._bodies = bodies
         self._clock = clock
+        self._lines = lines
 
     def answering(self, endpoint: Callable[[_Call], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         """`endpoint`, with every error turned into an answer."""
@@ -175,7 +186,7 @@ class _Api:
             except ServingError as error:
                 return call.error(error)
             except (ClientLeft, ClientDisconnect):
-                logger.info("client left", extra={"request_id": call.request_id})
+                self._client_left(call)
                 return Response(status_code=499)
             except Exception:
                 logger.exception("request failed", extra={"request_id": call.request_id})
@@ -184,6 +195,9 @@ class _Api:
                 call.leave_room()
 
         return answer
+
+    def _client_left(self, call: _Call) -> None:
+        self._lines.log(logger, logging.INFO, "client left", "client left", call.request_id)
 
     async def chat(self, call: _Call) -> Response:
         body = await self._read(call, ChatBody)
@@ -222,9 +236,12 @@ class _Api:
         body = await self._read(call, DetokenizeBody)
         return call.json({"prompt": self._service.detokenize(body.tokens, body.model)})
 
-    async def health(self, call: _Call) -> Response:
-        if not self._service.is_ready:
-            raise Unavailable("the server is starting or draining; try again soon", retry_after_s=1.0)
+    async def ready(self, call: _Call) -> Response:
+        if reason := self._service.unready_reason:
+            raise Unavailable(reason, retry_after_s=1.0)
+        return call.json({"status": "ok"})
+
+    async def live(self, call: _Call) -> Response:
         return call.json({"status": "ok"})
 
     async def status(self, call: _Call) -> Response:
@@ -260,7 +277,7 @@ class _Api:
             call.leave_room()
             if body.stream:
                 writer = ChunkWriter(envelope, form, body.wants_usage, with_token_ids)
-                return await _stream(call, answer, writer, body.wants_usage)
+                return await _stream(call, answer, writer, body.wants_usage, lambda: self._client_left(call))
             whole = answer.whole(envelope, with_timeline=call.wants_timeline, with_token_ids=with_token_ids)
             content = await until_disconnect(receive, whole)
             return Response(content, headers=call.headers, media_type="application/json")
@@ -278,22 +295,27 @@ class _Api:
 
 
 class EventStream(Response):
-    """Sends events as they come, and calls `close` at the end, or as soon as the client leaves."""
+    """Sends events as they come, and calls `close` at the end, or as soon as the client leaves; `on_left` tells."""
 
     def __init__(
-        self, events: AsyncIterator[bytes], close: Callable[[], Awaitable[None]], headers: dict[str, str]
+        self,
+        events: AsyncIterator[bytes],
+        close: Callable[[], Awaitable[None]],
+        on_left: Callable[[], None],
+        headers: dict[str, str],
     ) -> None:
         super().__init__(headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self.headers["content-type"] = "text/event-stream; charset=utf-8"
         self._events = events
         self._close = close
+        self._on_left = on_left
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await until_disconnect(receive, self._send_all(send))
         except ClientLeft:
-            logger.info("client left", extra={"request_id": self.headers[_REQUEST_ID_HEADER]})
+            self._on_left()
         finally:
             await self._close()
 
@@ -304,7 +326,9 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _stream(call: _Call, answer: Answer, writer: ChunkWriter, with_usage: bool) -> Response:
+async def _stream(
+    call: _Call, answer: Answer, writer: ChunkWriter, with_usage: bool, on_left: Callable[[], None]
+) -> Response:
     """Waits for the first event, so that what fails before it gets its HTTP status."""
     events = answer.events(writer, with_usage=with_usage, with_timeline=call.wants_timeline)
     first = await until_disconnect(call.request.receive, anext(events))
@@ -313,7 +337,7 @@ async def _stream(call: _Call, answer: Answer, writer: ChunkWriter, with_usage: 
         await events.aclose()
         await answer.aclose()
 
-    return EventStream(_with_error_event(call, first, events), close, call.headers)
+    return EventStream(_with_error_event(call, first, events), close, on_left, call.headers)
 
 
 async def _with_error_event(call: _Call, first: bytes, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -322,8 +346,7 @@ async def _with_error_event(call: _Call, first: bytes, events: AsyncIterator[byt
         yield first
         async for event in events:
             yield event
-    except ServingError as error:
-        logger.info("stream failed: %s", error.message, extra={"request_id": call.request_id})
+    except ServingError as error:  # logged where it arose
         yield error_event(error, call.names)
     except Exception:
         logger.exception("stream failed", extra={"request_id": call.request_id})

@@ -29,9 +29,11 @@ from control_plane.gateway.placer import Placer
 from control_plane.gateway.preparation import PreparedRequest, RequestPreparer
 from control_plane.gateway.quota import Quota, share_of
 from control_plane.gateway.service import GenerateInput, ModelCard
+from control_plane.gateway.summed_log import SummedLog
 from control_plane.gateway.text import TextTokenizer
 from control_plane.link_survey import check_probes
 from control_plane.metrics import GatewayMetrics
+from control_plane.serving_pools import ServingPools
 from phasewise.core.clock import Clock
 from phasewise.core.errors import (
     ERROR_BY_CODE,
@@ -82,6 +84,7 @@ class RequestLoop:
         metrics: GatewayMetrics,
         clock: Clock,
         *,
+        pools: ServingPools,
         max_open_requests: int,
         addresses: Mapping[str, str],
         max_open_per_client: int | None = None,
@@ -95,6 +98,8 @@ class RequestLoop:
         self._metrics = metrics
         self._clock = clock
         self._quota = Quota("requests open", max_open_requests, max_open_per_client or share_of(max_open_requests))
+        self._pools = pools
+        self._lines = SummedLog(clock)
         self._addresses = addresses
         self._started_s = clock.now_s()
         self._open: dict[str, OpenStream] = {}  # by the client's id
@@ -111,7 +116,13 @@ class RequestLoop:
 
     @property
     def is_ready(self) -> bool:
-        return self._is_admitting
+        return not self.unready_reason
+
+    @property
+    def unready_reason(self) -> str:
+        if reason := self._pools.why_unservable:
+            return reason
+        return "" if self._is_admitting else "the server is not taking requests: it is starting or shutting down"
 
     async def generate(self, request: GenerateInput) -> OpenStream:
         """Accepts a request and starts it. An error that is raised was counted, and nothing is left of the request."""
@@ -154,7 +165,7 @@ class RequestLoop:
         return self._tokenizer.decode(token_ids)
 
     async def status(self) -> dict[str, Any]:
-        state = "ready" if self._is_admitting else "draining"
+        state = "ready" if self.is_ready else "unavailable" if self._is_admitting else "draining"
         workers = await self._placer.snapshot()
         return {
             "cluster": {
@@ -195,6 +206,7 @@ class RequestLoop:
         except TimeoutError:
             for stream in list(self._open.values()):
                 self._fail(stream, Unavailable("the server is shutting down"))
+        self._lines.flush()
 
     # ---- from workers and the control plane
 
@@ -219,16 +231,21 @@ class RequestLoop:
     def worker_lost(self, worker_id: WorkerId) -> None:
         """Moves what the worker still held elsewhere."""
         self._lost_workers.add(worker_id)
+        self._pools.worker_lost(worker_id)
         for stream in list(self._open.values()):
             record = stream.record
             for attempt in [a for a in record.attempts.values() if record.needs(a, worker_id)]:
                 self._recover(stream, attempt, _worker_lost(worker_id))
 
+    def control_plane_lost(self) -> None:
+        """Nothing can be placed from now on; what workers have goes on."""
+        self._pools.control_plane_lost()
+
     # ---- inside: start
 
     def _check_admission(self) -> None:
-        if not self._is_admitting:
-            raise Unavailable("the server is not taking requests: it is starting or shutting down", retry_after_s=2.0)
+        if reason := self.unready_reason:
+            raise Unavailable(reason, retry_after_s=2.0)
 
     async def _prepare(self, given: GenerateInput) -> PreparedRequest:
         """Checks and tokenises; a long text on a thread of its own, so that streams go on meanwhile."""
@@ -348,9 +365,8 @@ class RequestLoop:
         record = stream.record
         if attempt.number + 1 >= MAX_ATTEMPTS:
             raise error
-        logger.warning(
-            "attempt %d is given up: %s", attempt.number, error.message, extra={"request_id": record.request_id}
-        )
+        message = f"attempt {attempt.number} is given up: {error.message}"
+        self._lines.log(logger, logging.WARNING, f"attempt {error.code}", message, record.request_id)
         self._end_attempt(stream, attempt, num_output_tokens=0)
         if record.status is RequestStatus.PLACED:
             self._move(record, RequestStatus.RECOVERING)
@@ -434,8 +450,11 @@ class RequestLoop:
         record = stream.record
         if record.is_over:
             return
-        level = logging.WARNING if error.code != "internal" else logging.ERROR
-        logger.log(level, "request failed: %s", error.message, extra={"request_id": record.request_id})
+        if error.code == "internal":
+            logger.error("request failed: %s", error.message, extra={"request_id": record.request_id})
+        else:
+            message = f"request failed: {error.message}"
+            self._lines.log(logger, logging.WARNING, error.code, message, record.request_id)
         record.error = error
         self._move(record, RequestStatus.FAILED)
         self._metrics.request_failed(error.code, **self._token_counts(record))

@@ -155,7 +155,11 @@ class InferenceService(Protocol):
 
     @property
     def is_ready(self) -> bool:
-        """False while starting and draining."""
+        """Whether a request sent now would be taken. False while starting and draining, and when a pool is empty."""
+
+    @property
+    def unready_reason(self) -> str:
+        """Why it would not be taken; "" when it would. Answered from what is known, without waiting."""
 
     async def generate(self, request: GenerateInput) -> GenerationStream:
         """Checks, tokenises, places. Raises InvalidRequest, Overloaded, Unavailable … before anything runs."""

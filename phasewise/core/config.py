@@ -202,6 +202,9 @@ class RayConfig(_Section):
 
     address: str = Field("local", description="local: a private one-machine cluster; else an existing Ray address")
     object_store_mib: int = Field(512, ge=80, description="Shared memory for KV on its way, in MiB (local only)")
+    niceness: int = Field(
+        0, ge=0, le=19, description="Of all processes of the cluster, above that of the command (local only)"
+    )
 
 
 class HealthConfig(_Section):

@@ -13,13 +13,18 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import phasewise
+from control_plane.gateway.grpc_health import LIVENESS
 from phasewise.core.model_source import resolve_model
 from tests.support.served import PHASEWISE, Served, held, served, until
 
 pytestmark = pytest.mark.cluster
+
+HEALTH_PATHS = ("/health", "/health/ready", "/health/live")
 
 
 def session_processes(session: int) -> list[str]:
@@ -165,15 +170,53 @@ async def test_a_killed_worker_that_nobody_can_replace_ends_its_streams_clearly(
         with pytest.raises(phasewise.WorkerLost, match="decode-0") as caught:
             await streams_under(cluster, in_decode="decode-0")
         assert caught.value.retry_safe
-        until(lambda: not held(cluster.status()), 2.0)
+        assert await asyncio.to_thread(cluster.wait_end) == 1, "\n".join(cluster.lines)
+        assert cluster.lines[-1].startswith("phasewise: no decode worker is ready: decode-0 was lost")
+        assert session_processes(cluster.pid) == []
 
 
-def test_without_a_pool_requests_are_refused_and_not_hung(tiny_model: tuple[Path, Any]) -> None:
-    with served(str(tiny_model[0])) as cluster, phasewise.Client(cluster.grpc, max_retries=0) as client:
+def test_a_cluster_without_a_pool_says_so_lets_streams_go_on_and_ends_with_1(
+    tiny_model: tuple[Path, Any], tmp_path: Path
+) -> None:
+    """A stream that decodes needs no prefill worker."""
+    file = tmp_path / "cluster.yaml"
+    file.write_text("gateway: {drain_s: 120}\n")
+    with (
+        served(str(tiny_model[0]), "--config", str(file)) as cluster,
+        phasewise.Client(cluster.grpc, max_retries=0) as client,
+    ):
+        assert {cluster.health(path) for path in HEALTH_PATHS} == {(200, "")}
+        stream = client.stream(token_ids=[1, 2, 3], max_tokens=8000, temperature=0.0, ignore_eos=True)
+        deltas = iter(stream)
+        next(deltas)
+        until(lambda: cluster.worker("decode-0")["running"] == 1, 20.0)
         os.kill(cluster.worker("prefill-0")["pid"], signal.SIGKILL)
-        until(lambda: cluster.worker("prefill-0")["state"] == "lost", 20.0)
-        with pytest.raises(phasewise.Unavailable, match="no prefill worker is ready"):
-            client.generate(token_ids=[1], max_tokens=2)
+
+        def is_refused() -> bool:
+            try:
+                client.generate(token_ids=[1], max_tokens=2)
+            except phasewise.Unavailable as error:
+                return "no prefill worker is ready" in str(error)
+            except phasewise.WorkerLost:  # sent to the worker before anybody had heard of its end
+                return False
+            raise AssertionError("nobody could have answered it")
+
+        until(is_refused, 20.0)
+        assert cluster.health("/health/live") == (200, ""), "it drains"
+        for path in ("/health", "/health/ready"):
+            assert cluster.health(path) == (503, "no prefill worker is ready"), "as the next request would be"
+        with grpc.insecure_channel(cluster.grpc) as channel:
+            check = health_pb2_grpc.HealthStub(channel).Check
+            for name, status in (("", "NOT_SERVING"), ("phasewise.v1.Inference", "NOT_SERVING"), (LIVENESS, "SERVING")):
+                answer = check(health_pb2.HealthCheckRequest(service=name), timeout=30)
+                assert health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status) == status
+        num_tokens = 0
+        while num_tokens < 100:
+            num_tokens += len(next(deltas).token_ids)
+        stream.close()  # what the drain waited for
+        assert cluster.wait_end() == 1, "\n".join(cluster.lines)
+        assert cluster.lines[-1].startswith("phasewise: no prefill worker is ready: prefill-0 was lost")
+        assert session_processes(cluster.pid) == []
 
 
 BAD_STARTS = {

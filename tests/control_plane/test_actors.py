@@ -86,6 +86,17 @@ async def test_a_worker_that_does_not_answer_is_an_error_of_the_look(monkeypatch
     assert not actor._is_probing
 
 
+async def test_a_cluster_that_is_stopped_does_not_end_for_want_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("control_plane.actors.setup_logging", lambda *_, **__: None)
+    control_plane = ControlPlaneActor(ServingConfig(), None)
+    for info, _ in Workers().members():
+        control_plane._scheduler.worker_joined(info)
+    unservable = asyncio.create_task(control_plane.wait_unservable())
+    await asyncio.sleep(0)
+    await control_plane.stop()
+    assert await asyncio.wait_for(unservable, 5) == ""
+
+
 class WorkerHandle(RecordingHandle):
     """A worker's handle; `wait_closed` raises what `ends` gets, as a call to an actor whose loop broke does."""
 
@@ -118,13 +129,21 @@ async def test_a_worker_whose_loop_broke_is_ended_and_its_peers_are_told(monkeyp
     for name, handle in handles.items():
         role, spec = WorkerRole(name.split("-")[0]), KVCacheSpec(2, 1, 4, 16, "float32")
         await control_plane.join(WorkerInfo(name, role, 1, "h", "cpu", "float32", 1, spec, 8, 128, profile), handle)
+    unservable = asyncio.create_task(control_plane.wait_unservable())
     await asyncio.sleep(0)
+    assert not unservable.done()
     handles["decode-0"].ends.set_exception(RayError("the device was lost"))
     await asyncio.wait_for(is_killed.wait(), 5)
     assert killed == [handles["decode-0"]]
     assert handles["prefill-0"].calls == [("post", (PeerLost("decode-0"),))]
     assert [load.state.value for _, load in await control_plane.snapshot()] == ["ready", "lost"]
+    reason = "no decode worker is ready: decode-0 was lost (RayError), and lost workers do not come back"
+    assert await asyncio.wait_for(unservable, 5) == await control_plane.wait_unservable() == reason
+    late_gateway = WorkerHandle()
+    await control_plane.join_gateway("late", late_gateway)
+    assert late_gateway.calls == [("worker_lost", ("decode-0",))]
     await control_plane.stop()
     handles["prefill-0"].ends.set_result(None)
+    late_gateway.ends.set_result(None)
     await asyncio.gather(*control_plane._watches)
     assert len(killed) == 1, "a worker that was stopped is not lost"

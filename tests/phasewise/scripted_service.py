@@ -131,11 +131,15 @@ class ScriptedService:
 
     def __init__(self) -> None:
         self.model = CARD
-        self.is_ready = True
+        self.unready_reason = ""
         self.requests: list[GenerateInput] = []
         self.streams: list[ScriptedStream] = []
         self.accepted = threading.Semaphore(0)
         self._script: deque[Attempt | None] = deque()
+
+    @property
+    def is_ready(self) -> bool:
+        return not self.unready_reason
 
     def script(self, *attempts: Attempt | None) -> None:
         """What the next requests meet; None is an attempt that goes well, as all do after these."""

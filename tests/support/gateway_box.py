@@ -15,6 +15,7 @@ from control_plane.gateway.service import GenerateInput, ModelCard, SamplingInpu
 from control_plane.gateway.text import TextTokenizer
 from control_plane.gateway.vocabulary import IdVocabulary
 from control_plane.metrics import GatewayMetrics
+from control_plane.serving_pools import ServingPools
 from phasewise.core.lifecycle import Stage
 from phasewise.core.messages import PeerLost, PrefillTask, WorkerInfo, WorkerLoad, WorkerOutput
 from phasewise.core.placement import Placement, WorkerId
@@ -34,7 +35,7 @@ class GatewayBox(WorkerBox):
 
     def __init__(self, roles: dict[WorkerId, str], *, max_waiting: int = 100, **options: Any) -> None:
         super().__init__(roles, **options)
-        self.scheduler = ClusterScheduler(self.clock, max_waiting=max_waiting, overdue_s=1e9)
+        self.scheduler = ClusterScheduler(self.clock, max_waiting=max_waiting, overdue_s=1e9, heartbeat_s=1.0)
         for worker in self.workers.values():
             self.scheduler.worker_joined(worker.info)
         tokenizer = TextTokenizer(IdVocabulary(VOCAB), vocab_size=VOCAB, eos_token_ids=(), chat_template=None)
@@ -49,6 +50,7 @@ class GatewayBox(WorkerBox):
             self,
             self.metrics,
             self.clock,
+            pools=ServingPools({worker.info.worker_id: worker.info.role for worker in self.workers.values()}),
             max_open_requests=100,
             addresses={},
         )

@@ -26,6 +26,7 @@ from control_plane.gateway.service import ModelCard
 from control_plane.gateway.text import TextTokenizer, load_tokenizer
 from control_plane.link_survey import LinkSurvey, look, measure
 from control_plane.metrics import GatewayMetrics
+from control_plane.serving_pools import ServingPools
 from kv_transfer.direct_link import DirectLinks
 from kv_transfer.link import Landing, Link
 from kv_transfer.loopback_link import LoopbackLink
@@ -54,7 +55,9 @@ class LocalCluster:
         self._loop = asyncio.get_running_loop()
         self._clock = MonotonicClock()
         self._news = asyncio.Event()  # something was reported or finished
-        self.scheduler = ClusterScheduler(self._clock, max_waiting=config.scheduler.max_waiting, overdue_s=1e9)
+        self.scheduler = ClusterScheduler(
+            self._clock, max_waiting=config.scheduler.max_waiting, overdue_s=1e9, heartbeat_s=1.0
+        )
         self.workers: dict[WorkerId, Worker] = {}
         self.engines: dict[WorkerId, LoadedEngine] = {}
         self.direct: dict[WorkerId, DirectLinks] = {}
@@ -99,6 +102,7 @@ class LocalCluster:
             self,
             self.metrics,
             self._clock,
+            pools=ServingPools({worker_id: worker.info.role for worker_id, worker in self.workers.items()}),
             max_open_requests=config.gateway.max_open_requests,
             addresses={},
         )

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,6 +71,14 @@ class Served:
     def get(self, path: str) -> Any:
         with urllib.request.urlopen(f"http://{self.http}{path}", timeout=30) as response:
             return json.load(response)
+
+    def health(self, path: str) -> tuple[int, str]:
+        """The status of one of the health paths, and what it says is wrong."""
+        try:
+            with urllib.request.urlopen(f"http://{self.http}{path}", timeout=30) as response:
+                return response.status, ""
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)["error"]["message"]
 
     def worker(self, worker_id: str) -> dict[str, Any]:
         return next(w for w in self.status()["workers"] if w["id"] == worker_id)

@@ -90,7 +90,7 @@ class HashService:
 
     def __init__(self, card: ModelCard, tokenizer: TextTokenizer) -> None:
         self.model = card
-        self.is_ready = True
+        self.unready_reason = ""
         self.fail_after: tuple[int, Exception] | None = None
         self.refuse_with: ServingError | None = None
         self.tokenizer = tokenizer
@@ -98,9 +98,13 @@ class HashService:
         self._preparer = RequestPreparer(tokenizer, card, RequestLimits())
         self.pool = tokenizer.encode(_WORDS)
 
+    @property
+    def is_ready(self) -> bool:
+        return not self.unready_reason
+
     async def generate(self, request: GenerateInput) -> HashStream:
         if not self.is_ready:
-            raise Unavailable("draining", retry_after_s=2.5)
+            raise Unavailable(self.unready_reason, retry_after_s=2.5)
         if self.refuse_with is not None:
             raise self.refuse_with
         prepared = self._preparer.prepare(request)

@@ -24,9 +24,10 @@ from control_plane.gateway.service import ModelCard
 from control_plane.gateway.text import TextTokenizer
 from control_plane.gateway.vocabulary import ByteVocabulary
 from control_plane.metrics import GatewayMetrics
+from control_plane.serving_pools import ServingPools
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.messages import AbortRequest, PrefillTask, TokenChunk, WorkerOutput
-from phasewise.core.placement import Placement
+from phasewise.core.placement import Placement, WorkerRole
 from phasewise.core.request import SampledToken
 from phasewise.rpc import phasewise_pb2 as pb
 
@@ -52,6 +53,7 @@ class ScriptedCluster:
             self,
             GatewayMetrics("m"),
             MonotonicClock(),
+            pools=ServingPools({"prefill-0": WorkerRole.PREFILL, "decode-0": WorkerRole.DECODE}),
             max_open_requests=100,
             addresses={},
         )

@@ -15,6 +15,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from control_plane.gateway.grpc_health import LIVENESS
 from control_plane.gateway.grpc_server import SERVICE_NAME, start_grpc_server
 from control_plane.gateway.service import SampleDelta
 from phasewise.core.errors import ConfigError, InvalidRequest, WorkerLost
@@ -257,11 +258,13 @@ async def test_a_taken_port_is_a_config_error_that_names_it(service: ScriptedSer
 
 async def test_health_follows_the_service(channel: grpc.aio.Channel, service: ScriptedService) -> None:
     health = health_pb2_grpc.HealthStub(channel)
-    for ready, expected in ((True, SERVING), (False, NOT_SERVING), (True, SERVING)):
-        service.is_ready = ready
+    for reason, expected in (("", SERVING), ("no decode worker is ready", NOT_SERVING), ("", SERVING)):
+        service.unready_reason = reason
         for name in ("", SERVICE_NAME):
             answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
             assert answer.status == expected
+        answer = await health.Check(health_pb2.HealthCheckRequest(service=LIVENESS))
+        assert answer.status == SERVING
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await health.Check(health_pb2.HealthCheckRequest(service="other"))
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
@@ -271,9 +274,9 @@ async def test_a_health_watch_tells_each_change_once(channel: grpc.aio.Channel, 
     health = health_pb2_grpc.HealthStub(channel)
     watch = health.Watch(health_pb2.HealthCheckRequest(service=SERVICE_NAME), timeout=WAIT_S)
     assert (await watch.read()).status == SERVING
-    service.is_ready = False
+    service.unready_reason = "draining"
     assert (await watch.read()).status == NOT_SERVING
-    service.is_ready = True
+    service.unready_reason = ""
     assert (await watch.read()).status == SERVING
     watch.cancel()
     unknown = health.Watch(health_pb2.HealthCheckRequest(service="other"), timeout=WAIT_S)

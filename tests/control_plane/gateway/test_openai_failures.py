@@ -277,8 +277,13 @@ async def test_a_client_that_left_at_once_leaves_nothing_open(service: Any, stre
 
 
 def test_health_while_not_ready(http: httpx.Client, service: Any) -> None:
-    service.is_ready = False
-    answer = http.get("/health")
-    refused(answer, 503)
-    assert answer.headers["retry-after"] == "1"
+    service.unready_reason = "no decode worker is ready"
+    for path in ("/health", "/health/ready"):
+        answer = http.get(path)
+        refused(answer, 503)
+        assert answer.json()["error"]["message"] == "no decode worker is ready"
+        assert answer.headers["retry-after"] == "1"
+        assert http.head(path).status_code == 503
+    assert http.get("/health/live").json() == {"status": "ok"}
+    assert http.head("/health/live").status_code == 200
     refused(http.post(CHAT, json={"messages": HI}), 503)

@@ -282,7 +282,10 @@ def test_tokenize_and_detokenize(http: httpx.Client) -> None:
 
 
 def test_health_status_metrics(http: httpx.Client) -> None:
-    assert http.get("/health").json() == {"status": "ok"}
+    for path in ("/health", "/health/ready", "/health/live"):
+        assert http.get(path).json() == {"status": "ok"}
+        head = http.head(path)
+        assert (head.status_code, head.content) == (200, b"")
     assert "workers" in http.get("/status").json()
     metrics = http.get("/metrics")
     assert metrics.headers["content-type"].startswith("text/plain") and "# TYPE" in metrics.text

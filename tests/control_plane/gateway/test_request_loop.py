@@ -16,11 +16,12 @@ from control_plane.gateway.service import GenerateInput, ModelCard, SampleDelta,
 from control_plane.gateway.text import TextTokenizer
 from control_plane.gateway.vocabulary import ByteVocabulary
 from control_plane.metrics import GatewayMetrics
+from control_plane.serving_pools import ServingPools
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.errors import DeadlineExceeded, DuplicateRequest, Unavailable, WorkerLost
 from phasewise.core.lifecycle import Stage
 from phasewise.core.messages import AbortRequest, PrefillTask, TimelineEvent, TokenChunk, WorkerOutput
-from phasewise.core.placement import Placement
+from phasewise.core.placement import Placement, WorkerRole
 from phasewise.core.request import FinishReason, SampledToken
 
 
@@ -36,8 +37,9 @@ class Cluster:
         card = ModelCard("m", 100_000, 300, "float32", 1, (), False)
         preparer = RequestPreparer(tokenizer, card, RequestLimits(600.0))
         metrics, clock = GatewayMetrics("m"), MonotonicClock()
+        pools = ServingPools({"prefill-0": WorkerRole.PREFILL, "decode-0": WorkerRole.DECODE})
         self.loop = RequestLoop(
-            "g", card, tokenizer, preparer, self, self, metrics, clock, max_open_requests=10, addresses={}
+            "g", card, tokenizer, preparer, self, self, metrics, clock, pools=pools, max_open_requests=10, addresses={}
         )
         self.loop.start_admitting()
 
@@ -202,3 +204,22 @@ def test_merged_deltas_are_those_of_each_sample_joined() -> None:
         SampleDelta(0, "0 2 4 end", (0, 2, 4, 9), (), FinishReason.STOP, "x"),
         SampleDelta(1, "1 3 5 ", (1, 3, 5)),
     ]
+
+
+async def test_readiness_follows_the_pools_and_draining() -> None:
+    cluster = Cluster()
+    loop = cluster.loop
+    assert (loop.is_ready, loop.unready_reason) == (True, "")
+    loop.worker_lost("decode-0")
+    assert (loop.is_ready, loop.unready_reason) == (False, "no decode worker is ready")
+    with pytest.raises(Unavailable, match="no decode worker is ready"):
+        await cluster.ask()
+    assert cluster.num_placed == 0, "health and requests agree, and nobody was asked"
+    assert (await loop.status())["cluster"]["state"] == "unavailable"
+    drained = Cluster()
+    await drained.loop.drain(1.0)
+    assert (drained.loop.is_ready, (await drained.loop.status())["cluster"]["state"]) == (False, "draining")
+    headless = Cluster()
+    headless.loop.control_plane_lost()
+    with pytest.raises(Unavailable, match="control plane"):
+        await headless.ask()

@@ -1,0 +1,50 @@
+"""How long others were silent, by the time in which they could have been heard. Pure.
+
+A control plane can be stopped itself: a virtual machine that is paused, a frozen container, a debugger. It hears nobody
+meanwhile, and when it wakes its clock may be hours ahead of every report. Its own pause is nobody's silence. So silence
+is counted in listened time, which goes on with the clock from one tick to the next, but by one tick's period at most:
+
+    clock      0   1   2                               3602  3603
+    ticks      |   |   |        (stopped)                |    |
+    listened   0   1   2                                 3    4
+
+Whoever is dead is found all the same, `overdue_s` of listened time after its last report. Reports that queued up during
+a pause may be read after the first tick behind it, so nobody is judged at that one (`is_behind_pause`).
+
+A clock that stands still while the machine sleeps (CLOCK_MONOTONIC on Linux) shows no gap, and adds nothing either.
+"""
+
+from __future__ import annotations
+
+from phasewise.core.clock import Clock
+
+
+class ListenedTime:
+    """Seconds in which this process listened, since it was made. `tick` is to be called every `period_s`.
+
+    Attributes:
+        missed_s: what the last tick did not count, because the process was stopped, or too busy to tick.
+    """
+
+    def __init__(self, clock: Clock, period_s: float) -> None:
+        self._clock = clock
+        self._period_s = period_s
+        self._ticked_s = clock.now_s()
+        self._counted_s = 0.0
+        self.missed_s = 0.0
+
+    @property
+    def is_behind_pause(self) -> bool:
+        """Whether at least one tick should have been between the last two."""
+        return self.missed_s >= self._period_s
+
+    def tick(self) -> None:
+        since_s = self._clock.now_s() - self._ticked_s
+        counted_s = min(since_s, self._period_s)
+        self.missed_s = since_s - counted_s
+        self._counted_s += counted_s
+        self._ticked_s += since_s
+
+    def now_s(self) -> float:
+        """Never more than a period past the last tick."""
+        return self._counted_s + min(self._clock.now_s() - self._ticked_s, self._period_s)

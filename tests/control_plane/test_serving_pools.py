@@ -1,0 +1,62 @@
+"""What a cluster can serve with the workers that are left."""
+
+from __future__ import annotations
+
+import pytest
+
+from control_plane.cluster_scheduler import ClusterScheduler
+from control_plane.serving_pools import ServingPools, why_unservable
+from phasewise.core.clock import ManualClock
+from phasewise.core.errors import Unavailable
+from phasewise.core.kv_spec import KVCacheSpec
+from phasewise.core.messages import WorkerInfo
+from phasewise.core.placement import WorkerId, WorkerRole
+from phasewise.core.profile import DeviceProfile
+
+CASES = [
+    (("prefill-0", "decode-0"), (), ""),
+    (("prefill-0", "decode-0"), ("decode-0",), "no decode worker is ready"),
+    (("prefill-0", "decode-0"), ("prefill-0",), "no prefill worker is ready"),
+    (("prefill-0", "decode-0"), ("prefill-0", "decode-0"), "no prefill and no decode worker is ready"),
+    (("prefill-0", "decode-0", "decode-1"), ("decode-0",), ""),
+    (("prefill-0", "decode-0", "decode-1"), ("decode-0", "decode-1"), "no decode worker is ready"),
+    (("mixed-0",), (), ""),
+    (("mixed-0",), ("mixed-0",), "no mixed worker is ready"),
+    (("mixed-0", "mixed-1"), ("mixed-1",), ""),
+    (("prefill-0", "decode-0", "mixed-0"), ("prefill-0", "decode-0"), ""),
+    (("prefill-0", "decode-0", "mixed-0"), ("mixed-0",), ""),
+    (("prefill-0", "decode-0", "mixed-0"), ("decode-0", "mixed-0"), "no decode and no mixed worker is ready"),
+    (("prefill-0", "mixed-0"), ("mixed-0",), "no mixed worker is ready"),
+]
+
+
+@pytest.mark.parametrize(("workers", "lost", "reason"), CASES)
+def test_gateway_and_control_plane_say_the_same(
+    workers: tuple[WorkerId, ...], lost: tuple[WorkerId, ...], reason: str
+) -> None:
+    roles = {worker_id: WorkerRole(worker_id.split("-")[0]) for worker_id in workers}
+    pools = ServingPools(roles)
+    scheduler = ClusterScheduler(ManualClock(), max_waiting=9, overdue_s=30.0, heartbeat_s=1.0)
+    spec, profile = KVCacheSpec(2, 1, 4, 16, "float32"), DeviceProfile.linear(0.0, 0.001, 0.0, 0.001)
+    for worker_id, role in roles.items():
+        scheduler.worker_joined(WorkerInfo(worker_id, role, 1, "h", "cpu", "float32", 1, spec, 9, 99, profile))
+    for worker_id in (*lost, *lost):  # told twice is no harm
+        pools.worker_lost(worker_id)
+        scheduler.worker_lost(worker_id)
+    assert pools.why_unservable == scheduler.why_unservable() == reason
+    if reason:
+        with pytest.raises(Unavailable, match=reason):
+            scheduler.place("r", 10, 1, 8)
+    else:
+        scheduler.place("r", 10, 1, 8)
+
+
+def test_without_the_control_plane_nothing_is_placed() -> None:
+    pools = ServingPools({"mixed-0": WorkerRole.MIXED})
+    assert pools.why_unservable == ""
+    pools.control_plane_lost()
+    assert "control plane" in pools.why_unservable
+
+
+def test_a_cluster_without_workers_serves_nothing() -> None:
+    assert why_unservable((), ()) == "no prefill and no decode worker is ready"
