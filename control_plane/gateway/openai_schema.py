@@ -229,12 +229,12 @@ class CompletionBody(_GenerateBody):
                 token_ids=None if isinstance(prompt, str) else prompt,
                 sampling=sampling,
                 model=self.model,
-                request_id=request_id if len(prompts) == 1 else f"{request_id}-{index}",
+                request_id=request_id,
                 timeout_s=timeout,
                 cache_salt=self.cache_salt or "",
                 client=client,
             )
-            for index, prompt in enumerate(prompts)
+            for prompt in prompts
         ]
 
     @property

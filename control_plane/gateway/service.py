@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from control_plane.gateway.request_ids import ClaimedId
 from phasewise.core.messages import TimelineEvent
 from phasewise.core.placement import Placement
 from phasewise.core.request import FinishReason
@@ -43,7 +44,8 @@ class GenerateInput:
 
     `messages` are plain dicts with "role" and "content" (a string), as the chat template wants them.
     `model` may be None (the one model served). `timeout_s` None means the gateway's default. `client` is whose share of
-    the open requests it counts to: a network address, or None for nobody's.
+    the open requests it counts to: a network address, or None for nobody's. `claimed` is what
+    `claim_id` gave for `request_id`, where several requests share it.
     """
 
     text: str | None = None
@@ -55,6 +57,7 @@ class GenerateInput:
     timeout_s: float | None = None
     cache_salt: str = ""
     client: str | None = None
+    claimed: ClaimedId | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +154,9 @@ class InferenceService(Protocol):
     @property
     def is_ready(self) -> bool:
         """False while starting and draining."""
+
+    def claim_id(self, request_id: str) -> ClaimedId:
+        """Sets an id aside for several requests that share it. Raises DuplicateRequest when it is in use."""
 
     async def generate(self, request: GenerateInput) -> GenerationStream:
         """Checks, tokenises, places. Raises InvalidRequest, Overloaded, Unavailable … before anything runs."""
