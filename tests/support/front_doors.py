@@ -1,6 +1,6 @@
 """Both protocols' real servers over a whole cluster in one process, on a loop of their own: for blocking clients.
 
-What a hostile client meets is all here: uvicorn's parser, grpc.aio, the gateway's loop, the scheduler, workers and an
+What a hostile client meets is all here: HTTP's parser, grpc.aio, the gateway's loop, the scheduler, workers and an
 engine. `local_cluster.py` says what is missing beside a real cluster.
 """
 
@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import threading
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import uvicorn
-
+from control_plane.gateway.bodies import Bodies
 from control_plane.gateway.grpc_server import start_grpc_server
+from control_plane.gateway.http_protocol import HttpLimits, make_http_server
 from control_plane.gateway.openai_server import build_app
 from tests.support.local_cluster import LocalCluster, local_cluster
 
@@ -35,6 +36,8 @@ class FrontDoors:
         self.cluster: LocalCluster
         self.http_port = 0
         self.grpc_port = 0
+        self.faults: list[str] = []
+        """What any logger of the process said of a fault, since it was last looked at."""
 
     def run(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Runs `work` on the servers' loop; for the test's thread."""
@@ -51,11 +54,13 @@ class FrontDoors:
             grpc_server, self.grpc_port = await start_grpc_server(
                 service, "127.0.0.1:0", max_message_bytes=_MAX_BODY_BYTES
             )
-            with socket.create_server(("127.0.0.1", 0)) as listener:
+            with (
+                contextlib.closing(Bodies(_MAX_BODY_BYTES, 100)) as bodies,
+                socket.create_server(("127.0.0.1", 0)) as listener,
+            ):
                 self.http_port = listener.getsockname()[1]
-                app = build_app(service, max_body_bytes=_MAX_BODY_BYTES)
-                http = uvicorn.Server(uvicorn.Config(app, ws="none", lifespan="off", log_config=None, access_log=False))
-                serving = asyncio.create_task(http._serve([listener]))  # without its handlers of signals
+                http = make_http_server(build_app(service, bodies), HttpLimits())
+                serving = asyncio.create_task(http.serve([listener]))
                 self.is_up.set()
                 await self.is_over.wait()
                 await grpc_server.stop(None)
@@ -67,6 +72,8 @@ class FrontDoors:
 def front_doors(model: Path, **sections: Any) -> Iterator[FrontDoors]:
     """A cluster over `model`, with `sections` of the configuration, behind both its servers."""
     doors = FrontDoors()
+    handler = _Faults(doors.faults)
+    logging.getLogger().addHandler(handler)
     thread = threading.Thread(target=doors.loop.run_until_complete, args=(doors.serve(model, sections),))
     thread.start()
     try:
@@ -77,3 +84,16 @@ def front_doors(model: Path, **sections: Any) -> Iterator[FrontDoors]:
         thread.join(WAIT_S)
         assert not thread.is_alive()
         doors.loop.close()
+        logging.getLogger().removeHandler(handler)
+
+
+class _Faults(logging.Handler):
+    """Collects errors, and whatever has a traceback."""
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__()
+        self._faults = faults
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.ERROR or record.exc_info:
+            self._faults.append(logging.Formatter("%(name)s: %(message)s").format(record))
