@@ -19,6 +19,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from phasewise.core.errors import InvalidRequest, ModelLoadError
+from phasewise.core.shown import clipped, shown
 
 _IGNORED_KEYS = frozenset({"refusal", "annotations", "audio", "tool_calls", "function_call"})
 _TEXT_KEYS = ("name", "tool_call_id", "reasoning_content")
@@ -62,7 +63,7 @@ class ChatTemplate:
             )
         # A template is a program: what it trips over (a missing key, a wrong role) depends on the messages alone.
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = clipped(" ".join(str(error).split())) or type(error).__name__
             raise InvalidRequest(
                 f"messages do not fit the model's chat template: {reason}; change the roles or their order",
                 field="messages",
@@ -124,9 +125,9 @@ def _plain_message(message: object, where: str) -> dict[str, str]:
                     f"{where}.{key} is not supported; send the message as text in content", field=f"{where}.{key}"
                 )
         else:
+            place = f"{where}.{clipped(key)}"
             raise InvalidRequest(
-                f"{where}.{key} is unknown; a message has role, content, {', '.join(_TEXT_KEYS)}",
-                field=f"{where}.{key}",
+                f"{place} is unknown; a message has role, content, {', '.join(_TEXT_KEYS)}", field=place
             )
     return plain
 
@@ -143,7 +144,7 @@ def _content_text(content: object, where: str) -> str:
             raise _wrong(place, "an object such as {'type': 'text', 'text': …}", part)
         if part.get("type") != "text":
             raise InvalidRequest(
-                f"{place}.type is {part.get('type')!r}; this server takes text parts only ('text')",
+                f"{place}.type is {shown(part.get('type'))}; this server takes text parts only ('text')",
                 field=f"{place}.type",
             )
         if not isinstance(part.get("text"), str):

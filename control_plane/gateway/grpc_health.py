@@ -10,6 +10,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from control_plane.gateway.service import InferenceService
+from phasewise.core.shown import shown
 
 LIVENESS = "liveness"
 """A name that is SERVING as long as anybody answers: also while the gateway drains, and while a pool is empty."""
@@ -29,7 +30,7 @@ class GatewayHealth(health_pb2_grpc.HealthServicer):
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
     ) -> health_pb2.HealthCheckResponse:
         if request.service not in self._names:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"unknown service {request.service!r}")
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"unknown service {shown(request.service)}")
         return health_pb2.HealthCheckResponse(status=self._status(request.service))
 
     async def Watch(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import NoReturn
 
 import grpc
 import grpc.aio
@@ -28,13 +27,17 @@ from control_plane.gateway.grpc_codec import (
     encode_started,
 )
 from control_plane.gateway.grpc_health import GatewayHealth
+from control_plane.gateway.grpc_refusals import (
+    GRPC_LOGGER,
+    NOT_OF_CLIENTS_THAT_LEFT,
+    RefuseMalformed,
+    abort,
+    client_left,
+)
 from control_plane.gateway.service import GenerationStream, InferenceService, SampleDelta
-from phasewise.core.errors import ConfigError, InternalError, RequestCancelled, ServingError
+from phasewise.core.errors import ConfigError, RequestCancelled
 from phasewise.rpc import phasewise_pb2 as pb
 from phasewise.rpc import phasewise_pb2_grpc
-from phasewise.rpc.status import to_status
-
-logger = logging.getLogger(__name__)
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 _HEALTH_NAME: str = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
@@ -53,7 +56,9 @@ async def start_grpc_server(
     Raises:
         ConfigError: the address cannot be listened on.
     """
+    logging.getLogger(GRPC_LOGGER).addFilter(NOT_OF_CLIENTS_THAT_LEFT)
     server = grpc.aio.server(
+        interceptors=(RefuseMalformed(),),
         options=(
             # Two servers on one port would share its requests without anyone noticing.
             ("grpc.so_reuseport", 0),
@@ -65,7 +70,7 @@ async def start_grpc_server(
             ("grpc.http2.max_pings_without_data", 0),
             # The SDK pings as often; without this it would be cut off for doing so.
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-        )
+        ),
     )
     phasewise_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(service), server)
     health_pb2_grpc.add_HealthServicer_to_server(GatewayHealth(service, (SERVICE_NAME,)), server)
@@ -97,14 +102,14 @@ class InferenceServicer(phasewise_pb2_grpc.InferenceServicer):
             stream = await self._service.generate(generate_input)
             await self._send(stream, context, with_timeline=request.timeline)
         except Exception as error:
-            await _abort(context, error, request.request_id)
+            await abort(context, error, request.request_id)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
         try:
             text, messages = decode_tokenize(request)
             token_ids = await asyncio.to_thread(self._service.tokenize, text, messages, request.model or None)
         except Exception as error:
-            await _abort(context, error, "")
+            await abort(context, error, "")
         return pb.TokenizeResponse(token_ids=token_ids)
 
     async def Detokenize(
@@ -113,7 +118,7 @@ class InferenceServicer(phasewise_pb2_grpc.InferenceServicer):
         try:
             text = self._service.detokenize(tuple(request.token_ids), request.model or None)
         except Exception as error:
-            await _abort(context, error, "")
+            await abort(context, error, "")
         return pb.DetokenizeResponse(text=text)
 
     async def GetModel(self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext) -> pb.Model:
@@ -134,7 +139,7 @@ class InferenceServicer(phasewise_pb2_grpc.InferenceServicer):
                 if is_last and ahead.error is None:
                     message.finished.CopyFrom(encode_finished(stream, with_timeline=with_timeline))
                 if deltas or message.HasField("finished"):
-                    await context.write(message)
+                    await _write(context, message)
             if ahead.error is not None:
                 raise ahead.error
         finally:
@@ -143,6 +148,13 @@ class InferenceServicer(phasewise_pb2_grpc.InferenceServicer):
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
             await asyncio.shield(closing)
+
+
+async def _write(context: grpc.aio.ServicerContext, message: pb.GenerateResponse) -> None:
+    try:
+        await context.write(message)
+    except grpc.aio.BaseError:  # the call is over; grpc.aio's word of it may come later than this
+        raise client_left() from None
 
 
 async def _close(ahead: _ReadAhead, stream: GenerationStream) -> None:
@@ -189,13 +201,3 @@ class _ReadAhead:
             self.error = error
         finally:
             self._ready.put_nowait(None)
-
-
-async def _abort(context: grpc.aio.ServicerContext, error: Exception, request_id: str) -> NoReturn:
-    """Ends the call with the status of `error`; what is not one of ours is a fault, logged and not shown."""
-    if not isinstance(error, ServingError):
-        logger.error("gRPC request failed", exc_info=error, extra={"request_id": request_id})
-        error = InternalError(f"internal error; the gateway's log has the details of request {request_id or '(no id)'}")
-    code, message, metadata = to_status(error)
-    await context.abort(code, message, metadata)
-    raise AssertionError("abort always raises")

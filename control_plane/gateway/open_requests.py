@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from control_plane.gateway.detokenizer import SampleText, token_info
+from control_plane.gateway.request_ids import ClaimedId
 from control_plane.gateway.service import SampleDelta, TokenInfo, Usage
 from control_plane.gateway.text import TextTokenizer
 from phasewise.core.errors import ServingError
@@ -53,9 +54,9 @@ class Attempt:
 class OpenRequest:
     """One request from its arrival to its end. `pending` is what the client has not fetched yet.
 
-    `client` is whose share of the open requests it is part of. `client_id` is the id that the client knows, `request`
-    what it asked for, `attempts` what workers have of it, by the ids that they know. `placement` is the newest;
-    `avoided` are workers that failed it without being lost.
+    `client` is whose share of the open requests it is part of. `client_id` is the id that the client knows, `own_id`
+    the claim to it where no other request shares it. `request` is what it asked for, `attempts` what workers have of
+    it, by the ids that they know. `placement` is the newest; `avoided` are workers that failed it without being lost.
     """
 
     client_id: str
@@ -65,6 +66,7 @@ class OpenRequest:
     deadline_s: float
     samples: list[OpenSample]
     client: str | None = None
+    own_id: ClaimedId | None = None
     status: RequestStatus = RequestStatus.RECEIVED
     attempts: dict[str, Attempt] = field(default_factory=dict)
     avoided: set[WorkerId] = field(default_factory=set)

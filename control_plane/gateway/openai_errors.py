@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.responses import Response
 
 from phasewise.core.errors import InvalidRequest, ServingError
+from phasewise.core.shown import MAX_SHOWN, clipped, shown
 
 _STATUS_AND_TYPE: dict[str, tuple[int, str]] = {
     "invalid_request": (400, "invalid_request_error"),
@@ -110,6 +111,7 @@ _EXPECTED = {
     "dict_type": "an object",
     "model_type": "an object",
 }
+_TOO_FAR = {"greater_than_equal": "at least", "less_than_equal": "at most"}
 _JSON_NAMES = {
     bool: "true or false",
     int: "a number",
@@ -128,17 +130,30 @@ def from_validation(error: ValidationError, schema: type[BaseModel]) -> InvalidR
     if kind == "json_invalid":
         reason = fault["msg"].removeprefix("Invalid JSON: ")
         return InvalidRequest(f"the body is not valid JSON: {reason}; send one JSON object")
-    if kind == "extra_forbidden":
-        return _unknown_field(path, location, schema)
+    if kind == "unknown_field":
+        return _unknown_field((*location, fault["ctx"]["name"]), schema)
     if kind == "missing":
         return InvalidRequest(f"{path} is missing; it is required", field=path)
+    if kind in _TOO_FAR:
+        return InvalidRequest(f"{path} must be {_TOO_FAR[kind]} {_bound(fault)}, not {shown(given)}", field=path)
     expected = _EXPECTED.get(kind)
     if expected is None:
         return InvalidRequest(f"{path}: {fault['msg']}" if path else fault["msg"], field=path)
     what = path or "the body"
     got = "null" if given is None else _JSON_NAMES.get(type(given), type(given).__name__)
-    shown = "" if isinstance(given, dict | list) or given is None else f" ({json.dumps(given)[:60]})"
-    return InvalidRequest(f"{what} must be {expected}, not {got}{shown}", field=path)
+    details = "" if isinstance(given, dict | list) or given is None else f" ({_as_json(given)})"
+    return InvalidRequest(f"{what} must be {expected}, not {got}{details}", field=path)
+
+
+def _bound(fault: Mapping[str, Any]) -> int:
+    limits = fault["ctx"]
+    return int(limits["ge"] if "ge" in limits else limits["le"])
+
+
+def _as_json(value: str | bool | int | float) -> str:
+    if isinstance(value, str):
+        return clipped(json.dumps(value[:MAX_SHOWN], ensure_ascii=False))
+    return str(value).lower() if isinstance(value, bool) else shown(value)
 
 
 def _path(location: tuple[int | str, ...]) -> str:
@@ -146,18 +161,19 @@ def _path(location: tuple[int | str, ...]) -> str:
     path = ""
     for part in location:
         if part != "[key]":
-            path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+            path += f"[{part}]" if isinstance(part, int) else f".{clipped(part)}" if path else clipped(part)
     return path
 
 
-def _unknown_field(path: str, location: tuple[int | str, ...], schema: type[BaseModel]) -> InvalidRequest:
+def _unknown_field(location: tuple[int | str, ...], schema: type[BaseModel]) -> InvalidRequest:
+    path = _path(location)
     known = schema.model_fields
     if len(location) > 1:
         owner = known[str(location[0])].annotation
         known = next((t.model_fields for t in _models_in(owner)), {})
-    near = difflib.get_close_matches(str(location[-1]), list(known), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(clipped(str(location[-1])), list(known), n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}?" if near else "leave it out"
-    return InvalidRequest(f"unknown field {path!r}; {hint}", field=path)
+    return InvalidRequest(f"unknown field {shown(path)}; {hint}", field=path)
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

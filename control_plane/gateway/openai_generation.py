@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from starlette.types import Receive
@@ -28,6 +29,7 @@ from control_plane.gateway.openai_responses import (
     timeline_fields,
     usage_fields,
 )
+from control_plane.gateway.request_ids import ClaimedId
 from control_plane.gateway.service import GenerateInput, GenerationStream, InferenceService, SampleDelta
 from phasewise.core.errors import RequestCancelled
 from phasewise.core.request import FinishReason
@@ -59,13 +61,22 @@ class Answer:
         self._form = form
         self._echo_text = echo_text
         self._streams: list[GenerationStream] = []
-        self._choices = [Choice(index) for index in range(len(inputs) * self._num_samples)]
+        self._choices: list[Choice] = []
+        self._claimed: ClaimedId | None = None
         self._unechoed = set(range(len(inputs))) if echo_text is not None else set()
 
     async def open(self, service: InferenceService) -> None:
-        """Starts every input. Raises what the service raises; what was started before belongs to the answer."""
-        for given in self._inputs:
+        """Starts every input. Raises what the service raises; what was started before belongs to the answer.
+
+        Several prompts share their id, which is the answer's from before the first of them until all have ended.
+        """
+        inputs, request_id = self._inputs, self._inputs[0].request_id
+        if len(inputs) > 1 and request_id is not None:
+            self._claimed = service.claim_id(request_id)
+            inputs = [replace(given, claimed=self._claimed) for given in inputs]
+        for given in inputs:
             self._streams.append(await service.generate(given))
+        self._choices = [Choice(index) for index in range(len(inputs) * self._num_samples)]
 
     async def whole(self, envelope: Envelope, *, with_timeline: bool, with_token_ids: bool) -> bytes:
         """The body of an answer in one piece. Raises what the streams raise."""
@@ -107,6 +118,7 @@ class Answer:
                     line = writer.delta(self._choice(prompt_index, delta), delta)
                     if line:
                         yield line
+            await self.aclose()  # all have ended, and whoever has read the last event may use the id again
             if with_usage or with_timeline:
                 yield writer.closing(self._usage() if with_usage else None, self._timeline() if with_timeline else None)
             yield DONE_EVENT
@@ -114,9 +126,11 @@ class Answer:
             await self.aclose()
 
     async def aclose(self) -> None:
-        """Cancels what still runs."""
+        """Cancels what still runs, and releases the id."""
         for stream in self._streams:
             await stream.aclose()
+        if self._claimed is not None:
+            self._claimed.release()
 
     def _choice(self, prompt_index: int, delta: SampleDelta) -> Choice:
         if delta.finish_reason is FinishReason.ABORT:

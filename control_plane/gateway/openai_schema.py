@@ -1,8 +1,9 @@
 """The bodies of the OpenAI-compatible requests, and how they become `GenerateInput`.
 
-Types are strict ("5" is no number); unknown fields are refused. Ranges are checked by `preparation.py`, for all
-protocols alike. Fields of OpenAI's API fall in three classes: served; harmless, accepted and without effect here;
-refused because ignoring them would change the answer.
+Types are strict ("5" is no number); unknown fields are refused. Every shape is checked here, before anything else sees
+the body, and the check of a long list ends at its first fault: pydantic by itself would describe each of millions.
+Ranges are checked by `preparation.py`, for all protocols alike. Fields of OpenAI's API fall in three classes: served;
+harmless, accepted and without effect here; refused because ignoring them would change the answer.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from array import array
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
+from control_plane.gateway.chat_template import plain_messages
 from control_plane.gateway.openai_errors import ParameterNames
+from control_plane.gateway.openai_shapes import logit_bias_of, split_prompts, stop_strings, whole_numbers
 from control_plane.gateway.service import GenerateInput, SamplingInput
 from control_plane.link_survey import DEFAULT_SIZES, DEFAULT_TIMEOUT_S
 from phasewise.core.errors import InvalidRequest
@@ -39,7 +42,19 @@ def _refuse(value: Any, info: ValidationInfo) -> Any:
     raise PydanticCustomError("unsupported", "this server does not support it; leave it out")
 
 
+def _numbers(given: Any, info: ValidationInfo) -> list[int]:
+    return whole_numbers(given, info.field_name or "")
+
+
+def _numbers_or_none(given: Any, info: ValidationInfo) -> list[int] | None:
+    return None if given is None else _numbers(given, info)
+
+
 Unsupported = Annotated[Any, AfterValidator(_refuse)]
+# Nothing behind the schema meets a number that does not fit: JSON has numbers of any length.
+Whole = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+Messages = Annotated[list[Any], AfterValidator(plain_messages)]
+Numbers = Annotated[Any, AfterValidator(_numbers)]  # a list of whole numbers
 
 
 class Body(BaseModel):
@@ -48,7 +63,17 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
     def compact(self) -> None:
-        """Makes arrays of long lists of token ids, for the way to another process. Raises InvalidRequest."""
+        """Makes arrays of long lists of token ids, for the way to another process."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, given: Any) -> Any:
+        """Refuses the first unknown field."""
+        if isinstance(given, dict):
+            for name in given:
+                if name not in cls.model_fields:
+                    raise PydanticCustomError("unknown_field", "unknown field", {"name": name})
+        return given
 
 
 class StreamOptions(Body):
@@ -62,20 +87,20 @@ class _GenerateBody(Body):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
+    n: Whole | None = None
+    max_tokens: Whole | None = None
+    min_tokens: Whole | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Whole | None = None
     min_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    seed: int | None = None
-    stop: Any = None  # a string or a list of strings: checked by `_stop`
-    stop_token_ids: list[int] | None = None
+    logit_bias: Annotated[Any, AfterValidator(logit_bias_of)] = None
+    seed: Whole | None = None
+    stop: Annotated[Any, AfterValidator(stop_strings)] = ()
+    stop_token_ids: Annotated[Any, AfterValidator(_numbers_or_none)] = None
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
     timeout: float | None = None
@@ -89,7 +114,7 @@ class _GenerateBody(Body):
     prompt_cache_retention: Any = None
 
     def sampling(self, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None) -> SamplingInput:
-        """The sampling parameters. Raises InvalidRequest for `stop` and `logit_bias` of a wrong form."""
+        """The sampling parameters."""
         return SamplingInput(
             n=self.n,
             max_tokens=max_tokens,
@@ -101,11 +126,11 @@ class _GenerateBody(Body):
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty,
-            logit_bias=_logit_bias(self.logit_bias),
+            logit_bias=self.logit_bias,
             seed=self.seed,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
-            stop=_stop(self.stop),
+            stop=self.stop,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
         )
@@ -122,10 +147,10 @@ class _GenerateBody(Body):
 class ChatBody(_GenerateBody):
     """POST /v1/chat/completions"""
 
-    messages: list[Any]  # checked by chat_template.plain_messages
-    max_completion_tokens: int | None = None
+    messages: Messages
+    max_completion_tokens: Whole | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Whole | None = None
     tools: Unsupported = None
     tool_choice: Unsupported = None
     functions: Unsupported = None
@@ -176,21 +201,21 @@ class ChatBody(_GenerateBody):
 class CompletionBody(_GenerateBody):
     """POST /v1/completions"""
 
-    prompt: Any  # a string, token ids, or a list of either: checked by `split_prompts`
-    logprobs: int | None = None
+    prompt: Annotated[Any, AfterValidator(split_prompts)]  # a string, token ids, or a list of either
+    logprobs: Whole | None = None
     echo: bool | None = None
-    best_of: int | None = None
+    best_of: Whole | None = None
     suffix: Unsupported = None
 
     def compact(self) -> None:
-        self.prompt = [p if isinstance(p, str) else _as_array(p, "prompt") for p in split_prompts(self.prompt)]
+        self.prompt = [p if isinstance(p, str) else array("q", p) for p in self.prompt]
 
     def inputs(self, request_id: str, timeout_s: float | None, client: str | None = None) -> list[GenerateInput]:
         """One request per prompt, in order. Raises InvalidRequest."""
         self.check_stream_options()
         if self.best_of is not None and self.best_of != (1 if self.n is None else self.n):
             raise InvalidRequest("best_of is supported only where it equals n; leave it out", field="best_of")
-        prompts = split_prompts(self.prompt)
+        prompts: list[str | Sequence[int]] = self.prompt
         if len(prompts) * (self.n or 1) > MAX_CHOICES:
             raise InvalidRequest(
                 f"{len(prompts)} prompts times n {self.n or 1} are more than {MAX_CHOICES} choices; send fewer prompts",
@@ -207,12 +232,12 @@ class CompletionBody(_GenerateBody):
                 echo=bool(self.echo),
                 sampling=sampling,
                 model=self.model,
-                request_id=request_id if len(prompts) == 1 else f"{request_id}-{index}",
+                request_id=request_id,
                 timeout_s=timeout,
                 cache_salt=self.cache_salt or "",
                 client=client,
             )
-            for index, prompt in enumerate(prompts)
+            for prompt in prompts
         ]
 
     @property
@@ -226,23 +251,23 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Any] | None = None
+    messages: Messages | None = None
 
 
 class DetokenizeBody(Body):
     """POST /detokenize"""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Numbers
 
     def compact(self) -> None:
-        self.tokens = _as_array(self.tokens, "tokens")  # type: ignore[assignment]
+        self.tokens = array("q", self.tokens)
 
 
 class ProbeLinksBody(Body):
     """POST /links/probe"""
 
-    sizes: list[int] = list(DEFAULT_SIZES)
+    sizes: Numbers = list(DEFAULT_SIZES)
     timeout_s: float = DEFAULT_TIMEOUT_S
 
 
@@ -250,60 +275,3 @@ SCHEMAS: dict[str, type[Body]] = {
     schema.__name__: schema for schema in (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, ProbeLinksBody)
 }
 """The bodies by their names, for a process that is told a name."""
-
-
-def _as_array(token_ids: Sequence[int], field: str) -> array[int]:
-    try:
-        return array("q", token_ids)
-    except OverflowError:
-        raise InvalidRequest(f"{field} holds a number that is no token id; token ids are small", field=field) from None
-
-
-def split_prompts(prompt: object) -> list[str | Sequence[int]]:
-    """The four forms of `prompt` as a list of prompts. Raises InvalidRequest for any other form."""
-    if isinstance(prompt, str):
-        return [prompt]
-    if not isinstance(prompt, list) or not prompt:
-        what = "an empty list" if prompt == [] else "null" if prompt is None else f"a {type(prompt).__name__}"
-        raise InvalidRequest(
-            f"prompt must be a string, a list of token ids, or a list of either; it is {what}", field="prompt"
-        )
-    kinds = set(map(type, prompt))
-    if kinds == {int}:
-        return [prompt]
-    if kinds == {str} or kinds == {array}:
-        return list(prompt)
-    if kinds == {list}:
-        for index, ids in enumerate(prompt):
-            if set(map(type, ids)) - {int}:
-                raise InvalidRequest(f"prompt[{index}] must hold token ids, which are whole numbers", field="prompt")
-        return list(prompt)
-    raise InvalidRequest(
-        "prompt must be all strings, all token ids (whole numbers), or all lists of token ids", field="prompt"
-    )
-
-
-def _stop(stop: object) -> tuple[str, ...]:
-    if stop is None:
-        return ()
-    if isinstance(stop, str):
-        return (stop,)
-    if isinstance(stop, list):
-        for index, string in enumerate(stop):
-            if not isinstance(string, str):
-                raise InvalidRequest(
-                    f"stop[{index}] must be a string, not a {type(string).__name__}", field=f"stop[{index}]"
-                )
-        return tuple(stop)
-    raise InvalidRequest(f"stop must be a string or a list of strings, not a {type(stop).__name__}", field="stop")
-
-
-def _logit_bias(given: dict[str, float] | None) -> dict[int, float] | None:
-    if not given:
-        return None
-    for key in given:
-        if not (key.isascii() and key.isdigit()):
-            raise InvalidRequest(
-                f"logit_bias has the key {key!r}; keys are token ids such as '50256'", field="logit_bias"
-            )
-    return {int(key): bias for key, bias in given.items()}

@@ -44,11 +44,13 @@ from control_plane.gateway.openai_schema import (
     ProbeLinksBody,
     TokenizeBody,
 )
+from control_plane.gateway.preparation import is_request_id
 from control_plane.gateway.quota import client_of
 from control_plane.gateway.service import GenerateInput, InferenceService, ModelCard
 from control_plane.gateway.summed_log import SummedLog
 from phasewise.core.clock import Clock, MonotonicClock
 from phasewise.core.errors import InternalError, InvalidRequest, ModelNotFound, Overloaded, ServingError, Unavailable
+from phasewise.core.shown import clipped, shown
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +121,9 @@ class _Call:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.request_id = request.headers.get(_REQUEST_ID_HEADER) or uuid.uuid4().hex
+        given = request.headers.get(_REQUEST_ID_HEADER)
+        self.request_id = given if given is not None and is_request_id(given) else uuid.uuid4().hex
+        self.asked_id = given or self.request_id  # refused by the service where it is wrong, and never sent back
         self.names: ParameterNames = NO_RENAMES
         self.room: Room | None = None
 
@@ -153,7 +157,7 @@ class _Call:
             timeout_s = math.nan
         if not (math.isfinite(timeout_s) and timeout_s > 0):
             raise InvalidRequest(
-                f"header x-phasewise-timeout-s must be a number of seconds above 0, not {text!r}",
+                f"header x-phasewise-timeout-s must be a number of seconds above 0, not {shown(text)}",
                 field="x-phasewise-timeout-s",
             )
         return timeout_s
@@ -202,13 +206,13 @@ class _Api:
     async def chat(self, call: _Call) -> Response:
         body = await self._read(call, ChatBody)
         call.names = body.names
-        inputs = body.inputs(call.request_id, call.timeout_s, call.client)
+        inputs = body.inputs(call.asked_id, call.timeout_s, call.client)
         return await self._generate(call, body, inputs, ChatForm(bool(body.logprobs)), None)
 
     async def completions(self, call: _Call) -> Response:
         body = await self._read(call, CompletionBody)
         call.names = body.names
-        inputs = body.inputs(call.request_id, call.timeout_s, call.client)
+        inputs = body.inputs(call.asked_id, call.timeout_s, call.client)
         echo = self._prompt_text if body.echo else None
         return await self._generate(call, body, inputs, CompletionForm(body.logprobs is not None), echo)
 
@@ -218,7 +222,7 @@ class _Api:
     async def model(self, call: _Call) -> Response:
         name, card = call.request.path_params["model"], self._service.model
         if name != card.name:
-            raise ModelNotFound(f"model {name!r} is not served here; use {card.name!r}", field="model")
+            raise ModelNotFound(f"model {shown(name)} is not served here; use {card.name!r}", field="model")
         return call.json(_model_fields(card))
 
     async def tokenize(self, call: _Call) -> Response:
@@ -379,7 +383,9 @@ async def _unknown_route(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     detail = "method not allowed" if status == 405 else "no such path"
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
-    message = f"{detail}: {request.method} {request.url.path}; see GET /v1/models and POST /v1/chat/completions"
+    # Not `request.url`, which a client's Host header can make unreadable.
+    asked = f"{clipped(request.method)} {clipped(request.scope['path'])}"
+    message = f"{detail}: {asked}; see GET /v1/models and POST /v1/chat/completions"
     code = "method_not_allowed" if status == 405 else "not_found"
     fields = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
     return Response(dumps({"error": fields}), status, headers=headers, media_type="application/json")

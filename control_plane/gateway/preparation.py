@@ -17,12 +17,14 @@ from control_plane.gateway.service import GenerateInput, ModelCard, SamplingInpu
 from control_plane.gateway.text import TextTokenizer
 from phasewise.core.errors import InvalidRequest, ModelNotFound
 from phasewise.core.request import Request, SamplingParams
+from phasewise.core.shown import shown
 
 MAX_SAMPLES = 128
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1000
 MAX_STOP_TOKEN_IDS = 256
+MAX_CACHE_SALT_CHARACTERS = 256
 COMPLETION_MAX_TOKENS = 16  # as OpenAI's completions
 GREEDY_BELOW = 1e-5
 """A temperature below it is greedy, as in vLLM. A draw would choose only between logits that are equal within their
@@ -87,7 +89,7 @@ class RequestPreparer:
         """
         self.check_model(given.model)
         request_id = given.request_id if given.request_id is not None else uuid.uuid4().hex
-        if not _REQUEST_ID.fullmatch(request_id):
+        if not is_request_id(request_id):
             raise InvalidRequest(
                 "request_id must be 1 to 128 printable ASCII characters without spaces", field="request_id"
             )
@@ -95,6 +97,7 @@ class RequestPreparer:
         _check_range("timeout_s", timeout_s, 0.0, self._limits.max_timeout_s, above_low=True)
         check_stop(given.sampling.stop)
         _check_lengths(given)
+        _check_cache_salt(given.cache_salt)
         partial = self._sampling(with_defaults(given.sampling, self._card.sampling))
         prompt = self._prompt(given)
         sampling = self._with_max_tokens(partial, given, len(prompt))
@@ -104,7 +107,7 @@ class RequestPreparer:
     def check_model(self, model: str | None) -> None:
         """Raises ModelNotFound unless `model` is the one served (None means that one)."""
         if model is not None and model != self._card.name:
-            raise ModelNotFound(f"model {model!r} is not served here; use {self._card.name!r}", field="model")
+            raise ModelNotFound(f"model {shown(model)} is not served here; use {self._card.name!r}", field="model")
 
     def check_token_ids(self, token_ids: Sequence[int], field: str) -> None:
         """Raises InvalidRequest for an id outside of the vocabulary."""
@@ -247,6 +250,19 @@ def _check_lengths(given: GenerateInput) -> None:
         )
     if sampling.max_tokens != 0:
         _optional_int("max_tokens", sampling.max_tokens, 1, None)
+
+
+def is_request_id(text: str) -> bool:
+    """Whether a client may call a request so."""
+    return _REQUEST_ID.fullmatch(text) is not None
+
+
+def _check_cache_salt(salt: str) -> None:
+    if len(salt) > MAX_CACHE_SALT_CHARACTERS:
+        raise InvalidRequest(
+            f"cache_salt has {len(salt)} characters; at most {MAX_CACHE_SALT_CHARACTERS} are allowed",
+            field="cache_salt",
+        )
 
 
 def check_stop(stop: tuple[str, ...]) -> None:

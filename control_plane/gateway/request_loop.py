@@ -28,6 +28,7 @@ from control_plane.gateway.open_stream import OpenStream
 from control_plane.gateway.placer import Placer
 from control_plane.gateway.preparation import PreparedRequest, RequestPreparer
 from control_plane.gateway.quota import Quota, share_of
+from control_plane.gateway.request_ids import ClaimedId, RequestIds
 from control_plane.gateway.service import GenerateInput, ModelCard
 from control_plane.gateway.summed_log import SummedLog
 from control_plane.gateway.text import TextTokenizer
@@ -38,7 +39,6 @@ from phasewise.core.clock import Clock
 from phasewise.core.errors import (
     ERROR_BY_CODE,
     DeadlineExceeded,
-    DuplicateRequest,
     InternalError,
     InvalidRequest,
     RequestCancelled,
@@ -102,7 +102,8 @@ class RequestLoop:
         self._lines = SummedLog(clock)
         self._addresses = addresses
         self._started_s = clock.now_s()
-        self._open: dict[str, OpenStream] = {}  # by the client's id
+        self._open: dict[str, OpenStream] = {}  # by the id of the first attempt
+        self._ids = RequestIds()
         self._streams: dict[str, OpenStream] = {}  # by the ids that workers know: one for each attempt
         self._tasks: set[asyncio.Task[None]] = set()
         self._nonce = secrets.token_hex(4)
@@ -124,6 +125,13 @@ class RequestLoop:
             return reason
         return "" if self._is_admitting else "the server is not taking requests: it is starting or shutting down"
 
+    def claim_id(self, request_id: str) -> ClaimedId:
+        try:
+            return self._ids.claim(request_id)
+        except ServingError as error:
+            self._metrics.request_refused(error.code)
+            raise
+
     async def generate(self, request: GenerateInput) -> OpenStream:
         """Accepts a request and starts it. An error that is raised was counted, and nothing is left of the request."""
         try:
@@ -135,7 +143,7 @@ class RequestLoop:
         try:
             prepared = await self._prepare(request)
             self._check_admission()  # much may have happened while a long prompt was tokenised
-            stream = self._accept(prepared, request.client)
+            stream = self._accept(prepared, request.client, request.claimed)
         except BaseException as error:
             self._quota.give_back(request.client)
             if isinstance(error, ServingError):
@@ -254,13 +262,10 @@ class RequestLoop:
             return await asyncio.to_thread(self._preparer.prepare, given)
         return self._preparer.prepare(given)
 
-    def _accept(self, prepared: PreparedRequest, client: str | None) -> OpenStream:
-        """Opens the record of a request, whose place in the quota it gives back when it closes."""
+    def _accept(self, prepared: PreparedRequest, client: str | None, claimed: ClaimedId | None) -> OpenStream:
+        """Opens the record of a request. Its end gives back its place in the quota, and the id where it claimed one."""
         client_id = prepared.request.request_id
-        if client_id in self._open:
-            raise DuplicateRequest(
-                f"a request with the id {client_id!r} is open already; use another id", field="request_id"
-            )
+        own_id = self._ids.claim(client_id) if claimed is None else None
         request = replace(prepared.request, request_id=self._new_id(client_id))
         samples = [
             OpenSample(
@@ -275,10 +280,10 @@ class RequestLoop:
         ]
         now_s = self._clock.now_s()
         record = OpenRequest(client_id, request, self.gateway_id, now_s, now_s + prepared.timeout_s, samples)
-        record.client = client
+        record.client, record.own_id = client, own_id
         stream = OpenStream(record, self._cancel)
         stream.timer = asyncio.get_running_loop().call_later(prepared.timeout_s, self._expire, stream)
-        self._open[client_id] = stream
+        self._open[record.request_id] = stream
         self._all_closed.clear()
         self._metrics.request_started()
         self._record_event(record, Stage.RECEIVED)
@@ -483,8 +488,10 @@ class RequestLoop:
         for attempt in list(record.attempts.values()):
             num_output_tokens = sum(len(sample.token_ids) for sample in record.samples_of(attempt))
             self._end_attempt(stream, attempt, num_output_tokens)
-        self._open.pop(record.client_id, None)
+        self._open.pop(record.request_id, None)
         self._quota.give_back(record.client)
+        if record.own_id is not None:
+            record.own_id.release()
         if not self._open:
             self._all_closed.set()
 

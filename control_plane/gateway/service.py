@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from control_plane.gateway.request_ids import ClaimedId
 from phasewise.core.messages import TimelineEvent
 from phasewise.core.placement import Placement
 from phasewise.core.request import FinishReason
@@ -45,8 +46,9 @@ class GenerateInput:
 
     `messages` are plain dicts with "role" and "content" (a string), as the chat template wants them.
     `model` may be None (the one model served). `timeout_s` None means the gateway's default. `client` is whose share of
-    the open requests it counts to: a network address, or None for nobody's. `echo`: the answer begins with the prompt,
-    so it may be asked for without output (`max_tokens` 0).
+    the open requests it counts to: a network address, or None for nobody's. `claimed` is what `claim_id` gave for
+    `request_id`, where several requests share it. `echo`: the answer begins with the prompt, so it may be asked for
+    without output (`max_tokens` 0).
     """
 
     text: str | None = None
@@ -59,6 +61,7 @@ class GenerateInput:
     cache_salt: str = ""
     client: str | None = None
     echo: bool = False
+    claimed: ClaimedId | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +163,9 @@ class InferenceService(Protocol):
     @property
     def unready_reason(self) -> str:
         """Why it would not be taken; "" when it would. Answered from what is known, without waiting."""
+
+    def claim_id(self, request_id: str) -> ClaimedId:
+        """Sets an id aside for several requests that share it. Raises DuplicateRequest when it is in use."""
 
     async def generate(self, request: GenerateInput) -> GenerationStream:
         """Checks, tokenises, places. Raises InvalidRequest, Overloaded, Unavailable … before anything runs."""

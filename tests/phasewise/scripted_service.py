@@ -17,6 +17,7 @@ from typing import Any
 import grpc.aio
 
 from control_plane.gateway.grpc_server import start_grpc_server
+from control_plane.gateway.request_ids import ClaimedId, RequestIds
 from control_plane.gateway.service import GenerateInput, ModelCard, SampleDelta, TokenInfo, Usage
 from phasewise.core.errors import ERROR_BY_CODE, InvalidRequest, ModelNotFound, ServingError
 from phasewise.core.lifecycle import Stage
@@ -144,6 +145,9 @@ class ScriptedService:
     def script(self, *attempts: Attempt | None) -> None:
         """What the next requests meet; None is an attempt that goes well, as all do after these."""
         self._script.extend(attempts)
+
+    def claim_id(self, request_id: str) -> ClaimedId:
+        return RequestIds().claim(request_id)  # gRPC has no requests that share one
 
     async def generate(self, request: GenerateInput) -> ScriptedStream:
         self.requests.append(request)

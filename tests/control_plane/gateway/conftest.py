@@ -18,10 +18,11 @@ from tokenizers import pre_tokenizers
 
 from control_plane.gateway.detokenizer import SampleText, token_info
 from control_plane.gateway.preparation import PreparedRequest, RequestLimits, RequestPreparer
+from control_plane.gateway.request_ids import ClaimedId, RequestIds
 from control_plane.gateway.service import GenerateInput, InferenceService, ModelCard, SampleDelta, TokenInfo, Usage
 from control_plane.gateway.text import TextTokenizer, load_tokenizer
 from control_plane.link_survey import check_probes
-from phasewise.core.errors import DuplicateRequest, ServingError, Unavailable
+from phasewise.core.errors import ServingError, Unavailable
 from phasewise.core.lifecycle import Stage
 from phasewise.core.messages import TimelineEvent
 from phasewise.core.model_source import ModelSource, model_facts, resolve_model
@@ -94,7 +95,8 @@ class HashService:
         self.fail_after: tuple[int, Exception] | None = None
         self.refuse_with: ServingError | None = None
         self.tokenizer = tokenizer
-        self.open: dict[str, HashStream] = {}
+        self.open: set[HashStream] = set()
+        self._ids = RequestIds()
         self._preparer = RequestPreparer(tokenizer, card, RequestLimits())
         self.pool = tokenizer.encode(_WORDS)
 
@@ -102,15 +104,18 @@ class HashService:
     def is_ready(self) -> bool:
         return not self.unready_reason
 
+    def claim_id(self, request_id: str) -> ClaimedId:
+        return self._ids.claim(request_id)
+
     async def generate(self, request: GenerateInput) -> HashStream:
         if not self.is_ready:
             raise Unavailable(self.unready_reason, retry_after_s=2.5)
         if self.refuse_with is not None:
             raise self.refuse_with
         prepared = self._preparer.prepare(request)
-        if prepared.request.request_id in self.open:
-            raise DuplicateRequest("a request with this id is open already", field="request_id")
-        stream = self.open[prepared.request.request_id] = HashStream(self, prepared)
+        claimed = None if request.claimed is not None else self._ids.claim(prepared.request.request_id)
+        stream = HashStream(self, prepared, claimed)
+        self.open.add(stream)
         return stream
 
     def tokenize(
@@ -140,8 +145,9 @@ class HashService:
 
 
 class HashStream:
-    def __init__(self, service: HashService, prepared: PreparedRequest) -> None:
+    def __init__(self, service: HashService, prepared: PreparedRequest, claimed: ClaimedId | None) -> None:
         self._service = service
+        self._claimed = claimed
         self._prepared = prepared
         self._request = prepared.request
         self._num_output = 0
@@ -188,10 +194,12 @@ class HashStream:
                 tokens = (token_info(tokenizer, token),) if sampling.logprobs is not None else ()
                 reason = FinishReason.STOP if hit is not None else reason
                 yield SampleDelta(index, new, (token.token_id,), tokens, reason, hit)
-        self._service.open.pop(self.request_id, None)
+        await self.aclose()
 
     async def aclose(self) -> None:
-        self._service.open.pop(self.request_id, None)
+        self._service.open.discard(self)
+        if self._claimed is not None:
+            self._claimed.release()
 
     def _token(self, index: int, position: int) -> SampledToken:
         sampling = self._request.sampling

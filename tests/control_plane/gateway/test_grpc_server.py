@@ -146,7 +146,7 @@ async def test_a_fault_is_logged_with_the_request_id_and_hidden(
     with caplog.at_level(logging.ERROR):
         error = await failure(InferenceStub(channel).Generate(generate(request_id="r-9")))
     assert error.code() is grpc.StatusCode.INTERNAL and "inside" not in str(error.details())
-    (record,) = [r for r in caplog.records if r.name == "control_plane.gateway.grpc_server"]
+    (record,) = [r for r in caplog.records if r.name == "control_plane.gateway.grpc_refusals"]
     assert record.__dict__["request_id"] == "r-9" and "inside" in str(record.exc_info)
 
 

@@ -1,0 +1,150 @@
+"""How a gRPC call ends without an answer: refused, failed, or left by its client.
+
+To grpc.aio, a deserializer that raises and a handler that raises are faults of the server: it logs a traceback and
+answers UNKNOWN, whatever the client sent. So a message that cannot be read becomes a value, `Malformed`, which the
+handler refuses. A handler whose client is gone ends as a cancelled one does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from phasewise.core.errors import InternalError, InvalidRequest, ServingError
+from phasewise.core.shown import clipped
+from phasewise.rpc.status import to_status
+
+logger = logging.getLogger(__name__)
+
+
+async def abort(context: grpc.aio.ServicerContext, error: Exception, request_id: str) -> NoReturn:
+    """Ends the call with the status of `error`; what is not one of ours is a fault, logged and not shown."""
+    if not isinstance(error, ServingError):
+        logger.error("gRPC request failed", exc_info=error, extra={"request_id": clipped(request_id)})
+        name = clipped(request_id) or "(no id)"
+        error = InternalError(f"internal error; the gateway's log has the details of request {name}")
+    code, message, metadata = to_status(error)
+    try:
+        await context.abort(code, message, metadata)
+    except grpc.aio.AbortError:
+        raise
+    except grpc.aio.BaseError:  # the status cannot be sent
+        raise client_left() from None
+    raise AssertionError("abort always raises")
+
+
+def client_left() -> asyncio.CancelledError:
+    """What a handler raises whose client is gone: grpc.aio was about to cancel it."""
+    return asyncio.CancelledError("the client is gone")
+
+
+class _NotOfClientsThatLeft(logging.Filter):
+    """Drops grpc.aio's traceback of a last message or a status that could not be sent.
+
+    It knows that the client is gone when the end of the call has reached it; where the send fails before that, it takes
+    the failure for one of ours. No handler is there to catch it.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+        return not (isinstance(error, grpc.aio.InternalError) and "execute_batch" in str(error))
+
+
+NOT_OF_CLIENTS_THAT_LEFT = _NotOfClientsThatLeft()
+"""For grpc's logger of the name `GRPC_LOGGER`."""
+GRPC_LOGGER = "grpc._cython.cygrpc"
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """Stands for a request message that cannot be read. `reason` is protobuf's."""
+
+    reason: str
+
+
+class RefuseMalformed(grpc.aio.ServerInterceptor):
+    """INVALID_ARGUMENT for what is no valid protobuf, in all services of a server."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[str, grpc.RpcMethodHandler] = {}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        handler = await continuation(handler_call_details)
+        if handler is None:  # no such method
+            return handler
+        method = handler_call_details.method
+        if method not in self._handlers:
+            self._handlers[method] = _refusing(handler)
+        return self._handlers[method]
+
+
+def _refusing(handler: Any) -> grpc.RpcMethodHandler:
+    """A handler that refuses what `handler` could not read. Of one stream to one message there is none here."""
+    forms = {"request_deserializer": _reader(handler), "response_serializer": handler.response_serializer}
+    if handler.request_streaming:
+        return grpc.stream_stream_rpc_method_handler(_streams(handler.stream_stream), **forms)
+    if not handler.response_streaming:
+        return grpc.unary_unary_rpc_method_handler(_answer(handler.unary_unary), **forms)
+    if inspect.isasyncgenfunction(handler.unary_stream):
+        return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream), **forms)
+    return grpc.unary_stream_rpc_method_handler(_answer(handler.unary_stream), **forms)
+
+
+def _reader(handler: Any) -> Callable[[bytes], Any]:
+    def read(raw: bytes) -> Any:
+        try:
+            return handler.request_deserializer(raw)
+        except DecodeError as error:
+            return Malformed(str(error))
+
+    return read
+
+
+async def _check(request: Any, context: grpc.aio.ServicerContext) -> None:
+    if isinstance(request, Malformed):
+        reason = clipped(request.reason)
+        await abort(
+            context, InvalidRequest(f"the message cannot be read ({reason}); send what phasewise.proto says"), ""
+        )
+
+
+def _answer(method: Any) -> Any:
+    async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        await _check(request, context)
+        return await method(request, context)
+
+    return answer
+
+
+def _stream(method: Any) -> Any:
+    async def stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        await _check(request, context)
+        async for response in method(request, context):
+            yield response
+
+    return stream
+
+
+def _streams(method: Any) -> Any:
+    async def readable(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        async for request in requests:
+            await _check(request, context)
+            yield request
+
+    async def stream(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        async for response in method(readable(requests, context), context):
+            yield response
+
+    return stream
