@@ -48,6 +48,9 @@ REQUESTS: dict[str, SamplingInput] = {
 }
 
 
+THE_PROMPT_ALONE = SamplingInput(max_tokens=0, prompt_logprobs=2, n=2)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
@@ -113,7 +116,8 @@ def assert_same(answer: Answer, undisturbed: Answer) -> None:
 def undisturbed(model: Path) -> dict[str, Answer]:
     async def answers() -> dict[str, Answer]:
         async with local_cluster(model, pools=MIXED) as cluster:
-            return {name: await run(cluster, sampling) for name, sampling in REQUESTS.items()}
+            answers = {name: await run(cluster, sampling) for name, sampling in REQUESTS.items()}
+            return answers | {"the prompt alone": await run(cluster, THE_PROMPT_ALONE)}
 
     return asyncio.run(answers())
 
@@ -138,6 +142,15 @@ async def test_a_prefill_worker_lost_before_the_first_token(
     async with local_cluster(model, **WAYS[way]) as cluster:
         answer = await run(cluster, REQUESTS[name], ((0, 0),))
     assert_same(answer, undisturbed[name])
+
+
+async def test_a_prefill_worker_lost_under_a_request_without_output(
+    model: Path, undisturbed: dict[str, Answer]
+) -> None:
+    async with local_cluster(model, **WAYS["handoff by layers and chunks"]) as cluster:
+        answer = await run(cluster, THE_PROMPT_ALONE, ((0, 0),))
+    assert_same(answer, undisturbed["the prompt alone"])
+    assert answer.ids == {0: [], 1: []} and len(answer.prompt_tokens) == len(PROMPT) and answer.attempt == 1
 
 
 async def test_samples_that_end_at_different_times(model: Path, undisturbed: dict[str, Answer]) -> None:

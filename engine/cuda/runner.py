@@ -436,4 +436,6 @@ def _num_outputs(item: ScheduledSequence) -> int:
 def _needs_draw(item: ScheduledSequence) -> bool:
     """False when the largest logit is all that is wanted."""
     sampling = item.sequence.sampling
-    return sampling.temperature > 0 or sampling.logprobs is not None or is_adjusted(sampling, _num_outputs(item))
+    if sampling.temperature > 0 or sampling.logprobs is not None:
+        return True
+    return is_adjusted(sampling, _num_outputs(item) if sampling.min_tokens else 0)

@@ -53,8 +53,8 @@ def random_params(rng: random.Random, vocab_size: int) -> SamplingParams:
     return SamplingParams(
         temperature=rng.choice([0.0, tiny, 1e-6, 0.3, 0.7, 1.0, 1.0, 1.0, 2.0, 5.0]),
         top_k=rng.choice([0, 0, 0, 1, 2, 16, 50, 1000, 4096, 4097, 20_000, 10**6]),
-        top_p=rng.choice([1.0, 1.0, 1.0, 0.0, 0.2, 0.8, 0.9, 0.95, 0.999, 1 - 1e-7]),
-        min_p=rng.choice([0.0, 0.0, 0.0, 0.003, 0.05, 1.0]),
+        top_p=rng.choice([1.0, 1.0, 1.0, 0.0, 5e-324, 0.2, 0.8, 0.9, 0.95, 0.999, 1 - 1e-7]),
+        min_p=rng.choice([0.0, 0.0, 0.0, 5e-324, 0.003, 0.05, 1.0]),
         repetition_penalty=rng.choice([1.0, 1.0, 1.3, 0.7]),
         frequency_penalty=rng.choice([0.0, 0.0, 0.4, -1.1]),
         presence_penalty=rng.choice([0.0, 0.0, 0.9, -0.2]),

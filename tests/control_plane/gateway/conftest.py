@@ -178,6 +178,8 @@ class HashStream:
             SampleText(tokenizer, self._prepared.stop, continues_text=self._prepared.continues_text)
             for _ in range(sampling.n)
         ]
+        for index in range(sampling.n if sampling.max_tokens == 0 else 0):
+            yield SampleDelta(index, "", (), (), FinishReason.LENGTH)
         for position in range(sampling.max_tokens):
             for index, text in enumerate(texts):
                 if text.is_done:

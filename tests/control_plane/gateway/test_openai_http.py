@@ -242,6 +242,22 @@ def test_echo_with_prompt_logprobs(client: openai.OpenAI, http: httpx.Client, mo
     assert offsets[0] == 0 and offsets[len(ids)] == len(PROMPT)
 
 
+def test_echo_without_output(client: openai.OpenAI, http: httpx.Client, model: str) -> None:
+    asked: dict[str, Any] = {"model": model, "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
+    prompts = [PROMPT, "Two and two are"]
+    counts = [http.post("/tokenize", json={"prompt": prompt}).json()["count"] for prompt in prompts]
+    answer = client.completions.create(**asked, prompt=prompts)
+    for choice, prompt, count in zip(answer.choices, prompts, counts, strict=True):
+        assert (choice.text, choice.finish_reason) == (prompt, "length") and choice.logprobs is not None
+        assert len(choice.logprobs.token_logprobs or []) == len(choice.logprobs.top_logprobs or []) == count
+    assert answer.usage is not None and answer.usage.completion_tokens == 0
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens == sum(counts)
+    chunks = list(client.completions.create(**asked, prompt=PROMPT, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == PROMPT
+    assert chunks[0].choices[0].logprobs == answer.choices[0].logprobs
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
 def test_echo_without_logprobs(client: openai.OpenAI, model: str) -> None:
     asked: dict[str, Any] = {"model": model, "prompt": PROMPT, "max_tokens": 4, "temperature": 0}
     plain = client.completions.create(**asked).choices[0].text
