@@ -70,6 +70,7 @@ def write_gguf(
     type_name: str,
     extra: dict[str, Any] | None = None,
     tensors: dict[str, np.ndarray] | None = None,
+    tokens: list[str] | None = None,
 ) -> dict[str, np.ndarray]:
     """Writes the model; gives back, by Hugging Face name, the values that the file stands for."""
     config = model.config
@@ -87,7 +88,7 @@ def write_gguf(
     if getattr(config, "head_dim", None):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
-    writer.add_token_list([f"token{i} é" for i in range(config.vocab_size)])
+    writer.add_token_list(tokens or [f"token{i} é" for i in range(config.vocab_size)])
     writer.add_array("test.numbers", list(range(1000)))
     for name, value in (extra or {}).items():
         writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
