@@ -26,7 +26,7 @@ class ContextLength:
         if wanted > self.tokens:
             raise ConfigError(
                 f"model.max_model_len is {wanted}, but the model takes {self.tokens} tokens ({self.reason}); lower it "
-                f"to {self.tokens}, leave it out, or give the model RoPE scaling in its config.json",
+                f"to {self.tokens}, leave it out, or give the model RoPE scaling in its files",
                 field="model.max_model_len",
             )
         return wanted

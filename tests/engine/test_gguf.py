@@ -220,6 +220,31 @@ def test_metadata_and_facts(oracle: Any, tmp_path: Path) -> None:
     assert (facts.eos_token_ids, facts.bos_token_id, facts.dtype) == ((5,), None, "Q4_0")
 
 
+@pytest.mark.parametrize(
+    ("keys", "kind", "factor", "context", "reason"),
+    [
+        ({}, "default", 1.0, 128, "llama.context_length 128"),
+        ({"type": "none", "factor": 4.0}, "default", 1.0, 128, "llama.context_length 128"),
+        ({"type": "yarn", "factor": 4.0}, "yarn", 4.0, 512, "factor 4 × original 128"),
+        ({"type": "yarn", "factor": 4.0, "original_context_length": 64}, "yarn", 4.0, 256, "factor 4 × original 64"),
+        ({"type": "linear", "factor": 2.0}, "linear", 2.0, 256, "factor 2 × llama.context_length 128"),
+        ({"factor": 2.0}, "linear", 2.0, 256, "factor 2 × llama.context_length 128"),
+        ({"type": "linear"}, "default", 1.0, 128, "llama.context_length 128"),
+    ],
+)
+def test_the_context_is_what_rope_scaling_gives(
+    keys: dict[str, Any], kind: str, factor: float, context: int, reason: str, oracle: Any, tmp_path: Path
+) -> None:
+    """As llama.cpp reads the keys: a factor without a type is linear scaling."""
+    extra = {f"llama.rope.scaling.{key}": value for key, value in keys.items()}
+    write_gguf(tmp_path / "model.gguf", oracle, "llama", "Q4_0", extra)
+    facts = model_facts(resolve_model(str(tmp_path / "model.gguf")))
+    assert facts.context_length == context and facts.context.reason.endswith(reason)
+    with GGUFFile(tmp_path / "model.gguf") as file:
+        rope = read_gguf_config(file).rope
+    assert (rope.rope_type, rope.factor) == (kind, factor)
+
+
 def test_the_table_of_types_is_ggufs() -> None:
     for type_id, (name, block_size, block_bytes) in TENSOR_TYPES.items():
         kind = gguf.GGMLQuantizationType[name]
