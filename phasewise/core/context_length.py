@@ -33,7 +33,7 @@ class ContextLength:
 
 
 def context_length(rope: RopeConfig, max_position_embeddings: int, key: str) -> ContextLength:
-    """The context of a model with this RoPE scaling, as vLLM derives it.
+    """The context of a model with this RoPE scaling, as vLLM derives it but for dynamic scaling.
 
     YaRN stretches the context that the model was trained with by its factor, whatever `max_position_embeddings` says:
     files have the length before or after. Linear scaling stretches `max_position_embeddings`. Llama 3's scaling is
