@@ -26,14 +26,14 @@ class ContextLength:
         if wanted > self.tokens:
             raise ConfigError(
                 f"model.max_model_len is {wanted}, but the model takes {self.tokens} tokens ({self.reason}); lower it "
-                f"to {self.tokens}, leave it out, or give the model RoPE scaling in its config.json",
+                f"to {self.tokens}, leave it out, or give the model RoPE scaling in its files",
                 field="model.max_model_len",
             )
         return wanted
 
 
 def context_length(rope: RopeConfig, max_position_embeddings: int, key: str) -> ContextLength:
-    """The context of a model with this RoPE scaling, as vLLM derives it.
+    """The context of a model with this RoPE scaling, as vLLM derives it but for dynamic scaling.
 
     YaRN stretches the context that the model was trained with by its factor, whatever `max_position_embeddings` says:
     files have the length before or after. Linear scaling stretches `max_position_embeddings`. Llama 3's scaling is

@@ -113,5 +113,16 @@ def test_a_value_of_another_type_is_refused(values: dict[str, Any], tmp_path: Pa
         check(tmp_path, generation=values)
 
 
+def test_files_that_do_not_count_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    for name in ("tokenizer.json", "model.safetensors", "adapter_model.safetensors", "model_old.safetensors"):
+        (tmp_path / name).write_text("{}")
+    with caplog.at_level(logging.INFO):
+        check_model(resolve_model(str(tmp_path)), build_config({"model": {"path": str(tmp_path)}}, source="test"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "not used, because they are no part of the checkpoint: adapter_model.safetensors, model_old.safetensors"
+    ]
+
+
 def test_values_that_requests_may_have_are_taken() -> None:
     check_sampling_defaults(SamplingDefaults(0.0, 1.0, -1, 1.0, 1.3, 2048, "x"))

@@ -1,6 +1,7 @@
 """Directories with one quirk each, made here: ours computes what transformers computes, or both refuse.
 
-Where we refuse what transformers takes (`Outcome.WE_REFUSE`), it would compute with weights that nobody can know.
+Where we refuse what transformers takes (`Outcome.WE_REFUSE`), it computes with weights that nobody can know, or leaves
+some aside that config.json does not account for.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ Edit = Callable[[Path], None]
 class Outcome(enum.Enum):
     SAME = "both load, and the logits agree"
     BOTH_REFUSE = "neither loads or computes"
-    WE_REFUSE = "transformers goes on with weights that are not known"
+    WE_REFUSE = "transformers goes on, with weights that are not known, or without some"
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,12 @@ NAMES: dict[str, Quirk] = {
     "one weight under two names": Quirk(
         weights(lambda t: {**t, "norm.weight": t["model.norm.weight"] * 2}), outcome=OURS, words="are the same weight"
     ),
+    "weights of another architecture": Quirk(
+        weights(lambda t: {**t, "model.layers.0.self_attn.q_norm.weight": torch.ones(8)}),
+        outcome=OURS,
+        words="'model.layers.0.self_attn.q_norm.weight' has no place in this architecture",
+    ),
+    "two architectures": Quirk(config(model_type="llama"), "Qwen2", outcome=OURS, words="make them agree"),
     "another shape": Quirk(config(intermediate_size=40), outcome=BOTH, words="has shape .* the configuration asks for"),
 }
 CONFIGS: dict[str, Quirk] = {
@@ -251,6 +258,9 @@ CONFIGS: dict[str, Quirk] = {
     ),
     "Qwen2 with windows that are off": Quirk(
         config(layer_types=["sliding_attention", "full_attention"]), "Qwen2", outcome=BOTH, words="needs use_sliding"
+    ),
+    "Qwen2 with kinds for other layers": Quirk(
+        config(num_hidden_layers=1), "Qwen2", outcome=BOTH, words="'layer_types' must be a list of 1 names"
     ),
     "Qwen2 with null switch": Quirk(
         config(use_sliding_window=None), "Qwen2", outcome=BOTH, words="'use_sliding_window' must not be null"

@@ -70,6 +70,7 @@ def write_gguf(
     type_name: str,
     extra: dict[str, Any] | None = None,
     tensors: dict[str, np.ndarray] | None = None,
+    tokens: list[str] | None = None,
 ) -> dict[str, np.ndarray]:
     """Writes the model; gives back, by Hugging Face name, the values that the file stands for."""
     config = model.config
@@ -87,7 +88,7 @@ def write_gguf(
     if getattr(config, "head_dim", None):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
-    writer.add_token_list([f"token{i} é" for i in range(config.vocab_size)])
+    writer.add_token_list(tokens or [f"token{i} é" for i in range(config.vocab_size)])
     writer.add_array("test.numbers", list(range(1000)))
     for name, value in (extra or {}).items():
         writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
@@ -217,6 +218,31 @@ def test_metadata_and_facts(oracle: Any, tmp_path: Path) -> None:
     facts = model_facts(resolve_model(str(tmp_path / "model.gguf")))
     assert (facts.architecture, facts.context_length, facts.vocab_size) == ("llama", 128, 96)
     assert (facts.eos_token_ids, facts.bos_token_id, facts.dtype) == ((5,), None, "Q4_0")
+
+
+@pytest.mark.parametrize(
+    ("keys", "kind", "factor", "context", "reason"),
+    [
+        ({}, "default", 1.0, 128, "llama.context_length 128"),
+        ({"type": "none", "factor": 4.0}, "default", 1.0, 128, "llama.context_length 128"),
+        ({"type": "yarn", "factor": 4.0}, "yarn", 4.0, 512, "factor 4 × original 128"),
+        ({"type": "yarn", "factor": 4.0, "original_context_length": 64}, "yarn", 4.0, 256, "factor 4 × original 64"),
+        ({"type": "linear", "factor": 2.0}, "linear", 2.0, 256, "factor 2 × llama.context_length 128"),
+        ({"factor": 2.0}, "linear", 2.0, 256, "factor 2 × llama.context_length 128"),
+        ({"type": "linear"}, "default", 1.0, 128, "llama.context_length 128"),
+    ],
+)
+def test_the_context_is_what_rope_scaling_gives(
+    keys: dict[str, Any], kind: str, factor: float, context: int, reason: str, oracle: Any, tmp_path: Path
+) -> None:
+    """As llama.cpp reads the keys: a factor without a type is linear scaling."""
+    extra = {f"llama.rope.scaling.{key}": value for key, value in keys.items()}
+    write_gguf(tmp_path / "model.gguf", oracle, "llama", "Q4_0", extra)
+    facts = model_facts(resolve_model(str(tmp_path / "model.gguf")))
+    assert facts.context_length == context and facts.context.reason.endswith(reason)
+    with GGUFFile(tmp_path / "model.gguf") as file:
+        rope = read_gguf_config(file).rope
+    assert (rope.rope_type, rope.factor) == (kind, factor)
 
 
 def test_the_table_of_types_is_ggufs() -> None:

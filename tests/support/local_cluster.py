@@ -256,10 +256,15 @@ class _Asker:
 
 @contextlib.asynccontextmanager
 async def local_cluster(
-    model: str | Path, *, served_name: str = "test-model", has_direct_links: bool = False, **sections: Any
+    model: str | Path | dict[str, Any],
+    *,
+    served_name: str = "test-model",
+    has_direct_links: bool = False,
+    **sections: Any,
 ) -> AsyncIterator[LocalCluster]:
-    """A running cluster over `model`, with `sections` of the configuration."""
-    values = {"model": {"path": str(model)}, "cache": {"kv_cache_gib": 0.02}, **sections}
+    """A running cluster over `model` (a path, or that section), with `sections` of the configuration."""
+    section = model if isinstance(model, dict) else {"path": str(model)}
+    values = {"model": section, "cache": {"kv_cache_gib": 0.02}, **sections}
     cluster = LocalCluster(build_config(values, source="test"), served_name, has_direct_links)
     cluster.start()
     try:
