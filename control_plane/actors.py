@@ -334,8 +334,9 @@ class GatewayActor:
     async def load(self) -> ServingError | None:
         """Reads the tokenizer."""
         try:
-            source = resolve_model(self._settings.config.model.path)
-            self._tokenizer = await asyncio.to_thread(load_tokenizer, source)
+            config = self._settings.config
+            source, as_tokens = resolve_model(config.model.path), config.gateway.special_tokens_in_messages
+            self._tokenizer = await asyncio.to_thread(load_tokenizer, source, special_tokens_in_messages=as_tokens)
         except ServingError as error:
             return error
         return None

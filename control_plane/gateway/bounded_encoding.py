@@ -25,11 +25,7 @@ class TokenLimit:
 
     def refusal(self, field: str, num_tokens: int, *, is_exact: bool) -> InvalidRequest:
         count = f"{num_tokens} tokens" if is_exact else f"at least {num_tokens} tokens"
-        return InvalidRequest(f"{field} has {count}, but {self.reason}; shorten it", field=field)
-
-    @staticmethod
-    def of_context(context_length: int) -> TokenLimit:
-        return TokenLimit(context_length, f"the context is {context_length} tokens")
+        return InvalidRequest(f"{field} has {count}, but {self.reason}; shorten {field}", field=field)
 
 
 NO_LIMIT = TokenLimit(sys.maxsize, "")

@@ -102,7 +102,7 @@ class InferenceServicer(phasewise_pb2_grpc.InferenceServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
         try:
             text, messages = decode_tokenize(request)
-            token_ids = await asyncio.to_thread(self._service.tokenize, text, messages, request.model or None)
+            token_ids = await self._service.tokenize(text, messages, request.model or None)
         except Exception as error:
             await _abort(context, error, "")
         return pb.TokenizeResponse(token_ids=token_ids)
@@ -111,7 +111,8 @@ class InferenceServicer(phasewise_pb2_grpc.InferenceServicer):
         self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> pb.DetokenizeResponse:
         try:
-            text = self._service.detokenize(tuple(request.token_ids), request.model or None)
+            token_ids, model = tuple(request.token_ids), request.model or None
+            text = await asyncio.to_thread(self._service.detokenize, token_ids, model)
         except Exception as error:
             await _abort(context, error, "")
         return pb.DetokenizeResponse(text=text)

@@ -18,6 +18,7 @@ import logging
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from control_plane.gateway.cluster_report import worker_report
@@ -29,6 +30,7 @@ from control_plane.gateway.placer import Placer
 from control_plane.gateway.preparation import PreparedRequest, RequestPreparer
 from control_plane.gateway.service import GenerateInput, ModelCard
 from control_plane.gateway.text import TextTokenizer
+from control_plane.gateway.text_threads import TextThreads, num_text_characters
 from control_plane.link_survey import check_probes
 from control_plane.metrics import GatewayMetrics
 from phasewise.core.clock import Clock
@@ -37,7 +39,6 @@ from phasewise.core.errors import (
     DeadlineExceeded,
     DuplicateRequest,
     InternalError,
-    InvalidRequest,
     Overloaded,
     RequestCancelled,
     ServingError,
@@ -65,8 +66,6 @@ MAX_ATTEMPTS = 3
 
 _RECOVERABLE = (WorkerLost, TransferFailed, Unavailable)  # another attempt may find other workers
 
-_LONG_TEXT = 20_000  # characters; some 10 ms of tokenising
-
 
 class RequestLoop:
     """Implements InferenceService (control_plane/gateway/service.py)."""
@@ -93,6 +92,7 @@ class RequestLoop:
         self._workers = workers
         self._metrics = metrics
         self._clock = clock
+        self._threads = TextThreads()
         self._max_open_requests = max_open_requests
         self._addresses = addresses
         self._started_s = clock.now_s()
@@ -132,17 +132,15 @@ class RequestLoop:
             raise
         return stream
 
-    def tokenize(
+    async def tokenize(
         self, text: str | None, messages: tuple[Mapping[str, Any], ...] | None, model: str | None
     ) -> list[int]:
-        self._preparer.check_model(model)
-        if (text is None) == (messages is None):
-            raise InvalidRequest("give exactly one of text and messages", field="text")
-        return self._tokenizer.encode(text) if text is not None else self._tokenizer.encode_chat(messages or ())
+        work = partial(self._preparer.tokenize, text, messages, model)
+        return await self._threads.run(num_text_characters(text, messages), work)
 
     def detokenize(self, token_ids: tuple[int, ...], model: str | None) -> str:
         self._preparer.check_model(model)
-        self._preparer.check_token_ids(token_ids, "token_ids")
+        self._preparer.check_detokenize(token_ids)
         return self._tokenizer.decode(token_ids)
 
     async def status(self) -> dict[str, Any]:
@@ -225,10 +223,8 @@ class RequestLoop:
 
     async def _prepare(self, given: GenerateInput) -> PreparedRequest:
         """Checks and tokenises; a long text on a thread of its own, so that streams go on meanwhile."""
-        num_characters = len(given.text or "") + sum(len(str(m.get("content", ""))) for m in given.messages or ())
-        if num_characters > _LONG_TEXT:
-            return await asyncio.to_thread(self._preparer.prepare, given)
-        return self._preparer.prepare(given)
+        num_characters = num_text_characters(given.text, given.messages)
+        return await self._threads.run(num_characters, partial(self._preparer.prepare, given))
 
     def _accept(self, prepared: PreparedRequest) -> OpenStream:
         """Opens the record of a request."""

@@ -175,6 +175,9 @@ class GatewayConfig(_Section):
         None, ge=1, description="max_tokens of a chat request that names none; default: what the context leaves"
     )
     max_body_mib: int = Field(16, ge=1, description="Largest HTTP body or gRPC message accepted")
+    special_tokens_in_messages: bool = Field(
+        False, description="The text of a special token in a chat's messages becomes the token"
+    )
     drain_s: float = Field(10.0, ge=0, description="How long a shutdown waits for open requests")
 
     @model_validator(mode="after")

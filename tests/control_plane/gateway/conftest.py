@@ -124,11 +124,10 @@ class HashService:
         stream = self.open[prepared.request.request_id] = HashStream(self, prepared)
         return stream
 
-    def tokenize(
+    async def tokenize(
         self, text: str | None, messages: tuple[Mapping[str, Any], ...] | None, model: str | None
     ) -> list[int]:
-        self._preparer.check_model(model)
-        return self.tokenizer.encode(text) if text is not None else self.tokenizer.encode_chat(messages or ())
+        return self._preparer.tokenize(text, messages, model)
 
     def detokenize(self, token_ids: tuple[int, ...], model: str | None) -> str:
         self._preparer.check_model(model)
