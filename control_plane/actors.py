@@ -43,6 +43,9 @@ from phasewise.core.placement import Placement, WorkerId
 
 logger = logging.getLogger(__name__)
 
+_MORE_CALLS = 1024
+"""gRPC calls beside those of open requests: refusals on their way, health watches, tokenising."""
+
 _LINKS_TIMEOUT_S = 5.0  # for a worker to tell of its links
 
 
@@ -364,8 +367,9 @@ class GatewayActor:
     async def load(self) -> ServingError | None:
         """Reads the tokenizer."""
         try:
-            source = resolve_model(self._settings.config.model.path)
-            self._tokenizer = await asyncio.to_thread(load_tokenizer, source)
+            config = self._settings.config
+            source, as_tokens = resolve_model(config.model.path), config.gateway.special_tokens_in_messages
+            self._tokenizer = await asyncio.to_thread(load_tokenizer, source, special_tokens_in_messages=as_tokens)
         except ServingError as error:
             return error
         return None
@@ -416,7 +420,12 @@ class GatewayActor:
         self._control_plane_watch = asyncio.create_task(self._watch_control_plane(control_plane, loop))
         max_bytes = largest_body(card.context_length, tokenizer.longest_token_bytes, config.max_body_mib * 2**20)
         try:
-            self._grpc, port = await start_grpc_server(loop, config.grpc, max_message_bytes=max_bytes)
+            self._grpc, port = await start_grpc_server(
+                loop,
+                config.grpc,
+                max_message_bytes=max_bytes,
+                max_calls=config.max_open_requests + _MORE_CALLS,
+            )
         except ServingError as error:
             return error
         host, _ = split_address(config.grpc, field="gateway.grpc")

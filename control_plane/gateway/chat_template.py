@@ -40,15 +40,21 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str], unix_s: Callable[[], float]) -> None:
         self.source = source
         self._special_tokens = dict(special_tokens)
+        self._unix_s = unix_s
         try:
-            self._template = _environment(unix_s).from_string(source)
+            self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ModelLoadError(
                 f"the model's chat template is not valid jinja: {error.message} in line {error.lineno}"
             ) from None
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt up to where the assistant's answer begins.
+    def at_one_time(self) -> Callable[[Sequence[Mapping[str, Any]]], str]:
+        """`render`, with a clock that stands still: equal messages give equal prompts."""
+        now_s = self._unix_s()
+        return lambda messages: self.render(messages, now_s)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], now_s: float | None = None) -> str:
+        """The prompt up to where the assistant's answer begins. `now_s` is the time that it tells; None: the clock's.
 
         Raises:
             InvalidRequest: the template refuses the messages (a role or an order that the model does not know).
@@ -59,6 +65,7 @@ class ChatTemplate:
                 tools=None,
                 documents=None,
                 add_generation_prompt=True,
+                strftime_now=_Date(self._unix_s() if now_s is None else now_s),
                 **self._special_tokens,
             )
         # A template is a program: what it trips over (a missing key, a wrong role) depends on the messages alone.
@@ -199,7 +206,17 @@ def _check_name(name: object) -> None:
         raise jinja2.exceptions.SecurityError(f"a chat template may not set {name!r} on a namespace")
 
 
-def _environment(unix_s: Callable[[], float]) -> ImmutableSandboxedEnvironment:
+class _Date:
+    """`strftime_now(…)` of one moment."""
+
+    def __init__(self, unix_s: float) -> None:
+        self._unix_s = unix_s
+
+    def __call__(self, form: str) -> str:
+        return datetime.fromtimestamp(self._unix_s).strftime(form)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
@@ -212,14 +229,9 @@ def _environment(unix_s: Callable[[], float]) -> ImmutableSandboxedEnvironment:
     ) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    def strftime_now(form: str) -> str:
-        return datetime.fromtimestamp(unix_s()).strftime(form)
-
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, loopcontrols]
     )
     environment.filters["tojson"] = tojson
-    environment.globals.update(
-        raise_exception=raise_exception, strftime_now=strftime_now, dict=_DictFactory(), namespace=_Namespace
-    )
+    environment.globals.update(raise_exception=raise_exception, dict=_DictFactory(), namespace=_Namespace)
     return environment

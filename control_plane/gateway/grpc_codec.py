@@ -22,21 +22,26 @@ from phasewise.rpc import phasewise_pb2 as pb
 from phasewise.rpc.codec import FINISH_REASON_TO_PB
 
 
-def decode_generate(request: pb.GenerateRequest, timeout_s: float | None) -> GenerateInput:
-    """Raises InvalidRequest when there is no prompt, or a field that this version does not know."""
+def decode_generate(request: pb.GenerateRequest, timeout_s: float | None, client: str | None = None) -> GenerateInput:
+    """`client` is whose share the request counts to.
+
+    Raises:
+        InvalidRequest: there is no prompt, or a field that this version does not know.
+    """
     refuse_unknown_fields(request)
     kind = request.WhichOneof("prompt")
     if kind is None:
         raise InvalidRequest("the request has no prompt: set text, token_ids or messages", field="prompt")
     return GenerateInput(
         text=request.text if kind == "text" else None,
-        token_ids=tuple(request.token_ids.ids) if kind == "token_ids" else None,
+        token_ids=request.token_ids.ids if kind == "token_ids" else None,
         messages=_decode_messages(request.messages) if kind == "messages" else None,
         sampling=_decode_sampling(request.sampling),
         model=request.model or None,
         request_id=request.request_id or None,
         timeout_s=timeout_s,
         cache_salt=request.cache_salt,
+        client=client,
     )
 
 

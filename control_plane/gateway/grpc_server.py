@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from urllib.parse import unquote
 
 import grpc
 import grpc.aio
@@ -34,6 +35,7 @@ from control_plane.gateway.grpc_refusals import (
     abort,
     client_left,
 )
+from control_plane.gateway.quota import client_of
 from control_plane.gateway.service import GenerationStream, InferenceService, SampleDelta
 from phasewise.core.errors import ConfigError, RequestCancelled
 from phasewise.rpc import phasewise_pb2 as pb
@@ -46,9 +48,11 @@ _MAX_DELTAS = 256
 
 
 async def start_grpc_server(
-    service: InferenceService, address: str, *, max_message_bytes: int
+    service: InferenceService, address: str, *, max_message_bytes: int, max_calls: int | None = None
 ) -> tuple[grpc.aio.Server, int]:
     """Serves `service` on `address` (HOST:PORT; port 0 asks for a free one) and returns (server, port).
+
+    At most `max_calls` are open at once, health watches among them; more get RESOURCE_EXHAUSTED.
 
     The caller drains the service before it stops the server: `server.stop(grace)` waits for open calls, health watches
     among them, until `grace` is over, and cancels the rest.
@@ -58,6 +62,7 @@ async def start_grpc_server(
     """
     logging.getLogger(GRPC_LOGGER).addFilter(NOT_OF_CLIENTS_THAT_LEFT)
     server = grpc.aio.server(
+        maximum_concurrent_rpcs=max_calls,
         interceptors=(RefuseMalformed(),),
         options=(
             # Two servers on one port would share its requests without anyone noticing.
@@ -98,7 +103,7 @@ class InferenceServicer(phasewise_pb2_grpc.InferenceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         # Writes to the context rather than yielding: grpc.aio does not close an abandoned generator at once.
         try:
-            generate_input = decode_generate(request, context.time_remaining())
+            generate_input = decode_generate(request, context.time_remaining(), client_of_call(context))
             stream = await self._service.generate(generate_input)
             await self._send(stream, context, with_timeline=request.timeline)
         except Exception as error:
@@ -107,7 +112,7 @@ class InferenceServicer(phasewise_pb2_grpc.InferenceServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
         try:
             text, messages = decode_tokenize(request)
-            token_ids = await asyncio.to_thread(self._service.tokenize, text, messages, request.model or None)
+            token_ids = await self._service.tokenize(text, messages, request.model or None)
         except Exception as error:
             await abort(context, error, "")
         return pb.TokenizeResponse(token_ids=token_ids)
@@ -116,7 +121,7 @@ class InferenceServicer(phasewise_pb2_grpc.InferenceServicer):
         self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> pb.DetokenizeResponse:
         try:
-            text = self._service.detokenize(tuple(request.token_ids), request.model or None)
+            text = await asyncio.to_thread(self._service.detokenize, request.token_ids, request.model or None)
         except Exception as error:
             await abort(context, error, "")
         return pb.DetokenizeResponse(text=text)
@@ -155,6 +160,12 @@ async def _write(context: grpc.aio.ServicerContext, message: pb.GenerateResponse
         await context.write(message)
     except grpc.aio.BaseError:  # the call is over; grpc.aio's word of it may come later than this
         raise client_left() from None
+
+
+def client_of_call(context: grpc.aio.ServicerContext) -> str:
+    """Whose share a call counts to. A peer is written `ipv4:1.2.3.4:5`, `ipv6:%5B::1%5D:5` or `unix:PATH`."""
+    _, _, address = unquote(context.peer()).partition(":")
+    return client_of(address.rpartition(":")[0].strip("[]"))
 
 
 async def _close(ahead: _ReadAhead, stream: GenerationStream) -> None:

@@ -231,14 +231,15 @@ class _Api:
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequest("give exactly one of prompt and messages", field="text")
         messages = None if body.messages is None else tuple(body.messages)
-        tokens = await asyncio.to_thread(self._service.tokenize, body.prompt, messages, body.model)
+        tokens = await self._service.tokenize(body.prompt, messages, body.model)
         limit = self._service.model.context_length
         return call.json({"tokens": tokens, "count": len(tokens), "max_model_len": limit})
 
     async def detokenize(self, call: _Call) -> Response:
         call.names = ParameterNames({"token_ids": "tokens"})
         body = await self._read(call, DetokenizeBody)
-        return call.json({"prompt": self._service.detokenize(body.tokens, body.model)})
+        text = await asyncio.to_thread(self._service.detokenize, body.tokens, body.model)
+        return call.json({"prompt": text})
 
     async def ready(self, call: _Call) -> Response:
         if reason := self._service.unready_reason:

@@ -9,9 +9,11 @@ import math
 import random
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from control_plane.gateway.bounded_encoding import TokenLimit
 from control_plane.gateway.model_defaults import with_defaults
 from control_plane.gateway.service import GenerateInput, ModelCard, SamplingInput
 from control_plane.gateway.text import TextTokenizer
@@ -29,6 +31,9 @@ COMPLETION_MAX_TOKENS = 16  # as OpenAI's completions
 GREEDY_BELOW = 1e-5
 """A temperature below it is greedy, as in vLLM. A draw would choose only between logits that are equal within their
 rounding, and logits divided by a number next to 0 overflow."""
+MAX_TOKENIZED = 262_144
+"""Most tokens of a call of tokenize or detokenize, where the context is not longer. Their list costs the loop 20 ms."""
+
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 # Logits are divided and multiplied by it: far from 1 they overflow, and mean nothing long before.
 _REPETITION_PENALTY = (0.01, 100.0)
@@ -79,6 +84,10 @@ class RequestPreparer:
         self._card = card
         self._limits = limits
         self._rng = rng or random.SystemRandom()
+        # Whether a prompt that fills the context leaves room for an output is looked at when its length is known.
+        self._limit = TokenLimit(card.context_length, f"the context is {card.context_length} tokens")
+        most = max(card.context_length, MAX_TOKENIZED)
+        self._tokenize_limit = TokenLimit(most, f"this server counts up to {most} of them")
 
     def prepare(self, given: GenerateInput) -> PreparedRequest:
         """The request to run.
@@ -118,6 +127,31 @@ class RequestPreparer:
                 field=f"{field}[{index}]",
             )
 
+    def tokenize(
+        self, text: str | None, messages: tuple[Mapping[str, Any], ...] | None, model: str | None
+    ) -> list[int]:
+        """Token ids of a text or of a chat: at most what the context holds, or `MAX_TOKENIZED` if that is more.
+
+        Raises:
+            ModelNotFound: another model is asked for.
+            InvalidRequest: not exactly one of them is given, or it cannot be tokenised, or is too long.
+        """
+        self.check_model(model)
+        if (text is None) == (messages is None):
+            raise InvalidRequest("give exactly one of text and messages", field="text")
+        if text is not None:
+            return self._tokenizer.encode(text, limit=self._tokenize_limit)
+        return self._tokenizer.encode_chat(messages or (), self._tokenize_limit)
+
+    def check_detokenize(self, token_ids: Sequence[int]) -> None:
+        """Raises InvalidRequest for more ids than `tokenize` gives, and for an id outside of the vocabulary."""
+        most = self._tokenize_limit.max_tokens
+        if len(token_ids) > most:
+            raise InvalidRequest(
+                f"token_ids has {len(token_ids)} ids; at most {most} are taken; send less", field="token_ids"
+            )
+        self.check_token_ids(token_ids, "token_ids")
+
     def _prompt(self, given: GenerateInput) -> tuple[int, ...]:
         inputs = {"text": given.text, "token_ids": given.token_ids, "messages": given.messages}
         present = [name for name, value in inputs.items() if value is not None]
@@ -129,9 +163,9 @@ class RequestPreparer:
             self.check_token_ids(given.token_ids, "token_ids")
             prompt = tuple(given.token_ids)
         elif given.text is not None:
-            prompt = tuple(self._tokenizer.encode(given.text, add_special=True))
+            prompt = tuple(self._tokenizer.encode(given.text, limit=self._limit))
         else:
-            prompt = tuple(self._tokenizer.encode_chat(given.messages or ()))
+            prompt = tuple(self._tokenizer.encode_chat(given.messages or (), self._limit))
         if not prompt:
             raise InvalidRequest(f"{present[0]} is empty; a prompt needs at least one token", field=present[0])
         if max(prompt) >= self._card.vocab_size:  # only a tokenizer that does not belong to the model gives such ids

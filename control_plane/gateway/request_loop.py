@@ -18,6 +18,7 @@ import logging
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from control_plane.gateway.cluster_report import worker_report
@@ -32,6 +33,7 @@ from control_plane.gateway.request_ids import ClaimedId, RequestIds
 from control_plane.gateway.service import GenerateInput, ModelCard
 from control_plane.gateway.summed_log import SummedLog
 from control_plane.gateway.text import TextTokenizer
+from control_plane.gateway.text_threads import TextThreads, num_text_characters
 from control_plane.link_survey import check_probes
 from control_plane.metrics import GatewayMetrics
 from control_plane.serving_pools import ServingPools
@@ -40,7 +42,6 @@ from phasewise.core.errors import (
     ERROR_BY_CODE,
     DeadlineExceeded,
     InternalError,
-    InvalidRequest,
     RequestCancelled,
     ServingError,
     TransferFailed,
@@ -66,8 +67,6 @@ MAX_ATTEMPTS = 3
 """At a request, or at a sample of it that goes on alone: the first and what may follow a fault."""
 
 _RECOVERABLE = (WorkerLost, TransferFailed, Unavailable)  # another attempt may find other workers
-
-_LONG_TEXT = 20_000  # characters; some 10 ms of tokenising
 
 
 class RequestLoop:
@@ -100,6 +99,7 @@ class RequestLoop:
         self._quota = Quota("requests open", max_open_requests, max_open_per_client or share_of(max_open_requests))
         self._pools = pools
         self._lines = SummedLog(clock)
+        self._threads = TextThreads()
         self._addresses = addresses
         self._started_s = clock.now_s()
         self._open: dict[str, OpenStream] = {}  # by the id of the first attempt
@@ -159,17 +159,15 @@ class RequestLoop:
             raise
         return stream
 
-    def tokenize(
+    async def tokenize(
         self, text: str | None, messages: tuple[Mapping[str, Any], ...] | None, model: str | None
     ) -> list[int]:
-        self._preparer.check_model(model)
-        if (text is None) == (messages is None):
-            raise InvalidRequest("give exactly one of text and messages", field="text")
-        return self._tokenizer.encode(text) if text is not None else self._tokenizer.encode_chat(messages or ())
+        work = partial(self._preparer.tokenize, text, messages, model)
+        return await self._threads.run(num_text_characters(text, messages), work)
 
     def detokenize(self, token_ids: Sequence[int], model: str | None) -> str:
         self._preparer.check_model(model)
-        self._preparer.check_token_ids(token_ids, "token_ids")
+        self._preparer.check_detokenize(token_ids)
         return self._tokenizer.decode(token_ids)
 
     async def status(self) -> dict[str, Any]:
@@ -257,10 +255,8 @@ class RequestLoop:
 
     async def _prepare(self, given: GenerateInput) -> PreparedRequest:
         """Checks and tokenises; a long text on a thread of its own, so that streams go on meanwhile."""
-        num_characters = len(given.text or "") + sum(len(str(m.get("content", ""))) for m in given.messages or ())
-        if num_characters > _LONG_TEXT:
-            return await asyncio.to_thread(self._preparer.prepare, given)
-        return self._preparer.prepare(given)
+        num_characters = num_text_characters(given.text, given.messages)
+        return await self._threads.run(num_characters, partial(self._preparer.prepare, given))
 
     def _accept(self, prepared: PreparedRequest, client: str | None, claimed: ClaimedId | None) -> OpenStream:
         """Opens the record of a request. Its end gives back its place in the quota, and the id where it claimed one."""

@@ -170,7 +170,7 @@ class InferenceService(Protocol):
     async def generate(self, request: GenerateInput) -> GenerationStream:
         """Checks, tokenises, places. Raises InvalidRequest, Overloaded, Unavailable … before anything runs."""
 
-    def tokenize(
+    async def tokenize(
         self, text: str | None, messages: tuple[Mapping[str, Any], ...] | None, model: str | None
     ) -> list[int]:
         """Token ids of a text (special tokens as in generation) or of a chat with its template."""

@@ -1,5 +1,8 @@
 """Text ↔ token ids, and the exact bytes of every token id. Three kinds: `tokenizers`, plain bytes, ids only.
 
+Encoding leaves the interpreter to other threads: `encode_batch_fast` lets go of its lock. `encode` keeps it, for some
+seconds with a text of megabytes, and computes offsets, which are not used here.
+
 Decoding here is byte-exact: the text of ids is the UTF-8 decoding of their bytes in a row. For the decoders of Hugging
 Face tokenizers that is what they give, too, but it can be done token by token.
 """
@@ -8,11 +11,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from tokenizers import Tokenizer
 
+from control_plane.gateway.text_length import length_bound
+from control_plane.gateway.text_slices import SLICE_CHARACTERS, text_slicer
 from phasewise.core.errors import InvalidRequest, ModelLoadError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -21,23 +27,36 @@ LeadingSpace = Literal["keep", "strip_one", "strip_all"]
 """What happens to the space that SentencePiece puts before the first word: of the first token that has a text."""
 
 
-class Vocabulary(Protocol):
-    """What `TextTokenizer` needs to know about ids and text."""
-
-    special_ids: frozenset[int]
-    leading_space: LeadingSpace
-
-    def encode(self, text: str, add_special: bool) -> list[int]: ...
-
-    def token_bytes(self, token_id: int) -> bytes: ...
-
-
 @dataclass(frozen=True, slots=True)
 class EndTokens:
     """Ids put before and after a text, where the files say so outright; None leaves it to the post-processor."""
 
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
+
+
+NO_ENDS = EndTokens()
+
+
+class Vocabulary(Protocol):
+    """What `TextTokenizer` needs to know about ids and text. Texts with a lone surrogate are an InvalidRequest."""
+
+    special_ids: frozenset[int]
+    leading_space: LeadingSpace
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, nothing around them."""
+
+    def ends(self) -> EndTokens:
+        """What the model wants around a text."""
+
+    def slices(self, text: str) -> Iterable[str]:
+        """Parts of a long text: the ids of each in a row are those of the whole."""
+
+    def least_tokens(self, text: str, enough: int) -> int:
+        """So many tokens the text has at least, without encoding it; no more than just above `enough` is found out."""
+
+    def token_bytes(self, token_id: int) -> bytes: ...
 
 
 class TokenizersVocabulary:
@@ -51,21 +70,34 @@ class TokenizersVocabulary:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
-        self._ends = ends
         self._rule = _byte_rule(tokenizer, where)
+        self._ends = _post_processed_ends(tokenizer) if ends is None else ends
+        self._bound = length_bound(tokenizer, byte_alphabet())
+        self._slicer = text_slicer(tokenizer)
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self.leading_space: LeadingSpace = self._rule.leading_space
         self.num_ids = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
-    def encode(self, text: str, add_special: bool) -> list[int]:
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """For others that encode with it, too."""
+        return self._tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        return encode_with(self._tokenizer, text)
+
+    def ends(self) -> EndTokens:
+        return self._ends
+
+    def slices(self, text: str) -> Iterable[str]:
+        return self._slicer.slices(text)
+
+    def least_tokens(self, text: str, enough: int) -> int:
         try:
-            if not add_special or self._ends is not None:
-                ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-                return [*self._ends.before, *ids, *self._ends.after] if add_special and self._ends else ids
-            return list(self._tokenizer.encode(text, add_special_tokens=True).ids)
-        except (UnicodeEncodeError, TypeError):  # the library says TypeError for a lone surrogate
-            raise InvalidRequest("the text holds a lone surrogate, which no UTF-8 text can", field="text") from None
+            return self._bound.least_tokens(text, enough)
+        except (UnicodeEncodeError, TypeError):
+            raise lone_surrogate() from None
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of a token; none for an id that the tokenizer does not know (padding rows of the logits)."""
@@ -79,11 +111,20 @@ class ByteVocabulary:
     special_ids: frozenset[int] = frozenset()
     leading_space: LeadingSpace = "keep"
 
-    def encode(self, text: str, add_special: bool) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         try:
             return list(text.encode("utf-8"))
         except UnicodeEncodeError:
-            raise InvalidRequest("the text holds a lone surrogate, which no UTF-8 text can", field="text") from None
+            raise lone_surrogate() from None
+
+    def ends(self) -> EndTokens:
+        return NO_ENDS
+
+    def slices(self, text: str) -> Iterable[str]:
+        return (text[start : start + SLICE_CHARACTERS] for start in range(0, len(text), SLICE_CHARACTERS))
+
+    def least_tokens(self, text: str, enough: int) -> int:
+        return len(text)
 
     def token_bytes(self, token_id: int) -> bytes:
         return bytes((token_id,)) if token_id < 256 else b"<%d>" % token_id
@@ -98,15 +139,45 @@ class IdVocabulary:
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
 
-    def encode(self, text: str, add_special: bool) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         raise InvalidRequest(
             f"this model has {self._vocab_size} token ids, too few for bytes of text, and no tokenizer; send the "
             "prompt as a list of token ids",
             field="text",
         )
 
+    def ends(self) -> EndTokens:
+        return NO_ENDS
+
+    def slices(self, text: str) -> Iterable[str]:
+        return (text,)
+
+    def least_tokens(self, text: str, enough: int) -> int:
+        return 0
+
     def token_bytes(self, token_id: int) -> bytes:
         return b"<%d>" % token_id
+
+
+def encode_with(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text, nothing around them; other threads go on meanwhile."""
+    try:
+        ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    except (UnicodeEncodeError, TypeError):  # the library says TypeError for a lone surrogate
+        raise lone_surrogate() from None
+    return ids
+
+
+def lone_surrogate() -> InvalidRequest:
+    return InvalidRequest("the text holds a lone surrogate, which no UTF-8 text can", field="text")
+
+
+def _post_processed_ends(tokenizer: Tokenizer) -> EndTokens:
+    """What the post-processor puts around any text: what it puts around this one."""
+    bare = tokenizer.encode("a", add_special_tokens=False).ids
+    ids = tokenizer.encode("a", add_special_tokens=True).ids
+    cut = next(i for i in range(len(ids) + 1) if ids[i : i + len(bare)] == bare)
+    return EndTokens(tuple(ids[:cut]), tuple(ids[cut + len(bare) :]))
 
 
 def byte_alphabet() -> dict[int, str]:

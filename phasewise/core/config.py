@@ -186,6 +186,9 @@ class GatewayConfig(_Section):
     cors_origins: list[str] = Field(
         [], description="Origins of web pages whose scripts may call the HTTP server; '*': all; default: none"
     )
+    special_tokens_in_messages: bool = Field(
+        False, description="The text of a special token in a chat's messages becomes the token"
+    )
     drain_s: float = Field(10.0, ge=0, description="How long a shutdown waits for open requests")
 
     @model_validator(mode="after")

@@ -159,13 +159,13 @@ class ScriptedService:
             raise InvalidRequest("max_tokens must be at least 1", field="max_tokens")
         prompt = request.token_ids
         if prompt is None:
-            prompt = tuple(self.tokenize(request.text, request.messages, request.model))
+            prompt = tuple(await self.tokenize(request.text, request.messages, request.model))
         stream = ScriptedStream(request, prompt, attempt)
         self.streams.append(stream)
         self.accepted.release()
         return stream
 
-    def tokenize(
+    async def tokenize(
         self, text: str | None, messages: tuple[Mapping[str, Any], ...] | None, model: str | None
     ) -> list[int]:
         if model not in (None, CARD.name):

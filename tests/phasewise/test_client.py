@@ -85,7 +85,7 @@ def test_every_option_reaches_the_service(client: Client, service: ScriptedServi
         timeout_s=30,
     )
     (request,) = service.requests
-    assert request.token_ids == (7, 8) and request.text is None and request.messages is None
+    assert list(request.token_ids or ()) == [7, 8] and request.text is None and request.messages is None
     assert (request.model, request.cache_salt) == ("bytes", "tenant")
     assert request.timeout_s is not None and 0 < request.timeout_s < 31
     sampling = request.sampling

@@ -80,7 +80,9 @@ class LocalCluster:
             self.scheduler.worker_joined(info)
         source = resolve_model(config.model.path)
         facts = check_model(source, config)
-        self.tokenizer: TextTokenizer = load_tokenizer(source)
+        self.tokenizer: TextTokenizer = load_tokenizer(
+            source, special_tokens_in_messages=config.gateway.special_tokens_in_messages
+        )
         self.card = ModelCard(
             name=served_name,
             context_length=min(w.info.max_model_len for w in self.workers.values()),

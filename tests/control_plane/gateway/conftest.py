@@ -118,11 +118,10 @@ class HashService:
         self.open.add(stream)
         return stream
 
-    def tokenize(
+    async def tokenize(
         self, text: str | None, messages: tuple[Mapping[str, Any], ...] | None, model: str | None
     ) -> list[int]:
-        self._preparer.check_model(model)
-        return self.tokenizer.encode(text) if text is not None else self.tokenizer.encode_chat(messages or ())
+        return self._preparer.tokenize(text, messages, model)
 
     def detokenize(self, token_ids: tuple[int, ...], model: str | None) -> str:
         self._preparer.check_model(model)

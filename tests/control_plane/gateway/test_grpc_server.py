@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from control_plane.gateway.grpc_health import LIVENESS
-from control_plane.gateway.grpc_server import SERVICE_NAME, start_grpc_server
+from control_plane.gateway.grpc_server import SERVICE_NAME, client_of_call, start_grpc_server
 from control_plane.gateway.service import SampleDelta
 from phasewise.core.errors import ConfigError, InvalidRequest, WorkerLost
 from phasewise.core.request import FinishReason
@@ -301,3 +301,19 @@ async def test_a_bad_request_is_not_started(channel: grpc.aio.Channel, service: 
     service.script(Attempt(InvalidRequest("no", field="top_p"), refuse=True))
     error = await failure(InferenceStub(channel).Generate(generate()))
     assert detail(error).field == "top_p" and service.streams == []
+
+
+@pytest.mark.parametrize(
+    ("peer", "client"),
+    [
+        ("ipv4:1.2.3.4:55", "1.2.3.4"),
+        ("ipv6:%5B2001:db8:1:2::7%5D:55", "2001:db8:1:2::/64"),
+        ("ipv6:%5B::ffff:1.2.3.4%5D:55", "1.2.3.4"),
+    ],
+)
+def test_clients_by_their_peer(peer: str, client: str) -> None:
+    class Context:
+        def peer(self) -> str:
+            return peer
+
+    assert client_of_call(Context()) == client

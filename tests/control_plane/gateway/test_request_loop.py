@@ -18,7 +18,14 @@ from control_plane.gateway.vocabulary import ByteVocabulary
 from control_plane.metrics import GatewayMetrics
 from control_plane.serving_pools import ServingPools
 from phasewise.core.clock import MonotonicClock
-from phasewise.core.errors import DeadlineExceeded, DuplicateRequest, Unavailable, WorkerLost
+from phasewise.core.errors import (
+    DeadlineExceeded,
+    DuplicateRequest,
+    InvalidRequest,
+    Overloaded,
+    Unavailable,
+    WorkerLost,
+)
 from phasewise.core.lifecycle import Stage
 from phasewise.core.messages import AbortRequest, PrefillTask, TimelineEvent, TokenChunk, WorkerOutput
 from phasewise.core.placement import Placement, WorkerRole
@@ -223,3 +230,26 @@ async def test_readiness_follows_the_pools_and_draining() -> None:
     headless.loop.control_plane_lost()
     with pytest.raises(Unavailable, match="control plane"):
         await headless.ask()
+
+
+async def test_one_client_has_its_share_of_the_open_requests_and_gives_it_back() -> None:
+    cluster = Cluster()  # 10 may be open, 8 of one client
+
+    async def ask(number: int, client: str, **more: Any) -> OpenStream:
+        given = GenerateInput(text="hello", request_id=f"{client}-{number}", client=client, **more)
+        return await cluster.loop.generate(given)
+
+    streams = [await ask(number, "a") for number in range(8)]
+    with pytest.raises(Overloaded, match="this client"):
+        await ask(8, "a")
+    with pytest.raises(InvalidRequest):
+        await ask(9, "b", sampling=SamplingInput(top_k=-5))
+    others = [await ask(number, "b") for number in range(2)]
+    with pytest.raises(Overloaded, match="there are 10"):
+        await ask(3, "c")
+    await streams.pop().aclose()
+    streams.append(await ask(10, "a"))
+    for stream in (*streams, *others):
+        await stream.aclose()
+        await stream.aclose()
+    assert cluster.loop._quota.in_use == 0 and not cluster.loop._quota._by_client
