@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,9 +33,11 @@ NO_LIMIT = TokenLimit(sys.maxsize, "")
 
 
 class Encoder(Protocol):
-    """Text → ids."""
+    """Text → ids, in slices whose ids in a row are those of the whole. Every `Vocabulary` is one."""
 
     def encode(self, text: str) -> list[int]: ...
+
+    def slices(self, text: str) -> Iterable[str]: ...
 
 
 def refuse_by_length(vocabulary: Vocabulary, text: str, limit: TokenLimit, *, field: str) -> None:
@@ -45,27 +48,17 @@ def refuse_by_length(vocabulary: Vocabulary, text: str, limit: TokenLimit, *, fi
 
 
 def encode_in_slices(
-    vocabulary: Vocabulary,
-    text: str,
-    limit: TokenLimit,
-    *,
-    field: str,
-    ends: EndTokens = NO_ENDS,
-    encoder: Encoder | None = None,
+    encoder: Encoder, text: str, limit: TokenLimit, *, field: str, ends: EndTokens = NO_ENDS
 ) -> list[int]:
     """The ids of `text` between `ends`.
-
-    Args:
-        encoder: what encodes the slices, where it is not the vocabulary itself.
 
     Raises:
         InvalidRequest: it has more tokens than `limit` takes; or it is no text.
     """
-    encode = (encoder or vocabulary).encode
     is_long = len(text) > SLICE_CHARACTERS
     ids = list(ends.before)
-    for part in vocabulary.slices(text) if is_long else (text,):
-        ids += encode(part)
+    for part in encoder.slices(text) if is_long else (text,):
+        ids += encoder.encode(part)
         if len(ids) > limit.max_tokens:
             raise limit.refusal(field, len(ids), is_exact=not is_long)
     ids += ends.after

@@ -27,6 +27,7 @@ from typing import Protocol
 from tokenizers import AddedToken, Tokenizer
 
 from control_plane.gateway.bounded_encoding import TokenLimit, encode_in_slices, refuse_by_length
+from control_plane.gateway.text_slices import text_slicer
 from control_plane.gateway.vocabulary import TokenizersVocabulary, Vocabulary, encode_with
 from phasewise.core.errors import InvalidRequest
 
@@ -88,7 +89,7 @@ class TemplateTokensOnly:
         if _differ_in_covered_only(text, other, cover):
             own = [(start, end) for start, end in spans if cover not in other[start:end]]
             guarded = self._copy.with_stand_ins(text, own)
-            return encode_in_slices(self._vocabulary, guarded, limit, field="messages", encoder=self._copy)
+            return encode_in_slices(self._copy, guarded, limit, field="messages")
         if holds_token or len(spans) != len(self._places.spans(other)):
             raise InvalidRequest(
                 "messages hold the text of a special token, and the model's chat template changes that text, so that "
@@ -181,6 +182,7 @@ class _CopyWithStandIns:
             self._tokenizer.token_to_id(self._stand_ins[token.content]): token_id
             for token_id, token in protected.items()
         }
+        self._slicer = text_slicer(self._tokenizer, apart_from=contents)
 
     def with_stand_ins(self, text: str, spans: Sequence[tuple[int, int]]) -> str:
         """`text` with stand-ins in the place of the tokens at `spans`.
@@ -199,6 +201,9 @@ class _CopyWithStandIns:
             parts += [text[done:start], self._stand_ins[text[start:end]]]
             done = end
         return "".join([*parts, text[done:]])
+
+    def slices(self, text: str) -> Iterable[str]:
+        return self._slicer.slices(text)
 
     def encode(self, text: str) -> list[int]:
         return [self._meant.get(token_id, token_id) for token_id in encode_with(self._tokenizer, text)]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -82,10 +82,11 @@ class TextSlicer:
         return len(text)
 
 
-def text_slicer(tokenizer: Tokenizer) -> TextSlicer:
-    """Cuts as the tokenizer's kind allows."""
+def text_slicer(tokenizer: Tokenizer, *, apart_from: Collection[str] = ()) -> TextSlicer:
+    """Cuts as the tokenizer's kind allows. `apart_from`: added tokens that it encodes as text."""
     state = json.loads(tokenizer.to_str())
-    return TextSlicer(_cut_of(state), [token["content"] for token in state["added_tokens"]])
+    contents = [token["content"] for token in state["added_tokens"]]
+    return TextSlicer(_cut_of(state), [content for content in contents if content not in apart_from])
 
 
 def _cut_of(state: dict[str, Any]) -> re.Pattern[str]:

@@ -163,6 +163,23 @@ def test_which_added_tokens_a_message_may_hold() -> None:
     assert think not in text_tokenizer(tokenizer, CHATML, eos=(think,)).encode_chat(message)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_long_chat_of_forged_tokens_is_encoded_in_slices(kind: str) -> None:
+    rng = random.Random(kind)
+    ours = text_tokenizer(make_tokenizer(kind), CHATML)
+    messages = [{"role": "user", "content": "".join(rng.choices(PIECES, k=60))} for _ in range(4)]
+    whole = ours.encode_chat(messages)
+    copy: Any = ours._message_encoding._copy  # type: ignore[attr-defined]
+    copy._slicer._slice_characters = 30
+    text = ours.chat_template.render(messages)  # type: ignore[union-attr]
+    own = [s for s in ours._message_encoding._places.spans(text) if s[0] == 0 or text[s[1] : s[1] + 1] == "\n"]  # type: ignore[attr-defined]
+    guarded = copy.with_stand_ins(text, own)
+    slices = list(copy.slices(guarded))
+    assert [i for part in slices for i in copy.encode(part)] == copy.encode(guarded)
+    assert (len(slices) > 2) is (kind != "llama2")
+    assert num_special(whole, ours) == 9
+
+
 def test_a_text_prompt_keeps_its_special_tokens() -> None:
     tokenizer = make_tokenizer("gpt2")
     ours = text_tokenizer(tokenizer, CHATML)
