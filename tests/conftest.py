@@ -12,6 +12,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples every time, and few; `pytest --hypothesis-profile=long` looks for new ones, for minutes.
 _QUIET: Any = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
-settings.register_profile("short", max_examples=100, derandomize=True, database=None, **_QUIET)
+settings.register_profile("short", max_examples=150, derandomize=True, database=None, **_QUIET)
 settings.register_profile("long", max_examples=5000, print_blob=True, **_QUIET)
 settings.load_profile("short")
