@@ -37,8 +37,8 @@ VALID: dict[str, dict[str, Any]] = {
         "prompt": ["ab", "c"], "stream": False, "n": 1, "max_tokens": 2, "logprobs": 1, "echo": True, "best_of": 1,
         "stop": "y", "logit_bias": {"5": -1}, "return_token_ids": True, "seed": 3, "suffix": "",
     },
-    "/tokenize": {"model": "test-model", "prompt": "ab"},
-    "/detokenize": {"model": "test-model", "tokens": [5, 6]},
+    "/tokenize": {"prompt": "ab", "model": "test-model"},
+    "/detokenize": {"tokens": [5, 6], "model": "test-model"},
     "/links/probe": {"sizes": [32], "timeout_s": 5},
 }  # fmt: skip
 _SERVICE = "/phasewise.v1.Inference/"
