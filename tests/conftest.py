@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from typing import Any
 
 from hypothesis import HealthCheck, settings
 
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, settings
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples every time, and few; `pytest --hypothesis-profile=long` looks for new ones, for minutes.
-_QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
-settings.register_profile("short", derandomize=True, database=None, deadline=None, suppress_health_check=_QUIET)
-settings.register_profile("long", max_examples=10_000, deadline=None, print_blob=True, suppress_health_check=_QUIET)
+_QUIET: Any = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("short", max_examples=150, derandomize=True, database=None, **_QUIET)
+settings.register_profile("long", max_examples=5000, print_blob=True, **_QUIET)
 settings.load_profile("short")

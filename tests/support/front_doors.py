@@ -56,8 +56,12 @@ class FrontDoors:
             )
             with (
                 contextlib.closing(Bodies(_MAX_BODY_BYTES, 100)) as bodies,
-                socket.create_server(("127.0.0.1", 0)) as listener,
+                socket.socket(
+                    socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP
+                ) as listener,  # as `bind_http` does
             ):
+                listener.bind(("127.0.0.1", 0))
+                listener.listen()
                 self.http_port = listener.getsockname()[1]
                 http = make_http_server(build_app(service, bodies), HttpLimits())
                 serving = asyncio.create_task(http.serve([listener]))
