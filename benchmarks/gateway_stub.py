@@ -26,6 +26,7 @@ from control_plane.gateway.text import load_tokenizer
 from control_plane.metrics import GatewayMetrics
 from control_plane.serving_pools import ServingPools
 from phasewise.core.clock import MonotonicClock
+from phasewise.core.collector import freeze_collector
 from phasewise.core.messages import AbortRequest, PrefillTask, TokenChunk, WorkerOutput
 from phasewise.core.model_source import model_facts, resolve_model
 from phasewise.core.placement import Placement, WorkerRole
@@ -95,10 +96,14 @@ async def main(context_length: int) -> None:
     cluster = StubCluster(context_length)
     max_bytes = largest_body(context_length, cluster.tokenizer.longest_token_bytes, 16 << 20)
     listener = bind_http("127.0.0.1:0")
-    _, grpc_port = await start_grpc_server(cluster.service, "127.0.0.1:0", max_message_bytes=max_bytes)
     bodies = Bodies(max_bytes, 4096)
+    message_bytes = largest_body(context_length, cluster.tokenizer.longest_token_bytes, 16 << 20, is_json=False)
+    _, grpc_port = await start_grpc_server(
+        cluster.service, "127.0.0.1:0", max_message_bytes=message_bytes, max_calls=5120, bodies=bodies
+    )
     http = make_http_server(build_app(cluster.service, bodies))
     cluster.service.start_admitting()
+    freeze_collector()
     tasks = [asyncio.create_task(http.serve(sockets=[listener])), asyncio.create_task(cluster.steps())]
     print(format_address(listener), f"127.0.0.1:{grpc_port}", max_bytes, flush=True)
     while await asyncio.to_thread(sys.stdin.readline):

@@ -32,6 +32,7 @@ from control_plane.link_survey import LinkSurvey, look, measure
 from control_plane.metrics import GatewayMetrics
 from control_plane.serving_pools import ServingPools
 from phasewise.core.clock import MonotonicClock
+from phasewise.core.collector import freeze_collector
 from phasewise.core.config import ServingConfig, split_address
 from phasewise.core.errors import ConfigError, DeadlineExceeded, Overloaded, ServingError, Unavailable
 from phasewise.core.links import LinkProbe, WorkerLinks
@@ -89,6 +90,7 @@ class ControlPlaneActor:
         self._watch(self._watch_gateway(gateway_id, handle))
 
     async def start_health_checks(self) -> None:
+        freeze_collector()
         self._watch(self._check_health())
 
     async def report(self, load: WorkerLoad) -> None:
@@ -418,23 +420,26 @@ class GatewayActor:
         for worker_id in self._lost:  # while the cluster started
             await self.worker_lost(worker_id)
         self._control_plane_watch = asyncio.create_task(self._watch_control_plane(control_plane, loop))
-        max_bytes = largest_body(card.context_length, tokenizer.longest_token_bytes, config.max_body_mib * 2**20)
+        most_bytes, longest = config.max_body_mib * 2**20, tokenizer.longest_token_bytes
+        max_bytes = largest_body(card.context_length, longest, most_bytes)
+        self._bodies = Bodies(max_bytes, config.max_open_requests)
         try:
             self._grpc, port = await start_grpc_server(
                 loop,
                 config.grpc,
-                max_message_bytes=max_bytes,
+                max_message_bytes=largest_body(card.context_length, longest, most_bytes, is_json=False),
                 max_calls=config.max_open_requests + _MORE_CALLS,
+                bodies=self._bodies,
             )
         except ServingError as error:
             return error
         host, _ = split_address(config.grpc, field="gateway.grpc")
         addresses["grpc"] = f"{host}:{port}"
-        self._bodies = Bodies(max_bytes, config.max_open_requests)
         app = build_app(loop, self._bodies, cors_origins=config.cors_origins, lines=self._lines)
         self._http = make_http_server(app)
         self._http_task = asyncio.create_task(self._http.serve(sockets=[self._socket]))
         loop.start_admitting()
+        freeze_collector()
         return addresses["grpc"]
 
     async def deliver(self, output: WorkerOutput) -> None:

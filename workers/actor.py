@@ -17,6 +17,7 @@ import torch
 
 from kv_transfer.link import ArrivedPart, Landing, to_mailbox
 from phasewise.core.clock import MonotonicClock
+from phasewise.core.collector import freeze_collector
 from phasewise.core.errors import ServingError
 from phasewise.core.links import LinkProbe, WorkerLinks
 from phasewise.core.logs import setup_logging
@@ -99,6 +100,7 @@ class WorkerActor:
             MonotonicClock(),
             codec_bytes_per_s=self._engine.codec_bytes_per_s,
         )
+        freeze_collector()
         self._loop_task = asyncio.create_task(asyncio.to_thread(self._worker.run))
 
     def report(self, load: WorkerLoad) -> None:

@@ -1,4 +1,4 @@
-"""Reads the bodies of HTTP requests: their form, their size, and what may be in preparation at once.
+"""Reads the bodies of requests: their form, their size, and what may be in preparation at once.
 
 A body is *in preparation* from its first byte until its request is placed or answered. The number of such bodies and
 the bytes of the large ones are bounded, in all and per client; small ones always find room in bytes.
@@ -6,7 +6,7 @@ the bytes of the large ones are bounded, in all and per client; small ones alway
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
@@ -20,6 +20,7 @@ LARGE_BYTES = 1 << 16
 
 _MIN_MAX_BYTES = 1 << 20
 _MAX_ESCAPED_BYTES = 6  # of JSON for one byte of text: \u0041
+_MAX_ID_BYTES = 5  # of a token id in a protobuf
 _FRAME_BYTES = 1 << 16  # all fields beside the prompt
 _MAX_DISCARDED_BYTES = 64 << 20
 _BOM = b"\xef\xbb\xbf"
@@ -28,12 +29,13 @@ _CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")
 _Schema = TypeVar("_Schema", bound=Body)
 
 
-def largest_body(context_length: int, longest_token_bytes: int, configured_bytes: int) -> int:
+def largest_body(context_length: int, longest_token_bytes: int, configured_bytes: int, *, is_json: bool = True) -> int:
     """The most bytes that a body can need for a prompt that fits, or `configured_bytes` where that is less.
 
     Several short prompts in one body share this; 1 MiB is always allowed.
     """
-    needed = context_length * longest_token_bytes * _MAX_ESCAPED_BYTES + _FRAME_BYTES
+    per_token = longest_token_bytes * _MAX_ESCAPED_BYTES if is_json else max(longest_token_bytes, _MAX_ID_BYTES)
+    needed = context_length * per_token + _FRAME_BYTES
     return min(configured_bytes, max(needed, _MIN_MAX_BYTES))
 
 
@@ -53,6 +55,12 @@ class Room:
         if num_bytes > max(LARGE_BYTES, self._num_large_bytes):
             self._large_bytes.take(self._client, num_bytes - self._num_large_bytes)
             self._num_large_bytes = num_bytes
+
+    def __enter__(self) -> Room:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
 
     def leave(self) -> None:
         if self._is_in:
@@ -88,7 +96,15 @@ class Bodies:
         """
         _check_form(request)
         raw = (await self._read(request, room)).removeprefix(_BOM) or empty
-        return parse_body(raw, schema) if len(raw) <= LARGE_BYTES else await self._large.parse(raw, schema)
+        if len(raw) <= LARGE_BYTES:
+            return parse_body(raw, schema)
+        body = await self._large.parse(schema.__name__, raw)
+        assert isinstance(body, schema)
+        return body
+
+    async def read_message(self, method: str, raw: bytes) -> Any:
+        """What a large gRPC message says (grpc_codec.py). Raises InvalidRequest."""
+        return await self._large.parse(method, raw)
 
     async def _read(self, request: Request, room: Room) -> bytes:
         announced = request.headers.get("content-length", "")

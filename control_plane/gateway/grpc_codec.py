@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
+from control_plane.gateway.quota import check_items
 from control_plane.gateway.service import (
     GenerateInput,
     GenerationStream,
@@ -17,32 +20,60 @@ from control_plane.gateway.service import (
     TokenInfo,
 )
 from phasewise.core.errors import InvalidRequest
+from phasewise.core.shown import clipped
 from phasewise.options import SCALAR_SAMPLING
 from phasewise.rpc import phasewise_pb2 as pb
 from phasewise.rpc.codec import FINISH_REASON_TO_PB
 
 
-def decode_generate(request: pb.GenerateRequest, timeout_s: float | None, client: str | None = None) -> GenerateInput:
-    """`client` is whose share the request counts to.
+@dataclass(frozen=True, slots=True)
+class GenerateCall:
+    """What a message of Generate says; its deadline and its client are known from the call."""
 
-    Raises:
-        InvalidRequest: there is no prompt, or a field that this version does not know.
-    """
+    given: GenerateInput
+    with_timeline: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizeCall:
+    """One of `text` and `messages` is None."""
+
+    text: str | None
+    messages: tuple[Mapping[str, Any], ...] | None
+    model: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class DetokenizeCall:
+    token_ids: Sequence[int]
+    model: str | None
+
+
+def decode_generate(request: pb.GenerateRequest) -> GenerateCall:
+    """Raises InvalidRequest when there is no prompt, or a field that this version does not know."""
+    _check_lists(request)
     refuse_unknown_fields(request)
     kind = request.WhichOneof("prompt")
     if kind is None:
         raise InvalidRequest("the request has no prompt: set text, token_ids or messages", field="prompt")
-    return GenerateInput(
+    given = GenerateInput(
         text=request.text if kind == "text" else None,
-        token_ids=request.token_ids.ids if kind == "token_ids" else None,
+        token_ids=array("q", request.token_ids.ids) if kind == "token_ids" else None,
         messages=_decode_messages(request.messages) if kind == "messages" else None,
         sampling=_decode_sampling(request.sampling),
         model=request.model or None,
         request_id=request.request_id or None,
-        timeout_s=timeout_s,
         cache_salt=request.cache_salt,
-        client=client,
     )
+    return GenerateCall(given, request.timeline)
+
+
+def _check_lists(request: pb.GenerateRequest) -> None:
+    sampling = request.sampling
+    check_items(len(request.messages.messages), "messages")
+    check_items(len(sampling.stop), "stop")
+    check_items(len(sampling.stop_token_ids), "stop_token_ids")
+    check_items(len(sampling.logit_bias), "logit_bias")
 
 
 def refuse_unknown_fields(message: Message, path: str = "") -> None:
@@ -66,12 +97,43 @@ def refuse_unknown_fields(message: Message, path: str = "") -> None:
             refuse_unknown_fields(item, descriptor.name)
 
 
-def decode_tokenize(request: pb.TokenizeRequest) -> tuple[str | None, tuple[Mapping[str, Any], ...] | None]:
-    """(text, messages), one of them None. Raises InvalidRequest when neither is given."""
-    kind = request.WhichOneof("prompt")
+def decode_tokenize(request: pb.TokenizeRequest) -> TokenizeCall:
+    """Raises InvalidRequest when there is nothing to tokenize."""
+    kind, model = request.WhichOneof("prompt"), request.model or None
     if kind is None:
         raise InvalidRequest("nothing to tokenize: set text or messages", field="text")
-    return (request.text, None) if kind == "text" else (None, _decode_messages(request.messages))
+    if kind == "text":
+        return TokenizeCall(request.text, None, model)
+    check_items(len(request.messages.messages), "messages")
+    return TokenizeCall(None, _decode_messages(request.messages), model)
+
+
+def decode_detokenize(request: pb.DetokenizeRequest) -> DetokenizeCall:
+    """Which ids the model knows is checked by the service."""
+    return DetokenizeCall(array("q", request.token_ids), request.model or None)
+
+
+DECODERS: dict[str, tuple[type[Message], Callable[[Any], GenerateCall | TokenizeCall | DetokenizeCall]]] = {
+    "Generate": (pb.GenerateRequest, decode_generate),
+    "Tokenize": (pb.TokenizeRequest, decode_tokenize),
+    "Detokenize": (pb.DetokenizeRequest, decode_detokenize),
+}
+"""How the messages of each method are read."""
+
+
+def decode_raw(method: str, raw: bytes) -> GenerateCall | TokenizeCall | DetokenizeCall:
+    """A message as it came. Raises InvalidRequest, also where it is no valid protobuf."""
+    kind, decode = DECODERS[method]
+    try:
+        request = kind.FromString(raw)
+    except DecodeError as error:
+        raise malformed(str(error)) from None
+    return decode(request)
+
+
+def malformed(reason: str) -> InvalidRequest:
+    """The refusal of what is no valid protobuf."""
+    return InvalidRequest(f"the message cannot be read ({clipped(reason)}); send what phasewise.proto says")
 
 
 def encode_started(stream: GenerationStream) -> pb.Started:

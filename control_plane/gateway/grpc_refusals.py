@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -18,7 +19,8 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from phasewise.core.errors import InternalError, InvalidRequest, ServingError
+from control_plane.gateway.grpc_codec import malformed
+from phasewise.core.errors import InternalError, ServingError
 from phasewise.core.shown import clipped
 from phasewise.rpc.status import to_status
 
@@ -70,11 +72,23 @@ class Malformed:
     reason: str
 
 
-class RefuseMalformed(grpc.aio.ServerInterceptor):
-    """INVALID_ARGUMENT for what is no valid protobuf, in all services of a server."""
+@dataclass(frozen=True, slots=True)
+class LargeMessage:
+    """Stands for a request message that is not read on the event loop."""
 
-    def __init__(self) -> None:
+    raw: bytes
+
+
+class RefuseMalformed(grpc.aio.ServerInterceptor):
+    """INVALID_ARGUMENT for what is no valid protobuf, in all services of a server.
+
+    The handlers of `large_methods` (full names) get a `LargeMessage` instead of a message above `large_bytes`.
+    """
+
+    def __init__(self, large_methods: Collection[str] = (), large_bytes: int = 0) -> None:
         self._handlers: dict[str, grpc.RpcMethodHandler] = {}
+        self._large_methods = large_methods
+        self._large_bytes = large_bytes
 
     async def intercept_service(
         self,
@@ -86,13 +100,17 @@ class RefuseMalformed(grpc.aio.ServerInterceptor):
             return handler
         method = handler_call_details.method
         if method not in self._handlers:
-            self._handlers[method] = _refusing(handler)
+            large_bytes = self._large_bytes if method in self._large_methods else sys.maxsize
+            self._handlers[method] = _refusing(handler, large_bytes)
         return self._handlers[method]
 
 
-def _refusing(handler: Any) -> grpc.RpcMethodHandler:
+def _refusing(handler: Any, large_bytes: int) -> grpc.RpcMethodHandler:
     """A handler that refuses what `handler` could not read. Of one stream to one message there is none here."""
-    forms = {"request_deserializer": _reader(handler), "response_serializer": handler.response_serializer}
+    forms = {
+        "request_deserializer": _reader(handler, large_bytes),
+        "response_serializer": handler.response_serializer,
+    }
     if handler.request_streaming:
         return grpc.stream_stream_rpc_method_handler(_streams(handler.stream_stream), **forms)
     if not handler.response_streaming:
@@ -102,8 +120,10 @@ def _refusing(handler: Any) -> grpc.RpcMethodHandler:
     return grpc.unary_stream_rpc_method_handler(_answer(handler.unary_stream), **forms)
 
 
-def _reader(handler: Any) -> Callable[[bytes], Any]:
+def _reader(handler: Any, large_bytes: int) -> Callable[[bytes], Any]:
     def read(raw: bytes) -> Any:
+        if len(raw) > large_bytes:
+            return LargeMessage(raw)
         try:
             return handler.request_deserializer(raw)
         except DecodeError as error:
@@ -114,10 +134,7 @@ def _reader(handler: Any) -> Callable[[bytes], Any]:
 
 async def _check(request: Any, context: grpc.aio.ServicerContext) -> None:
     if isinstance(request, Malformed):
-        reason = clipped(request.reason)
-        await abort(
-            context, InvalidRequest(f"the message cannot be read ({reason}); send what phasewise.proto says"), ""
-        )
+        await abort(context, malformed(request.reason), "")
 
 
 def _answer(method: Any) -> Any:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import replace
+from typing import Any
 from urllib.parse import unquote
 
 import grpc
@@ -19,9 +21,9 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from control_plane.gateway.bodies import LARGE_BYTES, Bodies
 from control_plane.gateway.grpc_codec import (
-    decode_generate,
-    decode_tokenize,
+    DECODERS,
     encode_delta,
     encode_finished,
     encode_model,
@@ -31,6 +33,7 @@ from control_plane.gateway.grpc_health import GatewayHealth
 from control_plane.gateway.grpc_refusals import (
     GRPC_LOGGER,
     NOT_OF_CLIENTS_THAT_LEFT,
+    LargeMessage,
     RefuseMalformed,
     abort,
     client_left,
@@ -43,16 +46,23 @@ from phasewise.rpc import phasewise_pb2_grpc
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 _HEALTH_NAME: str = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+_LARGE_METHODS = frozenset(f"/{SERVICE_NAME}/{method}" for method in DECODERS)
 _MAX_DELTAS = 256
 """In one message: keeps it below the 4 MiB that clients accept by default, log-probabilities included."""
 
 
 async def start_grpc_server(
-    service: InferenceService, address: str, *, max_message_bytes: int, max_calls: int | None = None
+    service: InferenceService,
+    address: str,
+    *,
+    max_message_bytes: int,
+    max_calls: int | None = None,
+    bodies: Bodies | None = None,
 ) -> tuple[grpc.aio.Server, int]:
     """Serves `service` on `address` (HOST:PORT; port 0 asks for a free one) and returns (server, port).
 
-    At most `max_calls` are open at once, health watches among them; more get RESOURCE_EXHAUSTED.
+    At most `max_calls` are open at once, health watches among them; more get RESOURCE_EXHAUSTED. `bodies` reads large
+    messages, as it does for HTTP; None: they are read on the loop.
 
     The caller drains the service before it stops the server: `server.stop(grace)` waits for open calls, health watches
     among them, until `grace` is over, and cancels the rest.
@@ -63,7 +73,7 @@ async def start_grpc_server(
     logging.getLogger(GRPC_LOGGER).addFilter(NOT_OF_CLIENTS_THAT_LEFT)
     server = grpc.aio.server(
         maximum_concurrent_rpcs=max_calls,
-        interceptors=(RefuseMalformed(),),
+        interceptors=(RefuseMalformed(_LARGE_METHODS if bodies is not None else (), LARGE_BYTES),),
         options=(
             # Two servers on one port would share its requests without anyone noticing.
             ("grpc.so_reuseport", 0),
@@ -77,7 +87,7 @@ async def start_grpc_server(
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
         ),
     )
-    phasewise_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(service), server)
+    phasewise_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(service, bodies), server)
     health_pb2_grpc.add_HealthServicer_to_server(GatewayHealth(service, (SERVICE_NAME,)), server)
     reflection.enable_server_reflection((SERVICE_NAME, _HEALTH_NAME, reflection.SERVICE_NAME), server)
     try:
@@ -96,38 +106,54 @@ async def start_grpc_server(
 class InferenceServicer(phasewise_pb2_grpc.InferenceServicer):
     """phasewise.v1.Inference over an InferenceService."""
 
-    def __init__(self, service: InferenceService) -> None:
+    def __init__(self, service: InferenceService, bodies: Bodies | None = None) -> None:
         self._service = service
+        self._bodies = bodies
         self._closing: set[asyncio.Task[None]] = set()
 
-    async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
+    async def Generate(self, request: pb.GenerateRequest | LargeMessage, context: grpc.aio.ServicerContext) -> None:
         # Writes to the context rather than yielding: grpc.aio does not close an abandoned generator at once.
+        request_id = ""
         try:
-            generate_input = decode_generate(request, context.time_remaining(), client_of_call(context))
-            stream = await self._service.generate(generate_input)
-            await self._send(stream, context, with_timeline=request.timeline)
+            call = await self._read("Generate", request, context)
+            request_id = call.given.request_id or ""
+            client, timeout_s = client_of_call(context), context.time_remaining()
+            stream = await self._service.generate(replace(call.given, client=client, timeout_s=timeout_s))
+            await self._send(stream, context, with_timeline=call.with_timeline)
         except Exception as error:
-            await abort(context, error, request.request_id)
+            await abort(context, error, request_id)
 
-    async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
+    async def Tokenize(
+        self, request: pb.TokenizeRequest | LargeMessage, context: grpc.aio.ServicerContext
+    ) -> pb.TokenizeResponse:
         try:
-            text, messages = decode_tokenize(request)
-            token_ids = await self._service.tokenize(text, messages, request.model or None)
+            call = await self._read("Tokenize", request, context)
+            token_ids = await self._service.tokenize(call.text, call.messages, call.model)
         except Exception as error:
             await abort(context, error, "")
         return pb.TokenizeResponse(token_ids=token_ids)
 
     async def Detokenize(
-        self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
+        self, request: pb.DetokenizeRequest | LargeMessage, context: grpc.aio.ServicerContext
     ) -> pb.DetokenizeResponse:
         try:
-            text = await asyncio.to_thread(self._service.detokenize, request.token_ids, request.model or None)
+            call = await self._read("Detokenize", request, context)
+            text = await asyncio.to_thread(self._service.detokenize, call.token_ids, call.model)
         except Exception as error:
             await abort(context, error, "")
         return pb.DetokenizeResponse(text=text)
 
     async def GetModel(self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext) -> pb.Model:
         return encode_model(self._service.model)
+
+    async def _read(self, method: str, request: Any, context: grpc.aio.ServicerContext) -> Any:
+        """What a message of `method` says. Raises InvalidRequest, and Overloaded for a large one."""
+        if not isinstance(request, LargeMessage):
+            return DECODERS[method][1](request)
+        assert self._bodies is not None, "there are none otherwise"
+        with self._bodies.enter(client_of_call(context)) as room:
+            room.grow(len(request.raw))
+            return await self._bodies.read_message(method, request.raw)
 
     async def _send(self, stream: GenerationStream, context: grpc.aio.ServicerContext, *, with_timeline: bool) -> None:
         """Streams to the end and closes `stream` whatever happens. Raises the stream's error after its last delta."""

@@ -1,4 +1,4 @@
-"""Checks large JSON bodies in a process of its own: a parser holds the interpreter until it is through.
+"""Reads large bodies and messages in a process of its own: a parser holds the interpreter until it is through.
 
 One body at a time. The process is started for the first one, and ends after a very large one, which gives its memory
 back. It lives no longer than the gateway: its input ends with it.
@@ -20,6 +20,7 @@ from typing import IO, Any, TypeVar
 
 from pydantic import ValidationError
 
+from control_plane.gateway.grpc_codec import decode_raw
 from control_plane.gateway.openai_errors import from_validation
 from control_plane.gateway.openai_schema import SCHEMAS, Body
 from phasewise.core.errors import InternalError, ServingError
@@ -39,18 +40,17 @@ class LargeBodies:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="large-bodies")
         self._process: subprocess.Popen[bytes] | None = None
 
-    async def parse(self, raw: bytes, schema: type[_Schema]) -> _Schema:
-        """`raw` as `schema`, with long lists of token ids as arrays.
+    async def parse(self, kind: str, raw: bytes) -> Any:
+        """What `raw` says: a body of the schema of that name, or a message of that gRPC method.
 
         Raises:
-            InvalidRequest: as the schema does.
+            InvalidRequest: as who reads small ones does.
             InternalError: the process died over it.
         """
         loop = asyncio.get_running_loop()
-        answer = await loop.run_in_executor(self._thread, self._exchange, schema.__name__, raw)
+        answer = await loop.run_in_executor(self._thread, self._exchange, kind, raw)
         if isinstance(answer, ServingError):
             raise answer
-        assert isinstance(answer, schema)
         return answer
 
     def close(self) -> None:
@@ -58,7 +58,7 @@ class LargeBodies:
         self._thread.submit(self._end)
         self._thread.shutdown(wait=True)
 
-    def _exchange(self, name: str, raw: bytes) -> Any:
+    def _exchange(self, kind: str, raw: bytes) -> Any:
         if self._process is not None and self._process.poll() is not None:
             self._end()
         process = self._process = self._process or _start()
@@ -66,7 +66,7 @@ class LargeBodies:
         timer = threading.Timer(_TIMEOUT_S, process.kill)
         timer.start()
         try:
-            pickle.dump((name, raw), process.stdin, protocol=5)
+            pickle.dump((kind, raw), process.stdin, protocol=5)
             process.stdin.flush()
             return pickle.load(process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError):
@@ -104,17 +104,23 @@ def parse_body(raw: bytes, schema: type[_Schema]) -> _Schema:
         raise from_validation(error, schema) from None
 
 
+def _read(kind: str, raw: bytes) -> Any:
+    if kind not in SCHEMAS:
+        return decode_raw(kind, raw)
+    body = parse_body(raw, SCHEMAS[kind])
+    body.compact()
+    return body
+
+
 def _serve(bodies: IO[bytes], answers: IO[bytes]) -> None:
-    """Answers each (schema's name, body) with the body, or with what is wrong with it."""
+    """Answers each (kind, body) with what it says, or with what is wrong with it."""
     while True:
         try:
-            name, raw = pickle.load(bodies)
+            kind, raw = pickle.load(bodies)
         except EOFError:
             return
-        answer: Body | ServingError
         try:
-            answer = parse_body(raw, SCHEMAS[name])
-            answer.compact()
+            answer = _read(kind, raw)
         except ServingError as error:
             answer = error
         pickle.dump(answer, answers, protocol=5)

@@ -18,11 +18,21 @@ from pydantic_core import PydanticCustomError
 from control_plane.gateway.chat_template import plain_messages
 from control_plane.gateway.openai_errors import ParameterNames
 from control_plane.gateway.openai_shapes import logit_bias_of, split_prompts, stop_strings, whole_numbers
+from control_plane.gateway.quota import check_items
 from control_plane.gateway.service import GenerateInput, SamplingInput
 from control_plane.link_survey import DEFAULT_SIZES, DEFAULT_TIMEOUT_S
 from phasewise.core.errors import InvalidRequest
 
 MAX_CHOICES = 1024
+_WITHOUT_EFFECT = (
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+)
 
 # Values that ask for nothing, so that clients that always send the field still work.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -63,7 +73,13 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
     def compact(self) -> None:
-        """Makes arrays of long lists of token ids, for the way to another process."""
+        """Makes the body fit for the way from the process that parsed it: what one step of a program reads at once.
+
+        Long lists of token ids become arrays, and what has no effect is dropped.
+
+        Raises:
+            InvalidRequest: another list is longer than any request needs.
+        """
 
     @model_validator(mode="before")
     @classmethod
@@ -135,6 +151,13 @@ class _GenerateBody(Body):
             ignore_eos=bool(self.ignore_eos),
         )
 
+    def compact(self) -> None:
+        for name in _WITHOUT_EFFECT:
+            setattr(self, name, None)
+        check_items(len(self.stop), "stop")
+        check_items(len(self.stop_token_ids or ()), "stop_token_ids")
+        check_items(len(self.logit_bias or ()), "logit_bias")
+
     @property
     def wants_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
@@ -163,6 +186,10 @@ class ChatBody(_GenerateBody):
     reasoning_effort: Unsupported = None
     verbosity: Unsupported = None
     web_search_options: Unsupported = None
+
+    def compact(self) -> None:
+        super().compact()
+        check_items(len(self.messages), "messages")
 
     def inputs(self, request_id: str, timeout_s: float | None, client: str | None = None) -> list[GenerateInput]:
         """The one request of a chat. Raises InvalidRequest."""
@@ -208,6 +235,8 @@ class CompletionBody(_GenerateBody):
     suffix: Unsupported = None
 
     def compact(self) -> None:
+        super().compact()
+        check_items(len(self.prompt), "prompt")
         self.prompt = [p if isinstance(p, str) else array("q", p) for p in self.prompt]
 
     def inputs(self, request_id: str, timeout_s: float | None, client: str | None = None) -> list[GenerateInput]:
@@ -253,6 +282,9 @@ class TokenizeBody(Body):
     prompt: str | None = None
     messages: Messages | None = None
 
+    def compact(self) -> None:
+        check_items(len(self.messages or ()), "messages")
+
 
 class DetokenizeBody(Body):
     """POST /detokenize"""
@@ -269,6 +301,9 @@ class ProbeLinksBody(Body):
 
     sizes: Numbers = list(DEFAULT_SIZES)
     timeout_s: float = DEFAULT_TIMEOUT_S
+
+    def compact(self) -> None:
+        check_items(len(self.sizes), "sizes")
 
 
 SCHEMAS: dict[str, type[Body]] = {

@@ -5,7 +5,10 @@ from __future__ import annotations
 import ipaddress
 from collections import Counter
 
-from phasewise.core.errors import Overloaded
+from phasewise.core.errors import InvalidRequest, Overloaded
+
+MAX_ITEMS = 65_536
+"""Of a list in a request that is not one of token ids: messages, prompts, stop strings."""
 
 
 class Quota:
@@ -47,6 +50,12 @@ class Quota:
             self._by_client[client] -= amount
             if not self._by_client[client]:
                 del self._by_client[client]
+
+
+def check_items(num_items: int, field: str) -> None:
+    """Raises InvalidRequest for a list that no request can need."""
+    if num_items > MAX_ITEMS:
+        raise InvalidRequest(f"{field} has {num_items} items; at most {MAX_ITEMS} are allowed", field=field)
 
 
 def share_of(most: int) -> int:

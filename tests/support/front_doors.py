@@ -51,15 +51,15 @@ class FrontDoors:
         """The life of both servers, until `is_over` is set."""
         async with local_cluster(model, **sections) as self.cluster:
             service = self.cluster.service
-            grpc_server, self.grpc_port = await start_grpc_server(
-                service, "127.0.0.1:0", max_message_bytes=_MAX_BODY_BYTES
-            )
             with (
                 contextlib.closing(Bodies(_MAX_BODY_BYTES, 100)) as bodies,
                 socket.socket(
                     socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP
                 ) as listener,  # as `bind_http` does
             ):
+                grpc_server, self.grpc_port = await start_grpc_server(
+                    service, "127.0.0.1:0", max_message_bytes=_MAX_BODY_BYTES, bodies=bodies
+                )
                 listener.bind(("127.0.0.1", 0))
                 listener.listen()
                 self.http_port = listener.getsockname()[1]

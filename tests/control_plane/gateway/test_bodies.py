@@ -11,12 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
 import httpx
 import pytest
 
-from control_plane.gateway.bodies import LARGE_BYTES, Room, largest_body
+from control_plane.gateway.bodies import LARGE_BYTES, Bodies, Room, largest_body
+from control_plane.gateway.grpc_server import start_grpc_server
 from control_plane.gateway.quota import Quota, client_of, share_of
 from phasewise.core.errors import Overloaded
+from phasewise.rpc import phasewise_pb2 as pb
 from tests.control_plane.gateway.conftest import HashService
 from tests.support.http_server import api_server
 from tests.support.served import until
@@ -94,38 +97,94 @@ def test_pages_of_other_origins_are_answered_only_where_that_is_configured(servi
 LARGE = LARGE_BYTES + 1
 
 
-@pytest.mark.parametrize("spaces", [0, LARGE], ids=["small", "large"])
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
-        ("/v1/chat/completions", HI),
-        ("/v1/completions", {"prompt": [1, 2, 3], "max_tokens": 2}),
-        ("/v1/completions", {"prompt": [[1, 2, 3], [4]], "max_tokens": 2}),
-        ("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 2, "stream_options": None}),
-        ("/tokenize", {"prompt": "Hello, world"}),
-        ("/detokenize", {"tokens": [1, 2, 3]}),
-        ("/detokenize", {"tokens": [1, 2, 10**18]}),
-        ("/links/probe", {"sizes": [32], "timeout_s": 1}),
-        ("/v1/completions", {"prompt": [1, 10**7], "max_tokens": 2}),
-        ("/v1/completions", {"prompt": [[1], []], "max_tokens": 2}),
-        ("/v1/completions", {"prompt": [], "max_tokens": 2}),
-        ("/v1/completions", {"prompt": [1.5], "max_tokens": 2}),
-        ("/v1/completions", {"prompt": "a", "temperature": "x"}),
-    ],
-)
-def test_a_large_body_is_answered_as_a_small_one(http: httpx.Client, path: str, body: Any, spaces: int) -> None:
-    small = http.post(path, content=json.dumps({**body, **SEEDED.get(path, {})}))
-    large = http.post(path, content=json.dumps({**body, **SEEDED.get(path, {})}) + " " * spaces)
-    assert large.status_code == small.status_code
-    if small.status_code == 200 and path.startswith("/v1"):
-        assert large.json()["choices"] == small.json()["choices"]
-    else:
-        assert large.json() == small.json()
-    if spaces:
-        assert len(parsers()) == 1
+BODIES: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", HI),
+    ("/v1/completions", {"prompt": [1, 2, 3], "max_tokens": 2}),
+    ("/v1/completions", {"prompt": [[1, 2, 3], [4]], "max_tokens": 2}),
+    ("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 2, "stream_options": None}),
+    ("/tokenize", {"prompt": "Hello, world"}),
+    ("/detokenize", {"tokens": [1, 2, 3]}),
+    ("/detokenize", {"tokens": [1, 2, 10**18]}),
+    ("/links/probe", {"sizes": [32], "timeout_s": 1}),
+    ("/v1/completions", {"prompt": [1, 10**7], "max_tokens": 2}),
+    ("/v1/completions", {"prompt": [[1], []], "max_tokens": 2}),
+    ("/v1/completions", {"prompt": [], "max_tokens": 2}),
+    ("/v1/completions", {"prompt": [1.5], "max_tokens": 2}),
+    ("/v1/completions", {"prompt": "a", "temperature": "x"}),
+]
+
+
+def test_a_large_body_is_answered_as_a_small_one(http: httpx.Client) -> None:
+    for path, body in BODIES:
+        content = json.dumps({**body, **SEEDED.get(path, {})})
+        small, large = http.post(path, content=content), http.post(path, content=content + " " * LARGE)
+        assert large.status_code == small.status_code, (path, body)
+        if small.status_code == 200 and path.startswith("/v1"):
+            assert large.json()["choices"] == small.json()["choices"], (path, body)
+        else:
+            assert large.json() == small.json(), (path, body)
+    assert len(parsers()) == 1
 
 
 SEEDED = {"/v1/chat/completions": {"seed": 1}, "/v1/completions": {"seed": 1}}
+
+
+def nested(field: int, content: bytes) -> bytes:
+    """A field of a protobuf that holds bytes."""
+    size, length = len(content), b""
+    while size > 127:
+        length, size = length + bytes((size & 127 | 128,)), size >> 7
+    return bytes((field << 3 | 2,)) + length + bytes((size,)) + content
+
+
+MESSAGES: list[tuple[str, bytes, str | None]] = [
+    ("Generate", pb.GenerateRequest(text="x" + " " * LARGE).SerializeToString(), None),
+    ("Tokenize", pb.TokenizeRequest(text="x" + " " * LARGE).SerializeToString(), None),
+    ("Detokenize", pb.DetokenizeRequest(token_ids=[17] * LARGE).SerializeToString(), None),
+    ("Generate", pb.GenerateRequest(token_ids=pb.TokenIds(ids=[17] * LARGE)).SerializeToString(), "65537 tokens"),
+    ("Generate", nested(3, nested(1, b"") * LARGE), "messages has 65537 items"),
+    ("Tokenize", nested(2, nested(1, b"") * LARGE), "messages has 65537 items"),
+    ("Generate", nested(1, b"x") + nested(99 >> 3, b"y" * LARGE), "field number 12"),
+    ("Generate", b"\xff" * LARGE, "cannot be read"),
+    ("Generate", nested(1, b"\xff" * LARGE), "cannot be read"),
+]
+
+
+async def test_large_messages_are_read_in_the_same_process(service: HashService) -> None:
+    bodies = Bodies(MIB, 10)
+    server, port = await start_grpc_server(service, "127.0.0.1:0", max_message_bytes=MIB, bodies=bodies)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        for method, raw, words in MESSAGES:
+            call = channel.unary_stream(f"/phasewise.v1.Inference/{method}")(raw)
+            if words is None:
+                assert [message async for message in call], method
+            else:
+                with pytest.raises(grpc.aio.AioRpcError, match=words) as caught:
+                    await call.read()
+                assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert len(parsers()) == 1
+    await server.stop(None)
+    assert bodies._requests.in_use == 0 and bodies._large_bytes.in_use == 0
+    bodies.close()
+
+
+LISTS: list[tuple[str, dict[str, Any], str]] = [
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": ""}] * 70_000}, "messages"),
+    ("/tokenize", {"messages": [{"role": "user", "content": ""}] * 70_000}, "messages"),
+    ("/v1/completions", {"prompt": [[1]] * 70_000}, "prompt"),
+    ("/v1/completions", {"prompt": "a", "stop": ["a"] * 70_000}, "stop"),
+    ("/v1/completions", {"prompt": "a", "stop_token_ids": [1] * 70_000}, "stop_token_ids"),
+    ("/v1/completions", {"prompt": "a", "logit_bias": {str(i): 0 for i in range(70_000)}}, "logit_bias"),
+    ("/links/probe", {"sizes": [32] * 70_000}, "sizes"),
+]
+
+
+def test_lists_that_no_request_needs(service: HashService) -> None:
+    with api_server(service, max_body_bytes=16 * MIB) as address:
+        for path, body, field in LISTS:
+            answer = httpx.post(f"http://{address}{path}", json=body, timeout=60)
+            error = answer.json()["error"]
+            assert answer.status_code == 400 and error["param"] == field and "70000 items" in error["message"]
 
 
 def test_a_parser_that_dies_is_replaced_and_none_is_left(service: HashService) -> None:
@@ -199,6 +258,8 @@ def test_the_largest_body_follows_from_the_model() -> None:
     assert largest_body(8192, 100, 16 * MIB) == 8192 * 100 * 6 + 65536
     assert largest_body(131072, 100, 16 * MIB) == 16 * MIB
     assert largest_body(64, 4, 16 * MIB) == MIB
+    assert largest_body(131072, 81, 16 * MIB, is_json=False) == 131072 * 81 + 65536
+    assert largest_body(10**6, 1, 16 * MIB, is_json=False) == 5 * 10**6 + 65536
 
 
 @pytest.mark.parametrize(
