@@ -71,6 +71,9 @@ async def test_reflection_refuses_a_malformed_message_too(
 class GoneContext:
     """What a handler has of a client that left when nothing has told it so yet: whatever is sent fails."""
 
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:1"
+
     def time_remaining(self) -> None:
         return None
 

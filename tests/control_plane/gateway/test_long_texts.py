@@ -14,6 +14,7 @@ import httpx
 import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
+from control_plane.gateway.bodies import Bodies
 from control_plane.gateway.bounded_encoding import TokenLimit, encode_in_slices, refuse_by_length
 from control_plane.gateway.chat_template import ChatTemplate
 from control_plane.gateway.grpc_server import start_grpc_server
@@ -287,7 +288,8 @@ async def test_both_protocols_refuse_by_length_and_name_the_field(tmp_path: Path
     long = "hello world " * 100_000
     chat = [{"role": "user", "content": [{"type": "text", "text": long}]}]
     async with local_cluster(tmp_path, pools={"mixed": {"workers": 1}}) as cluster:
-        app = build_app(cluster.service, max_body_bytes=1 << 24)
+        bodies = Bodies(1 << 24, 10)
+        app = build_app(cluster.service, bodies)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as http:
             for path, body, param in (
                 ("/v1/completions", {"prompt": long}, "prompt"),
@@ -304,7 +306,7 @@ async def test_both_protocols_refuse_by_length_and_name_the_field(tmp_path: Path
             tokens = (await http.post("/tokenize", json={"prompt": short})).json()["tokens"]
             assert tokens == cluster.tokenizer.encode(short) and len(tokens) == 60_000
             assert (await http.post("/detokenize", json={"tokens": tokens})).json()["prompt"] == short
-        server, port = await start_grpc_server(cluster.service, "127.0.0.1:0", max_message_bytes=1 << 24)
+        server, port = await start_grpc_server(cluster.service, "127.0.0.1:0", max_message_bytes=1 << 24, bodies=bodies)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             stub = InferenceStub(channel)
             messages = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content=long)])
@@ -318,4 +320,5 @@ async def test_both_protocols_refuse_by_length_and_name_the_field(tmp_path: Path
                     await call()
                 assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         await server.stop(None)
+        bodies.close()
         assert not cluster.service._open

@@ -11,6 +11,7 @@ import httpx
 import pytest
 from tokenizers import Tokenizer
 
+from control_plane.gateway.bodies import Bodies
 from control_plane.gateway.chat_template import ChatTemplate, plain_messages
 from control_plane.gateway.grpc_server import start_grpc_server
 from control_plane.gateway.message_tokens import TemplateTokensOnly
@@ -211,16 +212,18 @@ async def test_both_protocols_of_a_cluster(as_tokens: bool, num_tokens: int, tmp
     length = len("<user>\n<assistant>") + num_tokens
     sections = {"gateway": {"special_tokens_in_messages": as_tokens}, "pools": {"mixed": {"workers": 1}}}
     async with local_cluster(tmp_path, **sections) as cluster:
-        app = build_app(cluster.service, max_body_bytes=1 << 20)
+        bodies = Bodies(1 << 20, 10)
+        app = build_app(cluster.service, bodies)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as http:
             ids = (await http.post("/tokenize", json={"messages": messages})).json()["tokens"]
             answer = await http.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1})
             raw = await http.post("/v1/completions", json={"prompt": "<eos>", "max_tokens": 1})
-        server, port = await start_grpc_server(cluster.service, "127.0.0.1:0", max_message_bytes=1 << 20)
+        server, port = await start_grpc_server(cluster.service, "127.0.0.1:0", max_message_bytes=1 << 20, bodies=bodies)
         async with AsyncClient(f"127.0.0.1:{port}") as client:
             over_grpc = await client.tokenize(messages=messages)
             completion = await client.chat(messages, max_tokens=1)
         await server.stop(None)
+        bodies.close()
     assert len(ids) == length and (EOS_TOKEN_ID in ids) is as_tokens
     assert over_grpc == ids
     assert answer.json()["usage"]["prompt_tokens"] == completion.usage.num_prompt_tokens == length
