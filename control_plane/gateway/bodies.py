@@ -1,7 +1,7 @@
 """Reads the bodies of HTTP requests: their form, their size, and what may be in preparation at once.
 
 A body is *in preparation* from its first byte until its request is placed or answered. The number of such bodies and
-the bytes of the large ones are bounded, in all and per client; small ones always find room in bytes.
+the bytes of the large ones are bounded, in all and per client; small ones do not count in bytes.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Bodies:
         Raises:
             UnsupportedMedia: it is not UTF-8, or compressed.
             BodyTooLarge: as soon as that is known.
-            InvalidRequest: it is no such JSON.
+            InvalidRequest: it is not JSON of that schema.
             Overloaded: too much is in preparation.
         """
         _check_form(request)

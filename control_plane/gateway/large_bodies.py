@@ -1,7 +1,7 @@
-"""Checks large JSON bodies in a process of its own: a parser holds the interpreter until it is through.
+"""Checks large JSON bodies in a process of its own: a parser holds the interpreter's lock until it has ended.
 
-One body at a time. The process is started for the first one, and ends after a very large one, which gives its memory
-back. It lives no longer than the gateway: its input ends with it.
+One body is checked at a time. The process starts with the first one. It ends after a very large one, which frees its
+memory, and with the gateway, because its input ends then.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class LargeBodies:
 
         Raises:
             InvalidRequest: as the schema does.
-            InternalError: the process died over it.
+            InternalError: the process died while it parsed the body.
         """
         loop = asyncio.get_running_loop()
         answer = await loop.run_in_executor(self._thread, self._exchange, schema.__name__, raw)
@@ -82,7 +82,7 @@ class LargeBodies:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
-            with contextlib.suppress(OSError):  # what it was not sent is lost with it
+            with contextlib.suppress(OSError):  # input that was not sent is discarded
                 process.communicate()
 
 
