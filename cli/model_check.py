@@ -1,4 +1,4 @@
-"""What is wrong with a model or with its settings, said before anything is started."""
+"""Checks a model and its settings before anything is started."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 def check_model(source: ModelSource, config: ServingConfig) -> ModelFacts:
     """The facts of a model that can be served with this configuration; its weights are not read.
 
-    What is not used of the model's directory, and which sampling values it sets, is logged once here: the workers and
-    the gateway would each say it.
+    Logs once which files of the model's directory are not used and which sampling values it sets; the workers and the
+    gateway would each log it.
 
     Raises:
         ModelLoadError: a file is at fault, or the engine does not know the architecture.
@@ -50,7 +50,7 @@ def check_model(source: ModelSource, config: ServingConfig) -> ModelFacts:
 
 
 def check_sampling_defaults(defaults: SamplingDefaults) -> None:
-    """A request that says nothing must be right. Raises ConfigError with the file and its key."""
+    """A request without sampling values must be valid. Raises ConfigError with the file and its key."""
     card = ModelCard("any", 64, 2, "float32", 0, (), has_chat_template=False, sampling=defaults)
     tokenizer = TextTokenizer(IdVocabulary(2), vocab_size=2, eos_token_ids=(), chat_template=None)
     try:

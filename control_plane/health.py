@@ -1,15 +1,16 @@
-"""How long others were silent, by the time in which they could have been heard. Pure.
+"""How long workers were silent, counted only while this process could hear them. Pure.
 
-A control plane can be stopped itself: a virtual machine that is paused, a frozen container, a debugger. It hears nobody
-meanwhile, and when it wakes its clock may be hours ahead of every report. Its own pause is nobody's silence. So silence
-is counted in listened time, which goes on with the clock from one tick to the next, but by one tick's period at most:
+The control plane itself can be stopped: a virtual machine that is paused, a frozen container, a debugger. Meanwhile it
+hears no worker, and afterwards its clock may be hours ahead of every report. Its own pause must not count as silence of
+the workers. So silence is counted in listened time, which advances with the clock, but by at most one period between
+two ticks:
 
     clock      0   1   2                               3602  3603
     ticks      |   |   |        (stopped)                |    |
     listened   0   1   2                                 3    4
 
-Whoever is dead is found all the same, `overdue_s` of listened time after its last report. Reports that queued up during
-a pause may be read after the first tick behind it, so nobody is judged at that one (`is_behind_pause`).
+A dead worker is still found, `overdue_s` of listened time after its last report. Reports that queued up during a pause
+may be read after the first tick that follows it, so no worker is declared lost at that tick (`is_behind_pause`).
 
 A clock that stands still while the machine sleeps (CLOCK_MONOTONIC on Linux) shows no gap, and adds nothing either.
 """
@@ -35,7 +36,7 @@ class ListenedTime:
 
     @property
     def is_behind_pause(self) -> bool:
-        """Whether at least one tick should have been between the last two."""
+        """Whether at least one tick is missing between the last two."""
         return self.missed_s >= self._period_s
 
     def tick(self) -> None:
@@ -46,5 +47,5 @@ class ListenedTime:
         self._ticked_s += since_s
 
     def now_s(self) -> float:
-        """Never more than a period past the last tick."""
+        """Listened time, at most a period past the last tick."""
         return self._counted_s + min(self._clock.now_s() - self._ticked_s, self._period_s)

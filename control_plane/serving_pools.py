@@ -1,7 +1,7 @@
-"""Which pools can serve a request, and which have no worker left. Pure: the control plane and every gateway ask it.
+"""Which pools can serve a request, and which have no worker left. Pure; used by the control plane and every gateway.
 
-A request needs a prefill and a decode worker, or a mixed one. A gateway hears of lost workers as they are lost, and of
-the control plane's end; so its health can be told without a call to anybody.
+A request needs a prefill and a decode worker, or a mixed one. A gateway is told of each lost worker and of the control
+plane's end, so it answers health checks without a call.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ServingPools:
         self._ready.pop(worker_id, None)
 
     def control_plane_lost(self) -> None:
-        """Nobody is left who could place a request."""
+        """From now on no request can be placed."""
         self._has_control_plane = False
 
     @property

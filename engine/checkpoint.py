@@ -55,7 +55,7 @@ class Checkpoint:
                     self._add(_Stored(stored_name, file, handle), config.num_layers)
 
     def config(self, config: ModelConfig) -> ModelConfig:
-        """The configuration that the weights have, and their names set right for it.
+        """The configuration that fits the weights. Adapts the names of tied weights to it.
 
         A head that is tied to the embedding may be stored as either, or as both. Where the two differ the head has
         weights of its own, whatever the configuration says, as in transformers.
@@ -78,7 +78,7 @@ class Checkpoint:
         yield from self._tensors
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Not read yet: it lies in its file, which is mapped into memory for as long as it is used."""
+        """The tensor in its file, which stays mapped into memory while the tensor is used; nothing is read yet."""
         stored = self._tensors[name]
         with _named(stored.file):
             return stored.handle.get_tensor(stored.name)

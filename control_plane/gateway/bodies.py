@@ -1,7 +1,7 @@
 """Reads the bodies of requests: their form, their size, and what may be in preparation at once.
 
 A body is *in preparation* from its first byte until its request is placed or answered. The number of such bodies and
-the bytes of the large ones are bounded, in all and per client; small ones always find room in bytes.
+the bytes of the large ones are bounded, in all and per client; small ones do not count in bytes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 
 from control_plane.gateway.large_bodies import LargeBodies, parse_body
+from control_plane.gateway.memory_return import MemoryReturn
 from control_plane.gateway.openai_errors import BodyTooLarge, UnsupportedMedia
 from control_plane.gateway.openai_schema import Body
 from control_plane.gateway.quota import Quota, share_of
@@ -77,6 +78,7 @@ class Bodies:
         self._requests = Quota("requests in preparation", max_requests, share_of(max_requests))
         self._large_bytes = Quota("bytes of large requests in preparation", 4 * max_bytes, 2 * max_bytes)
         self._large = LargeBodies()
+        self._memory = MemoryReturn()
 
     def close(self) -> None:
         self._large.close()
@@ -91,20 +93,26 @@ class Bodies:
         Raises:
             UnsupportedMedia: it is not UTF-8, or compressed.
             BodyTooLarge: as soon as that is known.
-            InvalidRequest: it is no such JSON.
+            InvalidRequest: it is not JSON of that schema.
             Overloaded: too much is in preparation.
         """
         _check_form(request)
         raw = (await self._read(request, room)).removeprefix(_BOM) or empty
         if len(raw) <= LARGE_BYTES:
             return parse_body(raw, schema)
-        body = await self._large.parse(schema.__name__, raw)
+        body = await self._parse(schema.__name__, raw)
         assert isinstance(body, schema)
         return body
 
     async def read_message(self, method: str, raw: bytes) -> Any:
         """What a large gRPC message says (grpc_codec.py). Raises InvalidRequest."""
-        return await self._large.parse(method, raw)
+        return await self._parse(method, raw)
+
+    async def _parse(self, kind: str, raw: bytes) -> Any:
+        try:
+            return await self._large.parse(kind, raw)
+        finally:
+            self._memory.soon()
 
     async def _read(self, request: Request, room: Room) -> bytes:
         announced = request.headers.get("content-length", "")

@@ -1,8 +1,8 @@
 """Encodes a text without doing more work than its answer can use: refused by length first, then slice by slice.
 
-1. a text that has certainly more tokens than are taken is refused before it is tokenised (text_length.py)
+1. a text that has certainly more tokens than the limit is refused before it is tokenised (text_length.py)
 2. a long text is encoded in slices (text_slices.py) and refused as soon as their tokens are too many
-3. so at most what fits and one slice is ever in memory, and between two slices other threads go on
+3. so memory holds at most the tokens that fit and one slice, and other threads run between two slices
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def encode_in_slices(
     """The ids of `text` between `ends`.
 
     Raises:
-        InvalidRequest: it has more tokens than `limit` takes; or it is no text.
+        InvalidRequest: it has more tokens than `limit` takes, or is not valid Unicode.
     """
     is_long = len(text) > SLICE_CHARACTERS
     ids = list(ends.before)

@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 
 
 async def abort(context: grpc.aio.ServicerContext, error: Exception, request_id: str) -> NoReturn:
-    """Ends the call with the status of `error`; what is not one of ours is a fault, logged and not shown."""
+    """Ends the call with the status of `error`; any but a ServingError is a fault of the server, logged and not
+    shown."""
     if not isinstance(error, ServingError):
         logger.error("gRPC request failed", exc_info=error, extra={"request_id": clipped(request_id)})
         name = clipped(request_id) or "(no id)"
@@ -44,15 +45,15 @@ async def abort(context: grpc.aio.ServicerContext, error: Exception, request_id:
 
 
 def client_left() -> asyncio.CancelledError:
-    """What a handler raises whose client is gone: grpc.aio was about to cancel it."""
+    """What a handler raises when its client is gone; grpc.aio was about to cancel the handler."""
     return asyncio.CancelledError("the client is gone")
 
 
 class _NotOfClientsThatLeft(logging.Filter):
     """Drops grpc.aio's traceback of a last message or a status that could not be sent.
 
-    It knows that the client is gone when the end of the call has reached it; where the send fails before that, it takes
-    the failure for one of ours. No handler is there to catch it.
+    grpc.aio knows that the client is gone once the end of the call has reached it. A send that fails before that counts
+    as a fault of the server, and no handler can catch it.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -80,7 +81,7 @@ class LargeMessage:
 
 
 class RefuseMalformed(grpc.aio.ServerInterceptor):
-    """INVALID_ARGUMENT for what is no valid protobuf, in all services of a server.
+    """Answers a message that is no valid protobuf with INVALID_ARGUMENT, in all services of a server.
 
     The handlers of `large_methods` (full names) get a `LargeMessage` instead of a message above `large_bytes`.
     """
@@ -106,7 +107,7 @@ class RefuseMalformed(grpc.aio.ServerInterceptor):
 
 
 def _refusing(handler: Any, large_bytes: int) -> grpc.RpcMethodHandler:
-    """A handler that refuses what `handler` could not read. Of one stream to one message there is none here."""
+    """A handler that refuses what `handler` could not read. No method here takes a stream and returns one message."""
     forms = {
         "request_deserializer": _reader(handler, large_bytes),
         "response_serializer": handler.response_serializer,

@@ -9,7 +9,8 @@ The life of a connection, and who ends it:
 
 A client that closes its sending side after a request (a *half-close*) looks like one that has left: both send a FIN.
 The two are told apart by a few harmless bytes (an interim response `100 Continue`, or a comment in an event stream):
-who has left answers with a reset, which the socket reports at once. HTTP/1.0 has no such bytes; there a FIN means left.
+the host of a client that has left answers with a reset, which the socket reports at once. HTTP/1.0 has no such bytes:
+there a FIN counts as leaving.
 """
 
 from __future__ import annotations
@@ -27,15 +28,16 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from control_plane.gateway.openai_responses import dumps
 
 _PIECE_BYTES = 4096
-"""What the parser gets at once in a header, which it joins from its pieces anew for each: bounds that work."""
+"""Most bytes of a header that the parser gets at once. It joins the header anew for each piece; this bounds that
+work."""
 _LONG_PIECE_BYTES = 65536
 
 _MAX_QUEUED = 8
-"""Requests behind a running one on a connection; more are read when their time has come."""
+"""Requests queued behind a running one on a connection; further ones are read when there is room."""
 
 _KEEP_ALIVE_S = 75
-"""An idle connection is kept for longer than clients and load balancers do (60 s): who closes first may close under a
-request that is on its way, and the other side cannot tell whether it was read."""
+"""Longer than clients and load balancers keep an idle connection (60 s). The side that closes first may close while a
+request is on its way, and the other side cannot tell whether the request was read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ class HttpLimits:
 
 
 class GatewayProtocol(HttpToolsProtocol):
-    """One connection. See the module's text."""
+    """One connection. The module's docstring tells its life."""
 
     limits = HttpLimits()
 
@@ -58,7 +60,7 @@ class GatewayProtocol(HttpToolsProtocol):
         super().__init__(*arguments, **options)
         self._is_in_message = False  # between a message's first byte and its end
         self._is_in_body = False
-        self._num_unused_bytes = 0  # fed to the parser since it last gave something of a body, or a whole header
+        self._num_unused_bytes = 0  # fed to the parser since it last gave body bytes or a whole header
         self._num_body_bytes = 0
         self._since_s = self.loop.time()  # when the wait began that `_timer` bounds
         self._timer: asyncio.TimerHandle | None = None
@@ -82,7 +84,7 @@ class GatewayProtocol(HttpToolsProtocol):
             super().data_received(bytes(piece))
             if self._num_unused_bytes > self.limits.max_header_bytes and not self.transport.is_closing():
                 self._refuse(431, "header_too_large", f"headers may have {self.limits.max_header_bytes} bytes in all")
-        if self._timer is None and not self._unfinished:  # what came was no part of a request
+        if self._timer is None and not self._unfinished:  # these bytes were no part of a request
             self._wait(self.limits.header_timeout_s)
 
     def eof_received(self) -> bool:  # type: ignore[override]
@@ -106,7 +108,7 @@ class GatewayProtocol(HttpToolsProtocol):
             self._resets.close()
             self._resets = None
         super().connection_lost(exc)
-        for cycle in self._unfinished:  # uvicorn tells only the newest
+        for cycle in self._unfinished:  # uvicorn notifies only the newest
             cycle.disconnected = True
             cycle.message_event.set()
 
@@ -127,7 +129,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self._wait(self.limits.header_timeout_s)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._is_in_body:  # what follows a body in pieces is of no use here
+        if not self._is_in_body:  # trailers of a chunked body are not used
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -159,7 +161,8 @@ class GatewayProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, self._wrapped(cycle, app))
 
     def _wrapped(self, cycle: RequestResponseCycle, app: ASGIApp) -> Any:
-        """`app`, with its answer watched: what it is, when it is over, and its framing where a client is old."""
+        """`app`, with its answer observed: whether it is a stream of events, and when it ends. Sets the framing for
+        HTTP/1.0."""
 
         async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
             has_no_length = False
@@ -169,7 +172,7 @@ class GatewayProtocol(HttpToolsProtocol):
                 if message["type"] == "http.response.start":
                     names = dict(message.get("headers", []))
                     if b"content-length" not in names and scope["http_version"] == "1.0":
-                        has_no_length, cycle.chunked_encoding = True, False  # the end of the connection ends it
+                        has_no_length, cycle.chunked_encoding = True, False  # the answer ends with the connection
                     if names.get(b"content-type", b"").startswith(b"text/event-stream") and not has_no_length:
                         self._event_stream = cycle
                 elif has_no_length:
@@ -194,7 +197,7 @@ class GatewayProtocol(HttpToolsProtocol):
     # ---- waits
 
     def _wait(self, timeout_s: float) -> None:
-        """Bounds what comes next from now on."""
+        """Bounds the next wait, which begins now."""
         self._stop_waiting()
         self._since_s = self.loop.time()
         self._timer = self.loop.call_later(timeout_s, self._expire)
@@ -210,7 +213,7 @@ class GatewayProtocol(HttpToolsProtocol):
             self._refuse(408, "request_timeout", f"no whole header has come in {self.limits.header_timeout_s:g} s")
             return
         now_s = self.loop.time()
-        if self.flow.read_paused:  # it is we who do not read
+        if self.flow.read_paused:  # the gateway itself does not read
             self._since_s = now_s
         allowed_s = self.limits.body_grace_s + self._num_body_bytes / self.limits.min_body_bytes_per_s
         left_s = self._since_s + allowed_s - now_s
@@ -225,7 +228,7 @@ class GatewayProtocol(HttpToolsProtocol):
             self._write_timer = None
 
     def _watch_for_reset(self) -> None:
-        """Reading is over for this transport: only the socket itself can tell that the peer is gone altogether."""
+        """The transport reads no more: only the socket can report that the peer is gone."""
         resets = select.epoll()
         resets.register(self.transport.get_extra_info("socket").fileno(), 0)  # errors are always reported
         self._resets = resets

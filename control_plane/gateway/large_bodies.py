@@ -1,7 +1,7 @@
-"""Reads large bodies and messages in a process of its own: a parser holds the interpreter until it is through.
+"""Reads large bodies and messages in a process of its own: a parser holds the interpreter's lock until it has ended.
 
-One body at a time. The process is started for the first one, and ends after a very large one, which gives its memory
-back. It lives no longer than the gateway: its input ends with it.
+One is read at a time. The process starts with the first one. It ends after a very large one, which frees its
+memory, and with the gateway, because its input ends then.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class LargeBodies:
         """What `raw` says: a body of the schema of that name, or a message of that gRPC method.
 
         Raises:
-            InvalidRequest: as who reads small ones does.
-            InternalError: the process died over it.
+            InvalidRequest: as for a small one.
+            InternalError: the process died while it parsed the body.
         """
         loop = asyncio.get_running_loop()
         answer = await loop.run_in_executor(self._thread, self._exchange, kind, raw)
@@ -82,7 +82,7 @@ class LargeBodies:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
-            with contextlib.suppress(OSError):  # what it was not sent is lost with it
+            with contextlib.suppress(OSError):  # input that was not sent is discarded
                 process.communicate()
 
 

@@ -1,8 +1,8 @@
-"""Log lines that come by the thousand, such as those of refused requests, as one line a second and kind. Pure.
+"""Sums up frequent log lines, such as those of failed requests: one line per second and kind. Pure.
 
-The first line of a kind is logged at once. What follows within a second is counted, and told as one line at its end,
-with the newest of them as the example; then the next second begins. A second without any ends the kind, and the next
-line of it is a first one again. So every line is told or counted, a second late at most.
+The first line of a kind is logged at once. Those that follow within a second are counted and logged as one line at its
+end, with the newest as the example; then the next second begins. After a second without lines, the next line is a first
+one again. So every line is logged or counted, at most a second late.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class LineSums:
         return self._sums(over)
 
     def rest(self) -> list[LineSum]:
-        """All that was counted and not told, at the end; afterwards every line is a first one."""
+        """All that was counted and not logged, at the end; afterwards every line is a first one."""
         seconds, self._seconds = self._seconds, {}
         return self._sums(list(seconds.items()))
 

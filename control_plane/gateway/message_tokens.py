@@ -1,20 +1,20 @@
 """From the messages of a chat to token ids: special tokens come from the template, the text of messages is text.
 
-Whoever writes a message could else write the end of a turn and the begin of another one into it: `<|im_end|>` in a text
-is encoded as the special token by every tokenizer. Here it is encoded as its characters. What is protected are the
-special tokens (of a GGUF file: the control tokens), and added tokens that only look as if they were not special: the
-model's end tokens, and those spelled like `<|…|>`. Other added tokens (`<think>`, runs of spaces) are words of the
-vocabulary that a text may hold; llama.cpp draws the line there, too.
+Tokenizers encode `<|im_end|>` in any text as the special token, so the author of a message could end its turn and begin
+another one. Here such text in a message is encoded as its characters. Protected are the special tokens (of a GGUF file:
+the control tokens), the model's end tokens, and added tokens that are spelled like special ones (`_CONTROL_SPELLING`).
+Other added tokens (`<think>`, runs of spaces) may stand in a message, as in llama.cpp.
 
-1. A chat none of whose strings holds a protected token, or an end of one at its own ends, is encoded as it is.
-2. Of any other, the template is rendered twice: as it is, and with each such place covered, character by character, by
-   one character that stands nowhere in the messages. What is covered in the second text is a message's part in the
-   first. A token that lies outside of the covered parts was written by the template.
-3. Each token of the template is replaced by a stand-in, which a second copy of the tokenizer knows as an added token in
-   its place; that copy encodes the protected tokens as text. So everything but the forged tokens is as it was.
+1. A chat is encoded as it is if none of its strings holds a protected token, or a part of one at its beginning or end.
+2. For any other chat the template is rendered twice: as it is, and with each such place covered. To cover a place is to
+   replace each of its characters by one that stands nowhere in the messages. The places that are covered in the second
+   text are a message's text in the first. A token outside of them was written by the template.
+3. Each token of the template is replaced by a stand-in. A copy of the tokenizer knows the stand-ins as added tokens,
+   and encodes the protected tokens as text. So only the forged tokens are encoded differently.
 
-A template may look at the text and write something else when it is covered. Then nothing can be told of the first
-rendering: it is refused, unless both hold the same number of protected tokens, so that none was forged.
+A template may depend on the text and write something else when it is covered. Then the renderings cannot be compared,
+and the chat is refused. It is taken only if no message holds a whole protected token and both renderings have the same
+number of them: then none was forged.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class MessageEncoding(Protocol):
 
 
 class SpecialTokensInMessages:
-    """What spells a special token is one, whoever wrote it: as transformers has it."""
+    """Text that spells a special token becomes one, also in a message, as in transformers."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
@@ -74,7 +74,7 @@ class TemplateTokensOnly:
         self._template = template
         self._places = TokenPlaces(token.content for token in protected.values())
         self._copy = _CopyWithStandIns(vocabulary.tokenizer, protected)
-        # Where a normalizer makes tokens of other texts, a look at the text tells nothing: the copy encodes every chat.
+        # A normalizer may turn other texts into tokens, which the text does not show: then the copy encodes every chat.
         self._is_readable = vocabulary.tokenizer.normalizer is None or not any(t.normalized for t in protected.values())
 
     def encode(self, render: Render, messages: Sequence[Message], limit: TokenLimit) -> list[int]:
@@ -129,7 +129,7 @@ class TokenPlaces:
 
     def within(self, text: str) -> list[tuple[int, int]]:
         """Where a token's whole text stands, overlaps included."""
-        # One search for each: an expression of hundreds of alternatives keeps the interpreter for seconds.
+        # One search for each: an expression of hundreds of alternatives holds the interpreter's lock for seconds.
         found = (content for content in self._contents if content in text)
         return [(start, start + len(content)) for content in found for start in _positions(content, text)]
 
@@ -142,8 +142,7 @@ class TokenPlaces:
         return spans
 
     def at_ends(self, text: str) -> list[tuple[int, int]]:
-        """What may become a part of a token together with its neighbours, if `text` or what `strip` leaves of it is put
-        between others."""
+        """Where `text` may become a part of a token when it stands, as it is or stripped, between other texts."""
         first = len(text) - len(text.lstrip())
         last = len(text.rstrip())
         if any(text and text in content for content in self._contents):
@@ -164,7 +163,7 @@ class TokenPlaces:
 class _CopyWithStandIns:
     """A copy of a tokenizer that encodes the protected tokens as text, and knows a stand-in for each of them.
 
-    A stand-in is one private character that is matched in the way of its token. `protected`: id → token.
+    A stand-in is one private character, matched in the same way as its token. `protected`: id → token.
     """
 
     def __init__(self, tokenizer: Tokenizer, protected: Mapping[int, AddedToken]) -> None:
@@ -188,7 +187,7 @@ class _CopyWithStandIns:
         """`text` with stand-ins in the place of the tokens at `spans`.
 
         Raises:
-            InvalidRequest: a stand-in stands in it already.
+            InvalidRequest: the text holds a stand-in already.
         """
         used = next((sign for sign in self._stand_ins.values() if sign in text), None)
         if used is not None:

@@ -1,4 +1,4 @@
-"""Fields of the OpenAI API whose values have several shapes, checked item by item and brought to the one that we use.
+"""Fields of the OpenAI API whose values have several shapes, checked item by item and converted to one.
 
 Each function stops at the first fault and raises InvalidRequest, which names the place and says what would be right.
 """

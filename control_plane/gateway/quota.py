@@ -1,4 +1,4 @@
-"""How much of something clients may have at once: all of them, and each. Pure."""
+"""How much of something clients may have at once, together and each. Pure."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Quota:
         return self._in_use
 
     def take(self, client: str | None, amount: int = 1) -> None:
-        """For a client whose address is known, or for one that is not. Raises Overloaded, and then nothing is taken."""
+        """Takes for `client`; None: its address is not known. Raises Overloaded; then nothing is taken."""
         if self._in_use + amount > self._most:
             raise Overloaded(f"there are {self._most} {self._what} already", retry_after_s=1.0)
         if client is not None and self._by_client[client] + amount > self._most_per_client:
@@ -64,7 +64,7 @@ def share_of(most: int) -> int:
 
 
 def client_of(address: str) -> str:
-    """Who an IP address stands for: itself, or for IPv6 its network of 64 bits, which one host has for itself."""
+    """The client of an IP address: the address itself, or for IPv6 its network of 64 bits, which one host has alone."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:

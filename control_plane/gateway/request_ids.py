@@ -1,4 +1,4 @@
-"""The ids by which clients call their requests: each is in use once.
+"""The ids that clients give to their requests: each is in use at most once.
 
 An id is claimed by a request that has it alone, or by an answer to several prompts that share it. It is released when
 that request, or that answer, has ended. A claim in between is refused, before anything runs.

@@ -1,7 +1,7 @@
-"""Logs lines that may come by the thousand through `LineSums`: one a second and kind.
+"""Logs frequent lines through `LineSums`: one per second and kind.
 
-The event loop has a timer for as long as there is something to tell. Faults of our own (`internal`) do not belong here:
-each is logged when it happens.
+A timer runs on the event loop while a kind is counted. Faults of the server (`internal`) do not belong here: each is
+logged when it happens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class SummedLog:
             self._set_timer()
 
     def flush(self) -> None:
-        """Logs what was counted and not told yet."""
+        """Logs what was counted and not logged yet."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -1,15 +1,16 @@
-"""How few tokens a text can have, from its bytes alone: what is certainly too long is refused before it is tokenised.
+"""A lower bound of a text's tokens, from its bytes alone: a text that is certainly too long is not tokenised.
 
-Every byte that a tokenizer sees belongs to exactly one token, and a token holds at most so many bytes as the longest of
-the vocabulary. So a text has at least its bytes / the longest token's bytes tokens. The same holds for each kind of
-byte alone: the digits of a text make at least their number / the most digits in one token. The largest of these counts.
+Every byte that a tokenizer sees belongs to exactly one token, and no token has more bytes than the longest of the
+vocabulary. So the number of tokens is at least the bytes of the text / the bytes of the longest token. The same holds
+for each kind of byte alone: the digits of a text make at least their number / the most digits in one token. The largest
+of these counts.
 
-That a byte belongs to a token at all, and that no token grows without end, is not true of every tokenizer:
+With some tokenizers a byte may belong to no token, or one token may hold any number of bytes:
 
-- a normalizer may shrink text: its own result is counted, piece by piece. What a cut between two pieces changes is
-  less than `_SLACK_BYTES`. With a normalizer or a split of another kind nothing is counted: it may drop any length
-- a byte without a token is dropped, or one of a run that makes a single "unknown" token: such bytes are not counted,
-  and vocabularies of characters (not of bytes) are not counted unless they have a token for every byte
+- a normalizer may shrink text: its result is counted, piece by piece. A cut between two pieces changes less than
+  `_SLACK_BYTES`. With a normalizer or a split of another kind nothing is counted: it may drop text of any length
+- a byte without a token is dropped, or is in a run that becomes a single "unknown" token: such bytes are not counted. A
+  vocabulary of characters (not of bytes) counts only if it has a token for every byte
 - an added token may eat the white space beside it (`lstrip`, `rstrip`): white space is not counted then
 
 `least_tokens` is 0 where nothing can be said.
@@ -26,7 +27,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-_PIECE_CHARACTERS = 32_768  # some milliseconds, between which other threads go on
+_PIECE_CHARACTERS = 32_768  # some milliseconds; other threads run between two pieces
 _SLACK_BYTES = 64  # of a piece: a composed character, a replaced string or a prefix at its two ends
 _KINDS = (
     string.ascii_letters.encode(),
@@ -63,7 +64,7 @@ class LengthBound:
         self._seen = seen
 
     def least_tokens(self, text: str, enough: int) -> int:
-        """So many tokens `text` has at least; counting stops once it is above `enough`.
+        """A lower bound of the tokens of `text`; counting stops once it is above `enough`.
 
         Raises:
             UnicodeEncodeError: the text holds a lone surrogate.

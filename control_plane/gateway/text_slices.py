@@ -1,17 +1,17 @@
 """Cuts a long text where its token ids are certainly those of its parts in a row.
 
-A slice is encoded by itself, so that a long text needs little memory at once and can be given up in the middle. A cut
-is certain only where the kind of tokenizer is known:
+A slice is encoded by itself, so that a long text needs little memory at once and can be abandoned in the middle. Cuts
+are certain only for these kinds of tokenizers:
 
 bytes   GPT-2's expression, Llama 3's and Qwen2's, alone or after a split of digits. None of them looks back. In each, a
-        run of letters ends before a sign, a digit or white space (an apostrophe apart, which may begin `'s`), and what
-        follows is split as at the beginning of a text.
+        run of letters ends before a sign, a digit or white space (except an apostrophe, which may begin `'s`), and the
+        rest is split as at the beginning of a text.
 spaces  BPE over whole texts whose spaces are written `▁`, with a token for every byte. A space after a letter is a cut
         where no token of the vocabulary has a `▁` after a letter, because then no merge can reach over it. A text that
         begins with a space gets no second one.
 
-In both, no added token is near: its text may hold a cut. A text of another tokenizer is one slice, and so is a stretch
-without a cut.
+In both, no added token may be near a cut, because its text may hold one. A text of another tokenizer is one slice, and
+so is a stretch without a cut.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from control_plane.gateway.text_length import parts
 SLICE_CHARACTERS = 131_072
 """A slice ends at the first cut after so many characters."""
 
-_SEARCHED_AT_ONCE = 65_536  # characters; about a millisecond, between which other threads go on
+_SEARCHED_AT_ONCE = 65_536  # characters, in about a millisecond; other threads run between two searches
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_SPLIT = (
@@ -74,7 +74,7 @@ class TextSlicer:
         if self._cut is _NO_CUT:
             return len(text)
         for begin in range(start, len(text), _SEARCHED_AT_ONCE):
-            # One more character, for what follows the last one.
+            # One more character, for the look ahead of the last one.
             for found in self._cut.finditer(text, begin, begin + _SEARCHED_AT_ONCE + 1):
                 cut = found.end()
                 if self._added.search(text, max(0, cut - self._margin), cut + self._margin) is None:
@@ -95,7 +95,7 @@ def _cut_of(state: dict[str, Any]) -> re.Pattern[str]:
         return _NO_CUT
     normalizers, splits = parts(state["normalizer"], "normalizers"), parts(state["pre_tokenizer"], "pretokenizers")
     if splits and splits[-1]["type"] == "ByteLevel":
-        # NFC composes nothing over a cut: a sign of ASCII begins what follows.
+        # NFC composes nothing across a cut: no character that combines follows it.
         known = all(step["type"] == "NFC" for step in normalizers) and _splits_bytes(splits)
         return _BYTES_CUT if known else _NO_CUT
     known = all(step["type"] == "Replace" and step["pattern"] == {"String": " "} for step in normalizers)

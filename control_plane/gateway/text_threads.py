@@ -1,21 +1,20 @@
 """Where texts are tokenised: short ones on the loop, long ones on a thread, and of large ones one at a time.
 
-A large text takes a second of a core and a hundred megabytes, however it is encoded; what waits for its turn takes
-nothing more. A waiter that is cancelled leaves the queue. One whose work has begun leaves at once as well, and the work
-keeps its turn until it has ended: a thread cannot be stopped.
+A large text takes a second of a core and a hundred megabytes; one that waits for its turn takes nothing more. A
+cancelled waiter leaves the queue. If its work has begun, the waiter leaves at once, but the work keeps its turn until
+it has ended: a thread cannot be stopped.
 
-The C library keeps what was freed for later, in pieces that it does not use again: afterwards it is told to give it
-back to the system.
+The C library keeps freed memory in pieces that it does not use again. After a large text it is told to return them to
+the system.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
+from control_plane.gateway.memory_return import MemoryReturn
 from phasewise.core.errors import Overloaded
 
 SHORT_TEXT = 10_000
@@ -24,17 +23,16 @@ SHORT_TEXT = 10_000
 LARGE_TEXT = 1_000_000
 """Characters; beyond, one at a time."""
 
-_GIVE_BACK_AFTER_S = 2.0  # the text itself and its body are let go of after their tokens
 _TURN_TIMEOUT_S = 30.0
 _T = TypeVar("_T")
 
 
 class TextThreads:
-    """Runs what tokenises, by the size of its text."""
+    """Runs work that tokenises; the size of the text decides where and when."""
 
     def __init__(self) -> None:
         self._turn = asyncio.Lock()
-        self._trim: asyncio.TimerHandle | None = None
+        self._memory = MemoryReturn()
 
     async def run(self, num_characters: int, work: Callable[[], _T]) -> _T:
         """What `work` returns or raises.
@@ -57,12 +55,9 @@ class TextThreads:
 
     def _ended(self, task: asyncio.Future[Any]) -> None:
         if not task.cancelled():
-            task.exception()  # it has been looked at, also where nobody waits any more
+            task.exception()  # marks the error as seen, also when nobody waits any more
         self._turn.release()
-        if self._trim is not None:
-            self._trim.cancel()
-        loop = asyncio.get_running_loop()
-        self._trim = loop.call_later(_GIVE_BACK_AFTER_S, loop.run_in_executor, None, give_memory_back)
+        self._memory.soon()
 
 
 def num_text_characters(text: str | None, messages: Iterable[Mapping[str, Any]] | None) -> int:
@@ -78,7 +73,7 @@ def num_text_characters(text: str | None, messages: Iterable[Mapping[str, Any]] 
 
 
 def _num_characters(message: Mapping[str, Any]) -> int:
-    """Of the strings of a message and of the text parts of its content. What else stands there is refused."""
+    """Characters of a message's strings and of the text parts of its content. Other values are refused later."""
     count = 0
     for value in message.values():
         parts = value if isinstance(value, list | tuple) else (value,)
@@ -88,9 +83,3 @@ def _num_characters(message: Mapping[str, Any]) -> int:
             if count > LARGE_TEXT:
                 return count
     return count
-
-
-def give_memory_back() -> None:
-    """Returns freed memory to the system, where the C library can (glibc)."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)

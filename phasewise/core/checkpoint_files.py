@@ -4,7 +4,7 @@
 2. model.safetensors
 3. model.safetensors.index.json, and the shards that it names
 
-Whatever else lies there (adapters, older copies, other formats) does not count.
+Other files in the directory (adapters, older copies, other formats) do not count.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def checkpoint_files(directory: Path) -> CheckpointFiles:
 
 
 def missing_weights_hint(directory: Path) -> str:
-    """What a directory without weights holds instead, to go behind "…lacks model.safetensors"; may be empty."""
+    """What a directory without weights holds instead; completes "…lacks model.safetensors", and may be empty."""
     if names := sorted(file.name for file in directory.glob("*.safetensors")):
         return (
             f"; it holds {', '.join(names[:3])}, which counts only where {INDEX_FILE} names it: copy the index, too, "

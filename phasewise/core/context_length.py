@@ -35,10 +35,11 @@ class ContextLength:
 def context_length(rope: RopeConfig, max_position_embeddings: int, key: str) -> ContextLength:
     """The context of a model with this RoPE scaling, as vLLM derives it but for dynamic scaling.
 
-    YaRN stretches the context that the model was trained with by its factor, whatever `max_position_embeddings` says:
-    files have the length before or after. Linear scaling stretches `max_position_embeddings`. Llama 3's scaling is
-    already in it. Dynamic scaling changes every position's angles with each token beyond it, so that KV could not be
-    kept. `key` is the name of `max_position_embeddings` in the model's file.
+    YaRN multiplies the original context by its factor. `max_position_embeddings` counts only where that is absent,
+    because files give there the length before or after scaling. Linear scaling multiplies `max_position_embeddings`.
+    With Llama 3's scaling that length is already the scaled one. Dynamic scaling changes every position's angles with
+    each token beyond that length, so KV could not be kept. `key` is the name of `max_position_embeddings` in the
+    model's file.
     """
     plain = f"{key} {max_position_embeddings}"
     if rope.rope_type == "yarn":

@@ -1,6 +1,6 @@
 """A Hugging Face `config.json`, read as transformers reads it: keys that are absent have the class's default.
 
-The one reader of such a file: the engine makes its ModelConfig of it, the gateway takes what it must know.
+This is the only reader of such a file. The engine makes its ModelConfig from it; the gateway takes what it needs.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class HFConfig:
         return ModelLoadError(f"{self.path}: {text}")
 
     def get(self, key: str) -> Any:
-        """The value, or the class's default where the key is absent. `null` is no absence."""
+        """The value, or the class's default where the key is absent. `null` does not count as absent."""
         if key not in self._defaults:
             raise KeyError(f"{self.architecture} has no {key!r}")
         value = self.values.get(key, self._defaults[key])
@@ -101,7 +101,7 @@ class HFConfig:
         return value
 
     def has(self, key: str) -> bool:
-        """Whether configurations of this architecture have the key: what is no key of the class means nothing."""
+        """Whether configurations of this architecture have the key; other keys have no meaning."""
         return key in self._defaults
 
     def whole(self, key: str) -> int:
@@ -133,7 +133,7 @@ class HFConfig:
         return token_ids(self.get(key))
 
     def _architecture(self) -> str:
-        """By `architectures`, and where that names none by `model_type`, which is all that transformers looks at."""
+        """From `architectures`, or if that names none from `model_type`, the only one that transformers reads."""
         names = self.values.get("architectures") or [None]
         named = names[0] if isinstance(names, list) else names
         by_type = _BY_MODEL_TYPE.get(str(self.values.get("model_type")))

@@ -36,7 +36,7 @@ class RopeConfig:
 
 
 def read_rope(config: HFConfig) -> RopeConfig:
-    """Both forms: transformers 5 (`rope_parameters`), and before, which goes first (`rope_scaling`, `rope_theta`).
+    """Reads both forms, transformers 5's (`rope_parameters`) and the older `rope_scaling`, which takes precedence.
 
     Raises:
         ModelLoadError: a type that is not supported, or a key that a type needs and does not have.
@@ -105,7 +105,7 @@ class _RopeValues:
         return value
 
     def original_context(self, default: int) -> int:
-        """The length before scaling. The config's own key goes before the one among the RoPE settings."""
+        """The length before scaling. The config's own key takes precedence over that of the RoPE settings."""
         key = "original_max_position_embeddings"
         value = self._config.values[key] if key in self._config.values else self._given.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
