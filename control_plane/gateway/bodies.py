@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from control_plane.gateway.large_bodies import LargeBodies, parse_body
+from control_plane.gateway.large_bodies import VERY_LARGE_BYTES, LargeBodies, parse_body
 from control_plane.gateway.memory_return import MemoryReturn
 from control_plane.gateway.openai_errors import BodyTooLarge, UnsupportedMedia
+from control_plane.gateway.openai_generation import until_disconnect
 from control_plane.gateway.openai_schema import Body
 from control_plane.gateway.quota import Quota, share_of
 
@@ -78,10 +79,12 @@ class Bodies:
         self._requests = Quota("requests in preparation", max_requests, share_of(max_requests))
         self._large_bytes = Quota("bytes of large requests in preparation", 4 * max_bytes, 2 * max_bytes)
         self._large = LargeBodies()
+        self._very_large = LargeBodies()  # of its own, so that what takes seconds keeps nothing else waiting
         self._memory = MemoryReturn()
 
     def close(self) -> None:
         self._large.close()
+        self._very_large.close()
 
     def enter(self, client: str | None) -> Room:
         """Room for a request whose body is about to be read. Raises Overloaded."""
@@ -95,12 +98,13 @@ class Bodies:
             BodyTooLarge: as soon as that is known.
             InvalidRequest: it is not JSON of that schema.
             Overloaded: too much is in preparation.
+            ClientLeft: the client left while its body was parsed.
         """
         _check_form(request)
         raw = (await self._read(request, room)).removeprefix(_BOM) or empty
         if len(raw) <= LARGE_BYTES:
             return parse_body(raw, schema)
-        body = await self._parse(schema.__name__, raw)
+        body = await until_disconnect(request.receive, self._parse(schema.__name__, raw))
         assert isinstance(body, schema)
         return body
 
@@ -109,8 +113,9 @@ class Bodies:
         return await self._parse(method, raw)
 
     async def _parse(self, kind: str, raw: bytes) -> Any:
+        process = self._large if len(raw) < VERY_LARGE_BYTES else self._very_large
         try:
-            return await self._large.parse(kind, raw)
+            return await process.parse(kind, raw)
         finally:
             self._memory.soon()
 

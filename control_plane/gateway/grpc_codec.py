@@ -10,7 +10,7 @@ from typing import Any
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from control_plane.gateway.quota import check_items
+from control_plane.gateway.quota import MAX_BIASES, check_items
 from control_plane.gateway.service import (
     GenerateInput,
     GenerationStream,
@@ -73,7 +73,7 @@ def _check_lists(request: pb.GenerateRequest) -> None:
     check_items(len(request.messages.messages), "messages")
     check_items(len(sampling.stop), "stop")
     check_items(len(sampling.stop_token_ids), "stop_token_ids")
-    check_items(len(sampling.logit_bias), "logit_bias")
+    check_items(len(sampling.logit_bias), "logit_bias", MAX_BIASES)
 
 
 def refuse_unknown_fields(message: Message, path: str = "") -> None:

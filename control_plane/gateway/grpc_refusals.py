@@ -8,19 +8,22 @@ handler refuses. A handler whose client is gone ends as a cancelled one does.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NoReturn
+from urllib.parse import unquote
 
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
 from control_plane.gateway.grpc_codec import malformed
-from phasewise.core.errors import InternalError, ServingError
+from control_plane.gateway.quota import Quota, client_of
+from phasewise.core.errors import InternalError, Overloaded, ServingError
 from phasewise.core.shown import clipped
 from phasewise.rpc.status import to_status
 
@@ -80,14 +83,17 @@ class LargeMessage:
     raw: bytes
 
 
-class RefuseMalformed(grpc.aio.ServerInterceptor):
-    """Answers a message that is no valid protobuf with INVALID_ARGUMENT, in all services of a server.
+class FrontDoor(grpc.aio.ServerInterceptor):
+    """What all calls of a server pass, of whatever service.
 
-    The handlers of `large_methods` (full names) get a `LargeMessage` instead of a message above `large_bytes`.
+    A message that is no valid protobuf is answered with INVALID_ARGUMENT. A client that has its share of `calls` open
+    already is refused. The handlers of `large_methods` (full names) get a `LargeMessage` instead of a message above
+    `large_bytes`.
     """
 
-    def __init__(self, large_methods: Collection[str] = (), large_bytes: int = 0) -> None:
+    def __init__(self, calls: Quota, large_methods: Collection[str] = (), large_bytes: int = 0) -> None:
         self._handlers: dict[str, grpc.RpcMethodHandler] = {}
+        self._calls = calls
         self._large_methods = large_methods
         self._large_bytes = large_bytes
 
@@ -102,23 +108,70 @@ class RefuseMalformed(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         if method not in self._handlers:
             large_bytes = self._large_bytes if method in self._large_methods else sys.maxsize
-            self._handlers[method] = _refusing(handler, large_bytes)
+            self._handlers[method] = self._guarded(handler, large_bytes)
         return self._handlers[method]
 
+    def _guarded(self, handler: Any, large_bytes: int) -> grpc.RpcMethodHandler:
+        """`handler` behind the checks. No method here takes a stream and returns one message."""
+        forms = {
+            "request_deserializer": _reader(handler, large_bytes),
+            "response_serializer": handler.response_serializer,
+        }
+        if handler.request_streaming:
+            return grpc.stream_stream_rpc_method_handler(self._streams(handler.stream_stream), **forms)
+        if not handler.response_streaming:
+            return grpc.unary_unary_rpc_method_handler(self._answer(handler.unary_unary), **forms)
+        if inspect.isasyncgenfunction(handler.unary_stream):
+            return grpc.unary_stream_rpc_method_handler(self._stream(handler.unary_stream), **forms)
+        return grpc.unary_stream_rpc_method_handler(self._answer(handler.unary_stream), **forms)
 
-def _refusing(handler: Any, large_bytes: int) -> grpc.RpcMethodHandler:
-    """A handler that refuses what `handler` could not read. No method here takes a stream and returns one message."""
-    forms = {
-        "request_deserializer": _reader(handler, large_bytes),
-        "response_serializer": handler.response_serializer,
-    }
-    if handler.request_streaming:
-        return grpc.stream_stream_rpc_method_handler(_streams(handler.stream_stream), **forms)
-    if not handler.response_streaming:
-        return grpc.unary_unary_rpc_method_handler(_answer(handler.unary_unary), **forms)
-    if inspect.isasyncgenfunction(handler.unary_stream):
-        return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream), **forms)
-    return grpc.unary_stream_rpc_method_handler(_answer(handler.unary_stream), **forms)
+    @contextlib.asynccontextmanager
+    async def _counted(self, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+        client = client_of_call(context)
+        try:
+            self._calls.take(client)
+        except Overloaded as error:
+            await abort(context, error, "")
+        try:
+            yield
+        finally:
+            self._calls.give_back(client)
+
+    def _answer(self, method: Any) -> Any:
+        async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            async with self._counted(context):
+                await _check(request, context)
+                return await method(request, context)
+
+        return answer
+
+    def _stream(self, method: Any) -> Any:
+        async def stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            async with self._counted(context):
+                await _check(request, context)
+                async for response in method(request, context):
+                    yield response
+
+        return stream
+
+    def _streams(self, method: Any) -> Any:
+        async def readable(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            async for request in requests:
+                await _check(request, context)
+                yield request
+
+        async def stream(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            async with self._counted(context):
+                async for response in method(readable(requests, context), context):
+                    yield response
+
+        return stream
+
+
+def client_of_call(context: grpc.aio.ServicerContext) -> str:
+    """Whose share a call counts to. A peer is written `ipv4:1.2.3.4:5`, `ipv6:%5B::1%5D:5` or `unix:PATH`."""
+    _, _, address = unquote(context.peer()).partition(":")
+    return client_of(address.rpartition(":")[0].strip("[]"))
 
 
 def _reader(handler: Any, large_bytes: int) -> Callable[[bytes], Any]:
@@ -136,33 +189,3 @@ def _reader(handler: Any, large_bytes: int) -> Callable[[bytes], Any]:
 async def _check(request: Any, context: grpc.aio.ServicerContext) -> None:
     if isinstance(request, Malformed):
         await abort(context, malformed(request.reason), "")
-
-
-def _answer(method: Any) -> Any:
-    async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
-        await _check(request, context)
-        return await method(request, context)
-
-    return answer
-
-
-def _stream(method: Any) -> Any:
-    async def stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-        await _check(request, context)
-        async for response in method(request, context):
-            yield response
-
-    return stream
-
-
-def _streams(method: Any) -> Any:
-    async def readable(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-        async for request in requests:
-            await _check(request, context)
-            yield request
-
-    async def stream(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-        async for response in method(readable(requests, context), context):
-            yield response
-
-    return stream

@@ -14,7 +14,6 @@ import asyncio
 import logging
 from dataclasses import replace
 from typing import Any
-from urllib.parse import unquote
 
 import grpc
 import grpc.aio
@@ -33,12 +32,13 @@ from control_plane.gateway.grpc_health import GatewayHealth
 from control_plane.gateway.grpc_refusals import (
     GRPC_LOGGER,
     NOT_OF_CLIENTS_THAT_LEFT,
+    FrontDoor,
     LargeMessage,
-    RefuseMalformed,
     abort,
     client_left,
+    client_of_call,
 )
-from control_plane.gateway.quota import client_of
+from control_plane.gateway.quota import Quota, share_of
 from control_plane.gateway.service import GenerationStream, InferenceService, SampleDelta
 from phasewise.core.errors import ConfigError, RequestCancelled
 from phasewise.rpc import phasewise_pb2 as pb
@@ -56,12 +56,13 @@ async def start_grpc_server(
     address: str,
     *,
     max_message_bytes: int,
-    max_calls: int | None = None,
+    max_calls: int = 4096,
     bodies: Bodies | None = None,
 ) -> tuple[grpc.aio.Server, int]:
     """Serves `service` on `address` (HOST:PORT; port 0 asks for a free one) and returns (server, port).
 
-    At most `max_calls` are open at once, health watches among them; more get RESOURCE_EXHAUSTED. `bodies` reads large
+    At most `max_calls` are open at once, health watches among them, and three quarters of them by one client; more get
+    RESOURCE_EXHAUSTED. `bodies` reads large
     messages, as it does for HTTP; None: they are read on the loop.
 
     The caller drains the service before it stops the server: `server.stop(grace)` waits for open calls, health watches
@@ -71,9 +72,9 @@ async def start_grpc_server(
         ConfigError: the address cannot be listened on.
     """
     logging.getLogger(GRPC_LOGGER).addFilter(NOT_OF_CLIENTS_THAT_LEFT)
+    calls = Quota("gRPC calls open", max_calls, share_of(max_calls))
     server = grpc.aio.server(
-        maximum_concurrent_rpcs=max_calls,
-        interceptors=(RefuseMalformed(_LARGE_METHODS if bodies is not None else (), LARGE_BYTES),),
+        interceptors=(FrontDoor(calls, _LARGE_METHODS if bodies is not None else (), LARGE_BYTES),),
         options=(
             # Two servers on one port would share its requests without anyone noticing.
             ("grpc.so_reuseport", 0),
@@ -186,12 +187,6 @@ async def _write(context: grpc.aio.ServicerContext, message: pb.GenerateResponse
         await context.write(message)
     except grpc.aio.BaseError:  # the call is over; grpc.aio's word of it may come later than this
         raise client_left() from None
-
-
-def client_of_call(context: grpc.aio.ServicerContext) -> str:
-    """Whose share a call counts to. A peer is written `ipv4:1.2.3.4:5`, `ipv6:%5B::1%5D:5` or `unix:PATH`."""
-    _, _, address = unquote(context.peer()).partition(":")
-    return client_of(address.rpartition(":")[0].strip("[]"))
 
 
 async def _close(ahead: _ReadAhead, stream: GenerationStream) -> None:

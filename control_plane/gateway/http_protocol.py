@@ -8,32 +8,42 @@ The life of a connection, and who ends it:
 4. idle     between two requests: uvicorn's keep-alive time-out
 
 A client that closes its sending side after a request (a *half-close*) looks like one that has left: both send a FIN.
-The two are told apart by a few harmless bytes (an interim response `100 Continue`, or a comment in an event stream):
-the host of a client that has left answers with a reset, which the socket reports at once. HTTP/1.0 has no such bytes:
-there a FIN counts as leaving.
+The two are told apart by a few bytes: the beginning of the status line, which is that of every answer, or a comment in
+an event stream. The host of a client that has left answers them with a reset, which the socket reports at once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import select
+import sys
 from dataclasses import dataclass
 from typing import Any
 
+import httptools
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from control_plane.gateway.openai_responses import dumps
+from control_plane.gateway.quota import Quota, client_of, share_of
+from phasewise.core.errors import Overloaded
 
-_PIECE_BYTES = 4096
+_PIECE_BYTES = 1024
 """Most bytes of a header that the parser gets at once. It joins the header anew for each piece; this bounds that
 work."""
 _LONG_PIECE_BYTES = 65536
 
 _MAX_QUEUED = 8
 """Requests queued behind a running one on a connection; further ones are read when there is room."""
+
+_STATUS_PREFIX = b"HTTP/1.1 "
+"""Of every answer."""
+
+_MOST_CONNECTIONS = 16_384
+_OTHER_FILES = 1024
 
 _KEEP_ALIVE_S = 75
 """Longer than clients and load balancers keep an idle connection (60 s). The side that closes first may close while a
@@ -56,8 +66,13 @@ class GatewayProtocol(HttpToolsProtocol):
 
     limits = HttpLimits()
 
+    connections_quota = Quota("connections", sys.maxsize, sys.maxsize)
+
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self._counted: str | None = None  # whose share this connection is part of
+        self._held = b""  # what came behind more requests than are taken at once
+        self._is_upgrade = False  # the parser is in a request that offers another protocol
         self._is_in_message = False  # between a message's first byte and its end
         self._is_in_body = False
         self._num_unused_bytes = 0  # fed to the parser since it last gave body bytes or a whole header
@@ -73,31 +88,73 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        client = client_of(self.client[0]) if self.client is not None else ""
+        try:
+            self.connections_quota.take(client)
+        except Overloaded as error:
+            self.transport.write(_answer(429, error.code, error.message))
+            self.transport.close()
+            return
+        self._counted = client
         self._wait(self.limits.header_timeout_s)
 
     def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        if self._held:
+            self._held += data
+            return
         rest = memoryview(data)
-        while rest and not self.transport.is_closing():
+        while rest and not self.transport.is_closing() and len(self.pipeline) <= _MAX_QUEUED:
             size = _LONG_PIECE_BYTES if self._is_in_body else _PIECE_BYTES
             piece, rest = rest[:size], rest[size:]
-            self._num_unused_bytes += len(piece)
-            super().data_received(bytes(piece))
-            if self._num_unused_bytes > self.limits.max_header_bytes and not self.transport.is_closing():
-                self._refuse(431, "header_too_large", f"headers may have {self.limits.max_header_bytes} bytes in all")
-        if self._timer is None and not self._unfinished:  # these bytes were no part of a request
+            self._feed(bytes(piece))
+        if rest and not self.transport.is_closing():
+            self._held = bytes(rest)
+            self.flow.pause_reading()
+        if self._timer is None and not self._unfinished:  # what came was no part of a request
             self._wait(self.limits.header_timeout_s)
+
+    def _feed(self, piece: bytes) -> None:
+        self._num_unused_bytes += len(piece)
+        try:
+            self.parser.feed_data(piece)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._feed_without_upgrade(piece[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self._refuse(400, "invalid_http", "this is no valid HTTP request")
+        if self._num_unused_bytes > self.limits.max_header_bytes and not self.transport.is_closing():
+            self._refuse(431, "header_too_large", f"headers may have {self.limits.max_header_bytes} bytes in all")
+
+    def _feed_without_upgrade(self, rest: bytes) -> None:
+        """Feeds a request again without its offer of another protocol, which made the parser stop behind its headers.
+
+        A client that offers one (HTTP/2, usually) goes on in HTTP/1.1 when it is not taken up.
+        """
+        self._is_upgrade = False
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            self._refuse(400, "invalid_http", "this server is no proxy")
+            return
+        kept = [(name, value) for name, value in self.headers if name not in (b"upgrade", b"connection")]
+        if any(name == b"connection" and b"close" in value.lower() for name, value in self.headers):
+            kept.append((b"connection", b"close"))
+        head = b"".join(b"%s: %s\r\n" % header for header in kept)
+        version = self.parser.get_http_version().encode()
+        self._num_unused_bytes = 0
+        self._feed(b"%s %s HTTP/%s\r\n%s\r\n" % (method, self.url, version, head) + rest)
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keeps the connection for a client that may still read."""
         cycle = self._unfinished[0] if self._unfinished else None
-        if cycle is None or self._is_in_message or self.scope["http_version"] != "1.1" or self._resets is not None:
+        if cycle is None or self._is_in_message or self._resets is not None:
             return False
         self.cycle.keep_alive = False
         self._watch_for_reset()
         if cycle is self._event_stream:
-            self.transport.write(b"3\r\n:\n\n\r\n")
+            self.transport.write(b"3\r\n:\n\n\r\n" if cycle.chunked_encoding else b":\n\n")
         elif not cycle.response_started:
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.transport.write(_STATUS_PREFIX)
+            cycle.transport = _WithoutPrefix(self.transport)  # type: ignore[assignment]
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -108,6 +165,9 @@ class GatewayProtocol(HttpToolsProtocol):
             self._resets.close()
             self._resets = None
         super().connection_lost(exc)
+        if self._counted is not None:
+            self.connections_quota.give_back(self._counted)
+            self._counted = None
         for cycle in self._unfinished:  # uvicorn notifies only the newest
             cycle.disconnected = True
             cycle.message_event.set()
@@ -115,11 +175,19 @@ class GatewayProtocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         if self._write_timer is None:
-            self._write_timer = self.loop.call_later(self.limits.write_stall_s, self.transport.abort)
+            self._watch_reader(sys.maxsize)
 
     def resume_writing(self) -> None:
         super().resume_writing()
         self._end_write_stall()
+
+    def _watch_reader(self, num_bytes_before: int) -> None:
+        """Ends the connection when the client has taken nothing since this was called last."""
+        num_bytes = self.transport.get_write_buffer_size()
+        if num_bytes >= num_bytes_before:
+            self.transport.abort()
+        else:
+            self._write_timer = self.loop.call_later(self.limits.write_stall_s, self._watch_reader, num_bytes)
 
     # ---- what the parser says
 
@@ -133,6 +201,9 @@ class GatewayProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            self._is_upgrade = True
+            return
         self._num_unused_bytes = self._num_body_bytes = 0
         self._is_in_body = True
         super().on_headers_complete()
@@ -147,13 +218,18 @@ class GatewayProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._is_upgrade:
+            return
         self._is_in_message = self._is_in_body = False
         self._num_unused_bytes = 0
         self._stop_waiting()
         super().on_message_complete()
 
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(400, "invalid_http", "this is no valid HTTP request")
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._held and not self.transport.is_closing():
+            held, self._held = self._held, b""
+            self.data_received(held)
 
     # ---- requests
 
@@ -170,10 +246,12 @@ class GatewayProtocol(HttpToolsProtocol):
             async def send_framed(message: Message) -> None:
                 nonlocal has_no_length
                 if message["type"] == "http.response.start":
+                    if cycle.waiting_for_100_continue:  # its body was not asked for, and may not come
+                        cycle.keep_alive = False
                     names = dict(message.get("headers", []))
                     if b"content-length" not in names and scope["http_version"] == "1.0":
                         has_no_length, cycle.chunked_encoding = True, False  # the answer ends with the connection
-                    if names.get(b"content-type", b"").startswith(b"text/event-stream") and not has_no_length:
+                    if names.get(b"content-type", b"").startswith(b"text/event-stream"):
                         self._event_stream = cycle
                 elif has_no_length:
                     cycle.expected_content_length = len(message.get("body", b""))
@@ -235,27 +313,69 @@ class GatewayProtocol(HttpToolsProtocol):
         self.loop.add_reader(resets.fileno(), self.transport.abort)
 
     def _refuse(self, status: int, code: str, message: str) -> None:
-        """Ends the connection, with an answer unless one is under way; a connection without a byte gets none."""
-        is_idle = not self._is_in_message
-        if not is_idle and not any(cycle.response_started for cycle in self._unfinished):
-            fields = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
-            body = dumps({"error": fields}).encode()
-            self.transport.write(
-                STATUS_LINE[status]
-                + b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
-                + body
-            )
+        """Ends the connection, with an answer where none was begun. A connection without a byte gets none."""
+        is_answered = self._is_in_body and self.cycle.response_started
+        if self._is_in_message and not is_answered and not any(c.response_started for c in self._unfinished):
+            self.transport.write(_answer(status, code, message))
         self.transport.close()
 
 
-def make_http_server(app: ASGIApp, limits: HttpLimits = HttpLimits()) -> uvicorn.Server:
+class _WithoutPrefix:
+    """A transport on which the beginning of a status line has been sent already."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._is_first = True
+
+    def write(self, data: bytes) -> None:
+        if self._is_first:
+            self._is_first = False
+            data = data.removeprefix(_STATUS_PREFIX)
+        self._transport.write(data)
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+def _answer(status: int, code: str, message: str) -> bytes:
+    """A whole answer, after which the connection is closed."""
+    fields = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    body = dumps({"error": fields}).encode()
+    head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+    return STATUS_LINE[status] + head + body
+
+
+def most_connections() -> int:
+    """How many connections may be open: what the system allows the process, less what else it opens.
+
+    The soft limit of open files is raised to the hard one first, where that is higher.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_CONNECTIONS + _OTHER_FILES
+    if soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(1, min(_MOST_CONNECTIONS, soft - min(_OTHER_FILES, soft // 2)))
+
+
+def make_http_server(
+    app: ASGIApp,
+    limits: HttpLimits = HttpLimits(),
+    max_connections: int | None = None,
+) -> uvicorn.Server:
     """A server that speaks `GatewayProtocol`; it is given its socket when it serves."""
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a client's fault is no warning of ours
+
+    most = max_connections or most_connections()
 
     class Protocol(GatewayProtocol):
         pass
 
     Protocol.limits = limits
+    Protocol.connections_quota = Quota("connections", most, share_of(most))
     return uvicorn.Server(
         uvicorn.Config(
             app,

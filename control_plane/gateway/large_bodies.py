@@ -27,7 +27,9 @@ from phasewise.core.errors import InternalError, ServingError
 
 logger = logging.getLogger(__name__)
 
-_VERY_LARGE_BYTES = 1 << 20
+VERY_LARGE_BYTES = 1 << 20
+"""From here on a body's memory is given back by ending the process."""
+
 _TIMEOUT_S = 60.0  # a body of 16 MiB takes some 2 s
 
 _Schema = TypeVar("_Schema", bound=Body)
@@ -39,6 +41,7 @@ class LargeBodies:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="large-bodies")
         self._process: subprocess.Popen[bytes] | None = None
+        self._is_closed = False
 
     async def parse(self, kind: str, raw: bytes) -> Any:
         """What `raw` says: a body of the schema of that name, or a message of that gRPC method.
@@ -54,13 +57,29 @@ class LargeBodies:
         return answer
 
     def close(self) -> None:
-        """Ends the process once it has answered."""
-        self._thread.submit(self._end)
-        self._thread.shutdown(wait=True)
+        """Ends the process, whatever it does."""
+        self._is_closed = True
+        if (process := self._process) is not None:
+            process.kill()
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._end()
 
     def _exchange(self, kind: str, raw: bytes) -> Any:
-        if self._process is not None and self._process.poll() is not None:
+        """Asks once more where the process that was there already has died: it may have been killed meanwhile."""
+        is_new = self._process is None
+        try:
+            return self._ask(kind, raw)
+        except (OSError, EOFError, pickle.UnpicklingError):
             self._end()
+            if not is_new and not self._is_closed:
+                return self._exchange(kind, raw)
+            logger.error("the process that parses large bodies has died over one of %d bytes", len(raw))
+            return InternalError("the body could not be parsed; the gateway's log has the cause")
+        finally:
+            if len(raw) >= VERY_LARGE_BYTES:
+                self._end()
+
+    def _ask(self, kind: str, raw: bytes) -> Any:
         process = self._process = self._process or _start()
         assert process.stdin is not None and process.stdout is not None
         timer = threading.Timer(_TIMEOUT_S, process.kill)
@@ -69,14 +88,8 @@ class LargeBodies:
             pickle.dump((kind, raw), process.stdin, protocol=5)
             process.stdin.flush()
             return pickle.load(process.stdout)
-        except (OSError, EOFError, pickle.UnpicklingError):
-            logger.error("the process that parses large bodies has died over one of %d bytes", len(raw))
-            self._end()
-            return InternalError("the body could not be parsed; the gateway's log has the cause")
         finally:
             timer.cancel()
-            if len(raw) >= _VERY_LARGE_BYTES:
-                self._end()
 
     def _end(self) -> None:
         process, self._process = self._process, None

@@ -17,13 +17,12 @@ from pydantic_core import PydanticCustomError
 
 from control_plane.gateway.chat_template import plain_messages
 from control_plane.gateway.openai_errors import ParameterNames
-from control_plane.gateway.openai_shapes import logit_bias_of, split_prompts, stop_strings, whole_numbers
-from control_plane.gateway.quota import check_items
+from control_plane.gateway.openai_shapes import MAX_CHOICES, logit_bias_of, split_prompts, stop_strings, whole_numbers
+from control_plane.gateway.quota import MAX_BIASES, check_items
 from control_plane.gateway.service import GenerateInput, SamplingInput
 from control_plane.link_survey import DEFAULT_SIZES, DEFAULT_TIMEOUT_S
 from phasewise.core.errors import InvalidRequest
 
-MAX_CHOICES = 1024
 _WITHOUT_EFFECT = (
     "user",
     "metadata",
@@ -156,7 +155,7 @@ class _GenerateBody(Body):
             setattr(self, name, None)
         check_items(len(self.stop), "stop")
         check_items(len(self.stop_token_ids or ()), "stop_token_ids")
-        check_items(len(self.logit_bias or ()), "logit_bias")
+        check_items(len(self.logit_bias or ()), "logit_bias", MAX_BIASES)
 
     @property
     def wants_usage(self) -> bool:
@@ -236,7 +235,6 @@ class CompletionBody(_GenerateBody):
 
     def compact(self) -> None:
         super().compact()
-        check_items(len(self.prompt), "prompt")
         self.prompt = [p if isinstance(p, str) else array("q", p) for p in self.prompt]
 
     def inputs(self, request_id: str, timeout_s: float | None, client: str | None = None) -> list[GenerateInput]:

@@ -231,14 +231,16 @@ class _Api:
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequest("give exactly one of prompt and messages", field="text")
         messages = None if body.messages is None else tuple(body.messages)
-        tokens = await self._service.tokenize(body.prompt, messages, body.model)
+        work = self._service.tokenize(body.prompt, messages, body.model)
+        tokens = await until_disconnect(call.request.receive, work)
         limit = self._service.model.context_length
         return call.json({"tokens": tokens, "count": len(tokens), "max_model_len": limit})
 
     async def detokenize(self, call: _Call) -> Response:
         call.names = ParameterNames({"token_ids": "tokens"})
         body = await self._read(call, DetokenizeBody)
-        text = await asyncio.to_thread(self._service.detokenize, body.tokens, body.model)
+        work = asyncio.to_thread(self._service.detokenize, body.tokens, body.model)
+        text = await until_disconnect(call.request.receive, work)
         return call.json({"prompt": text})
 
     async def ready(self, call: _Call) -> Response:
@@ -257,7 +259,8 @@ class _Api:
 
     async def probe_links(self, call: _Call) -> Response:
         body = await self._read(call, ProbeLinksBody, empty=b"{}")
-        return call.json(await self._service.probe_links(body.sizes, body.timeout_s))
+        probing = self._service.probe_links(body.sizes, body.timeout_s)
+        return call.json(await until_disconnect(call.request.receive, probing))
 
     async def metrics(self, call: _Call) -> Response:
         body, content_type = await self._service.metrics_text()

@@ -10,6 +10,9 @@ import math
 from phasewise.core.errors import InvalidRequest
 from phasewise.core.shown import shown
 
+MAX_CHOICES = 1024
+"""Of one answer: prompts times n."""
+
 _INT32 = (-(2**31), 2**31 - 1)
 _MAX_ID_DIGITS = 10  # of the largest of them
 
@@ -26,6 +29,10 @@ def split_prompts(prompt: object) -> list[str | list[int]]:
     kinds = set(map(type, prompt))
     if kinds == {int}:
         return [_fitting(prompt, "prompt")]
+    if len(prompt) > MAX_CHOICES:  # before any of them is looked at
+        raise InvalidRequest(
+            f"prompt has {len(prompt)} prompts, which are more than {MAX_CHOICES} choices; send fewer", field="prompt"
+        )
     if kinds == {str}:
         return list(prompt)
     if kinds == {list}:

@@ -227,9 +227,9 @@ class RequestPreparer:
 
         Only the likeliest token is left by `top_p` 0, so that is greedy, too.
         """
-        self.check_token_ids(given.stop_token_ids, "stop_token_ids")
         if len(given.stop_token_ids) > MAX_STOP_TOKEN_IDS:
             raise InvalidRequest(f"stop_token_ids may hold at most {MAX_STOP_TOKEN_IDS} ids", field="stop_token_ids")
+        self.check_token_ids(given.stop_token_ids, "stop_token_ids")
         vocab_size = self._card.vocab_size
         eos = () if given.ignore_eos else self._card.eos_token_ids
         ends = dict.fromkeys((*(token for token in eos if 0 <= token < vocab_size), *given.stop_token_ids))

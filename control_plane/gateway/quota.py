@@ -7,8 +7,10 @@ from collections import Counter
 
 from phasewise.core.errors import InvalidRequest, Overloaded
 
-MAX_ITEMS = 65_536
-"""Of a list in a request that is not one of token ids: messages, prompts, stop strings."""
+MAX_ITEMS = 16_384
+"""Of a list in a request that is not one of token ids: messages, stop strings."""
+
+MAX_BIASES = 65_536
 
 
 class Quota:
@@ -52,10 +54,10 @@ class Quota:
                 del self._by_client[client]
 
 
-def check_items(num_items: int, field: str) -> None:
+def check_items(num_items: int, field: str, most: int = MAX_ITEMS) -> None:
     """Raises InvalidRequest for a list that no request can need."""
-    if num_items > MAX_ITEMS:
-        raise InvalidRequest(f"{field} has {num_items} items; at most {MAX_ITEMS} are allowed", field=field)
+    if num_items > most:
+        raise InvalidRequest(f"{field} has {num_items} items; at most {most} are allowed", field=field)
 
 
 def share_of(most: int) -> int:

@@ -154,7 +154,7 @@ class RequestLoop:
         except ServingError as error:
             self._fail(stream, error)
             raise
-        except asyncio.CancelledError:
+        except BaseException:
             self._cancel(stream)
             raise
         return stream

@@ -173,7 +173,7 @@ class ScriptedService:
         return list((chat_text(messages) if messages is not None else text or "").encode())
 
     def detokenize(self, token_ids: tuple[int, ...], model: str | None) -> str:
-        return bytes(token_ids).decode()
+        return bytes(list(token_ids)).decode()
 
     async def status(self) -> dict[str, Any]:
         return {"workers": [], "gateway": {}}

@@ -16,10 +16,16 @@ from control_plane.gateway.service import InferenceService
 
 
 @contextlib.contextmanager
-def http_server(app: ASGIApp, limits: HttpLimits = HttpLimits()) -> Iterator[str]:  # noqa: B008 (frozen)
+def http_server(
+    app: ASGIApp,
+    limits: HttpLimits = HttpLimits(),  # noqa: B008 (frozen)
+    max_connections: int | None = None,
+) -> Iterator[str]:
     """HOST:PORT of a running server over `app`."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = make_http_server(app, limits)
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # as `bind_http` does
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(2048)
+    server = make_http_server(app, limits, max_connections)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()  # what connects before it is up waits in the socket's queue
     try:

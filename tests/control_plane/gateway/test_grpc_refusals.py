@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import AsyncIterator
@@ -10,6 +11,7 @@ from collections.abc import AsyncIterator
 import grpc
 import grpc.aio
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from control_plane.gateway.grpc_refusals import GRPC_LOGGER, NOT_OF_CLIENTS_THAT_LEFT
 from control_plane.gateway.grpc_server import InferenceServicer, start_grpc_server
@@ -135,3 +137,24 @@ def test_only_tracebacks_of_clients_that_left_are_dropped() -> None:
     assert not NOT_OF_CLIENTS_THAT_LEFT.filter(record(grpc.aio.InternalError('Failed "execute_batch": (…)')))
     assert NOT_OF_CLIENTS_THAT_LEFT.filter(record(grpc.aio.InternalError("the server is broken")))
     assert NOT_OF_CLIENTS_THAT_LEFT.filter(record(ValueError('Failed "execute_batch"')))
+
+
+async def test_one_client_cannot_open_all_calls(service: ScriptedService) -> None:
+    server, port = await start_grpc_server(service, "127.0.0.1:0", max_message_bytes=1 << 20, max_calls=8)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        watches = [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(6)]
+        for watch in watches:
+            await watch.read()
+        with pytest.raises(grpc.aio.AioRpcError, match="this client") as caught:
+            await health.Check(health_pb2.HealthCheckRequest())
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        watches[0].cancel()
+        async with asyncio.timeout(10):
+            while True:
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    await health.Check(health_pb2.HealthCheckRequest())
+                    break
+        for watch in watches:
+            watch.cancel()
+    await server.stop(None)

@@ -16,7 +16,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from control_plane.gateway.grpc_health import LIVENESS
-from control_plane.gateway.grpc_server import SERVICE_NAME, client_of_call, start_grpc_server
+from control_plane.gateway.grpc_refusals import client_of_call
+from control_plane.gateway.grpc_server import SERVICE_NAME, start_grpc_server
 from control_plane.gateway.service import SampleDelta
 from phasewise.core.errors import ConfigError, InvalidRequest, WorkerLost
 from phasewise.core.request import FinishReason

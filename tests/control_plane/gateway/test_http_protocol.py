@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from starlette.responses import Response
 
-from control_plane.gateway.http_protocol import HttpLimits
+from control_plane.gateway.http_protocol import GatewayProtocol, HttpLimits
 from tests.control_plane.gateway.conftest import HashService
 from tests.support.http_server import api_server, http_server
 from tests.support.served import until
@@ -210,6 +211,124 @@ def test_who_does_not_read_is_closed() -> None:
     with http_server(endless, HASTY) as address, connected(address) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
         assert has_left.wait(30)
+
+
+async def echo(scope: Any, receive: Any, send: Any) -> None:
+    """Answers with the size of the body, or with 20 MB."""
+    if scope["path"] == "/large":
+        await Response(b"x" * 20_000_000)(scope, receive, send)
+        return
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+    await Response(b"%s %d bytes" % (scope["path"].encode(), len(body)))(scope, receive, send)
+
+
+def test_who_reads_slowly_but_always_gets_all() -> None:
+    with http_server(echo, HASTY) as address, connected(address) as connection:
+        connection.sendall(b"GET /large HTTP/1.1\r\nConnection: close\r\n\r\n")
+        num_bytes, pause = 0, threading.Event()
+        while data := connection.recv(200_000):
+            num_bytes += len(data)
+            pause.wait(0.01)  # 1 s in all and more: longer than a client may take nothing
+    assert num_bytes > 20_000_000
+
+
+def test_one_read_queues_no_more_requests_than_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    queued: list[int] = []
+    received = GatewayProtocol.data_received
+
+    def look(self: GatewayProtocol, data: bytes) -> None:
+        received(self, data)
+        queued.append(len(self.pipeline))
+
+    monkeypatch.setattr(GatewayProtocol, "data_received", look)
+    num_requests = 3000
+    with http_server(echo) as address, connected(address) as connection:
+        sender = threading.Thread(target=connection.sendall, args=(b"GET /a HTTP/1.1\r\n\r\n" * num_requests,))
+        sender.start()
+        raw = b""
+        while raw.count(b"/a 0 bytes") < num_requests:
+            raw += connection.recv(65536)
+        sender.join()
+    assert max(queued) <= 100
+
+
+@pytest.mark.parametrize("size", [0, 10, 5000, 200_000])
+def test_an_offer_of_another_protocol_is_not_taken_up(size: int) -> None:
+    head = b"POST /a HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMA\r\n"
+    request = head + b"Content-Length: %d\r\n\r\n" % size
+    with http_server(echo) as address, connected(address) as connection:
+        for _ in range(2):  # the connection goes on
+            connection.sendall(request + b"x" * size)
+            assert connection.recv(4096).endswith(b"/a %d bytes" % size)
+        connection.sendall(request.replace(b"Content-Length: %d" % size, b"Transfer-Encoding: chunked"))
+        connection.sendall(b"3\r\nabc\r\n0\r\n\r\nGET /b HTTP/1.1\r\nConnection: close\r\n\r\n")
+        raw = read_all(connection)
+    assert b"/a 3 bytes" in raw and raw.endswith(b"/b 0 bytes")
+
+
+def test_a_tunnel_is_refused() -> None:
+    with http_server(echo) as address, connected(address) as connection:
+        connection.sendall(b"CONNECT example.org:443 HTTP/1.1\r\n\r\n")
+        assert answer_of(read_all(connection))[0] == 400
+
+
+def test_one_client_cannot_have_all_connections() -> None:
+    with http_server(echo, max_connections=8) as address, contextlib.ExitStack() as held:
+        connections = [held.enter_context(connected(address)) for _ in range(6)]
+        with connected(address) as connection:
+            status, body = answer_of(read_all(connection))
+            assert status == 429 and "this client" in body["error"]["message"]
+        connections[0].close()
+
+        def is_answered() -> bool:
+            with connected(address) as connection:
+                connection.sendall(b"GET /a HTTP/1.1\r\nConnection: close\r\n\r\n")
+                return read_all(connection).startswith(b"HTTP/1.1 200")
+
+        until(is_answered, 10.0)
+
+
+def test_a_body_that_was_not_asked_for_ends_the_connection(address: str) -> None:
+    with connected(address) as connection:
+        head = b"POST /tokenize HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 9999999\r\n\r\n"
+        connection.sendall(head)
+        raw = read_all(connection)
+    assert raw.startswith(b"HTTP/1.1 413") and b"connection: close" in raw
+
+
+def test_a_refused_body_that_stops_coming_gets_no_second_answer(hasty: str) -> None:
+    with connected(hasty) as connection:
+        connection.sendall(b"POST /tokenize HTTP/1.1\r\nContent-Length: 9999999\r\n\r\n{")
+        raw = read_all(connection)
+    assert raw.count(b"HTTP/1.1") == 1 and raw.startswith(b"HTTP/1.1 413")
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize", "/links/probe"])
+def test_a_client_that_leaves_is_noticed_by_all_that_takes_time(
+    service: HashService, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    has_begun, was_cancelled = threading.Event(), threading.Event()
+
+    async def work(*_: Any) -> Any:
+        has_begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            was_cancelled.set()
+
+    monkeypatch.setattr(service, "tokenize", work)
+    monkeypatch.setattr(service, "probe_links", work)
+    monkeypatch.setattr(asyncio, "to_thread", work)
+    with api_server(service) as address:
+        with connected(address) as connection:
+            connection.sendall(
+                post({"/tokenize": {"prompt": "a"}, "/detokenize": {"tokens": [1]}}.get(path, {}), path=path)
+            )
+            assert has_begun.wait(10)
+        assert was_cancelled.wait(10)
 
 
 def test_what_is_no_http_gets_400(address: str) -> None:

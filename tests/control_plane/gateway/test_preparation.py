@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -229,3 +230,19 @@ def test_another_model_is_not_found(preparer: RequestPreparer, card: ModelCard) 
     with pytest.raises(ModelNotFound, match=f"'gpt-5'.*use '{card.name}'"):
         preparer.prepare(replace(given(), model="gpt-5"))
     assert preparer.prepare(replace(given(), model=card.name)).request.prompt_token_ids
+
+
+def test_lists_of_ids_are_refused_by_their_number_before_anyone_looks_at_an_id(preparer: RequestPreparer) -> None:
+    class Many(Sequence[int]):
+        def __len__(self) -> int:
+            return 8_000_000
+
+        def __getitem__(self, index: Any) -> Any:
+            raise AssertionError("an id was looked at")
+
+    with pytest.raises(InvalidRequest, match="at most 256"):
+        preparer.prepare(given(stop_token_ids=Many()))
+    with pytest.raises(InvalidRequest, match="8000000 tokens"):
+        preparer.prepare(GenerateInput(token_ids=Many()))
+    with pytest.raises(InvalidRequest, match="8000000 ids"):
+        preparer.check_detokenize(Many())

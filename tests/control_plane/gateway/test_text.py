@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -83,12 +82,6 @@ def test_smollm2_ids_agree_on_every_basic_character(smollm2_tokenizer: TextToken
         assert ids == smollm2_oracle.backend_tokenizer.encode(text).ids, hex(start)
         if start:  # the model's vocabulary lacks six control characters
             assert smollm2_tokenizer.decode(ids) == text
-
-
-def test_smollm2_loads_in_two_seconds(smollm2: ModelSource) -> None:
-    start = time.process_time()  # processor time: other work on the machine must not fail this
-    load_tokenizer(smollm2)
-    assert time.process_time() - start < 2.0
 
 
 # ---- GGUF files written here
