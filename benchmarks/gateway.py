@@ -29,8 +29,9 @@ SETTLE_S = 10.0
 MUST_MS, GOAL_MS = 100.0, 30.0
 KINDS = (
     "words_5mb", "words_7mb", "letter_16mib", "messages_16mib", "tokenize_16mib", "ids_16mib", "detokenize_16mib",
-    "nested_1mb", "digits_1mb", "wrong_shapes", "endless_header", "half_body", "silent", "leaves", "grpc_words_5mb",
-    "grpc_ids_16mib", "grpc_malformed",
+    "many_messages", "small_messages", "prompt_lists", "stop_ids", "nested_1mb", "digits_1mb", "wrong_shapes",
+    "endless_header", "pipelined", "half_body", "silent", "leaves", "grpc_words_5mb", "grpc_ids_16mib", "grpc_messages",
+    "grpc_small_messages", "grpc_leaves", "grpc_malformed",
 )  # fmt: skip
 
 

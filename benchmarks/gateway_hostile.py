@@ -70,6 +70,19 @@ class Sender:
             self.left[name] = time.monotonic()
             connection.close()
 
+    def leave_grpc(self) -> None:
+        """The same over gRPC."""
+        calls = []
+        for _ in range(20):
+            name = f"left-{random.getrandbits(60)}"
+            sampling = pb.Sampling(max_tokens=2000, ignore_eos=True)
+            message = pb.GenerateRequest(text="x", request_id=name, sampling=sampling).SerializeToString()
+            calls.append((name, self._channel.unary_stream(_GENERATE, lambda raw: raw, lambda raw: raw)(message)))
+        for name, call in calls:
+            time.sleep(random.uniform(0, 0.001))
+            self.left[name] = time.monotonic()
+            call.cancel()
+
     def call(self, message: bytes) -> None:
         call = self._channel.unary_stream(_GENERATE, lambda raw: raw, lambda raw: raw)
         try:
@@ -99,6 +112,19 @@ def action_of(kind: str, sender: Sender, max_bytes: int) -> Callable[[], None]:
         return lambda: sender.post(completions, b'{"max_tokens": 1, "prompt": [%s]}' % ids)
     if kind == "detokenize_16mib":
         return lambda: sender.post("/detokenize", b'{"tokens": [%s]}' % ids)
+    if kind == "many_messages":
+        messages = b",".join([b'{"role": "user", "content": ""}'] * (size // 32))
+        return lambda: sender.post("/v1/chat/completions", b'{"max_tokens": 1, "messages": [%s]}' % messages)
+    if kind == "small_messages":  # of the largest body that is read on the loop
+        messages = b",".join([b'{"role": "user", "content": ""}'] * 2000)
+        return lambda: sender.post("/v1/chat/completions", b'{"max_tokens": 1, "messages": [%s]}' % messages)
+    if kind == "prompt_lists":
+        prompts = b",".join([b"[1]"] * (size // 4))
+        return lambda: sender.post(completions, b'{"max_tokens": 1, "prompt": [%s]}' % prompts)
+    if kind == "stop_ids":
+        return lambda: sender.post(completions, b'{"prompt": "a", "stop_token_ids": [%s]}' % ids)
+    if kind == "pipelined":
+        return lambda: sender.raw(b"GET /health HTTP/1.1\r\n\r\n" * 50_000)
     if kind == "nested_1mb":
         return lambda: sender.post(completions, b'{"prompt": %s' % (b"[" * min(1_000_000, size)))
     if kind == "digits_1mb":
@@ -120,6 +146,14 @@ def action_of(kind: str, sender: Sender, max_bytes: int) -> Callable[[], None]:
         token_ids = pb.TokenIds(ids=[17] * size)
         message = pb.GenerateRequest(token_ids=token_ids, sampling=pb.Sampling(max_tokens=1)).SerializeToString()
         return lambda: sender.call(message)
+    if kind == "grpc_messages":
+        message = pb.GenerateRequest(messages=pb.ChatMessages.FromString(b"\x0a\x00" * (size // 2))).SerializeToString()
+        return lambda: sender.call(message)
+    if kind == "grpc_small_messages":
+        message = pb.GenerateRequest(messages=pb.ChatMessages.FromString(b"\x0a\x00" * 32_000)).SerializeToString()
+        return lambda: sender.call(message)
+    if kind == "grpc_leaves":
+        return sender.leave_grpc
     if kind == "grpc_malformed":
         return lambda: sender.call(random_bytes.randbytes(200))
     raise ValueError(kind)
