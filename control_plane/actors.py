@@ -91,6 +91,7 @@ class ControlPlaneActor:
 
     async def start_health_checks(self) -> None:
         freeze_collector()
+        self._scheduler.listened.begin()
         self._watch(self._check_health())
 
     async def report(self, load: WorkerLoad) -> None:

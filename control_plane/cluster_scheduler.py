@@ -106,7 +106,10 @@ class ClusterScheduler:
         return self.registry.mark_lost(worker_id)
 
     def tick(self) -> list[WorkerId]:
-        """Marks overdue workers lost and returns them. To be called every `heartbeat_s`."""
+        """Marks overdue workers lost and returns them; the first tick after a pause marks nobody.
+
+        To be called every `heartbeat_s`.
+        """
         self.listened.tick()
         if self.listened.is_behind_pause:
             return []  # reports may wait to be read

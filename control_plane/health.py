@@ -10,7 +10,11 @@ two ticks:
     listened   0   1   2                                 3    4
 
 A dead worker is still found, `overdue_s` of listened time after its last report. Reports that queued up during a pause
-may be read after the first tick that follows it, so no worker is declared lost at that tick (`is_behind_pause`).
+may be read after the first tick that follows it, so no worker is declared lost at that tick (`is_behind_pause`). At the
+next tick workers are judged again, even if that tick is late as well: a process that is always late must still find a
+dead worker.
+
+Nobody ticks while the cluster starts. `begin` says that ticks come from now on, so that the start is no pause.
 
 A clock that stands still while the machine sleeps (CLOCK_MONOTONIC on Linux) shows no gap, and adds nothing either.
 """
@@ -25,6 +29,7 @@ class ListenedTime:
 
     Attributes:
         missed_s: what the last tick did not count, because the process was stopped, or too busy to tick.
+        is_behind_pause: whether at least one tick is missing before the last one, and none was missing before that.
     """
 
     def __init__(self, clock: Clock, period_s: float) -> None:
@@ -32,12 +37,14 @@ class ListenedTime:
         self._period_s = period_s
         self._ticked_s = clock.now_s()
         self._counted_s = 0.0
+        self._is_late = False
         self.missed_s = 0.0
+        self.is_behind_pause = False
 
-    @property
-    def is_behind_pause(self) -> bool:
-        """Whether at least one tick is missing between the last two."""
-        return self.missed_s >= self._period_s
+    def begin(self) -> None:
+        """Ticks come from now on. The time before counts for at most a period, and is no pause."""
+        self.tick()
+        self.missed_s, self._is_late, self.is_behind_pause = 0.0, False, False
 
     def tick(self) -> None:
         since_s = self._clock.now_s() - self._ticked_s
@@ -45,6 +52,8 @@ class ListenedTime:
         self.missed_s = since_s - counted_s
         self._counted_s += counted_s
         self._ticked_s += since_s
+        was_late, self._is_late = self._is_late, self.missed_s >= self._period_s
+        self.is_behind_pause = self._is_late and not was_late
 
     def now_s(self) -> float:
         """Listened time, at most a period past the last tick."""

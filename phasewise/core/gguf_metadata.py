@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from phasewise.core.context_length import ContextLength, context_length
@@ -75,16 +77,57 @@ class GGUFValues:
             raise ModelLoadError(
                 f"{self.file.path}: RoPE scaling {scaling!r} is not supported; supported: none, linear, yarn"
             )
-        if scaling == "none" or not factor:
-            return RopeConfig(theta=theta, frequency_divisors=divisors)
-        context = self.integer("context_length")
-        return RopeConfig(
-            rope_type=scaling,
-            theta=theta,
+        plain = RopeConfig(theta=theta, frequency_divisors=divisors)
+        if scaling == "yarn" and factor:
+            return self._yarn(plain, factor)
+        self._only("rope.scaling.attn_factor", (1.0,), "without YaRN")
+        self._only("rope.scaling.yarn_attn_factor", (1.0,), "without YaRN")
+        self._only("rope.scaling.yarn_ext_factor", (0.0, -1.0), "without YaRN")
+        if scaling != "linear" or not factor:
+            return plain
+        context = self.integer("rope.scaling.original_context_length", default=self.integer("context_length"))
+        return replace(plain, rope_type="linear", factor=factor, original_context=context)
+
+    def _yarn(self, plain: RopeConfig, factor: float) -> RopeConfig:
+        """As llama.cpp computes YaRN (`llama_context`): its factor on cosine and sine is the product of two.
+
+        One is `attn_factor`. The other is (1 + 0.1 ln f) / (1 + 0.1 m ln f), where f is the scaling factor and m is
+        `yarn_log_multiplier`. `yarn_attn_factor` has no part in it: llama.cpp overwrites it, while its converter stores
+        there what transformers calls `attention_factor`. So a file with another value than 1 contradicts itself.
+        """
+        self._only("rope.scaling.yarn_ext_factor", (1.0, -1.0), "with YaRN")
+        self._only("rope.scaling.yarn_attn_factor", (1.0,), "with YaRN")
+        multiplier = self.number("rope.scaling.yarn_log_multiplier", default=0.0)
+        if not 0 <= multiplier < math.inf:
+            raise self._error("rope.scaling.yarn_log_multiplier", "a number, at least 0", multiplier)
+        log_factor = 0.1 * math.log(factor) if factor > 1 else 0.0
+        scale = (1.0 + log_factor) / (1.0 + multiplier * log_factor)
+        return replace(
+            plain,
+            rope_type="yarn",
             factor=factor,
-            original_context=self.integer("rope.scaling.original_context_length", default=context),
-            frequency_divisors=divisors,
+            original_context=self.integer(
+                "rope.scaling.original_context_length", default=self.integer("context_length")
+            ),
+            attention_factor=scale * self._positive("rope.scaling.attn_factor", 1.0),
+            beta_fast=self._positive("rope.scaling.yarn_beta_fast", 32.0),
+            beta_slow=self._positive("rope.scaling.yarn_beta_slow", 1.0),
         )
+
+    def _positive(self, key: str, default: float) -> float:
+        value = self.number(key, default=default)
+        if not 0 < value < math.inf:
+            raise self._error(key, "a number above 0", value)
+        return value
+
+    def _only(self, key: str, supported: tuple[float, ...], when: str) -> None:
+        """Refuses a value by which positions would be rotated differently from how they are here."""
+        value = self.number(key, default=supported[0])
+        if value not in supported:
+            raise ModelLoadError(
+                f"{self.file.path}: metadata {self._prefix + key!r} is {value:g}, which is not supported; supported "
+                f"{when}: {supported[0]:g}. Convert the model again without it, or serve the original"
+            )
 
     def _divisors(self) -> tuple[float, ...]:
         tensor = self.file.tensors.get(ROPE_DIVISORS)

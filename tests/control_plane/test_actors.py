@@ -11,6 +11,7 @@ from ray.exceptions import RayError
 from control_plane import actors
 from control_plane.actors import ControlPlaneActor, RemotePlacer
 from control_plane.link_survey import LinkSurvey
+from phasewise.core.clock import ManualClock
 from phasewise.core.config import ServingConfig
 from phasewise.core.errors import Overloaded, Unavailable
 from phasewise.core.kv_spec import KVCacheSpec
@@ -95,6 +96,22 @@ async def test_a_cluster_that_is_stopped_does_not_end_for_want_of_workers(monkey
     await asyncio.sleep(0)
     await control_plane.stop()
     assert await asyncio.wait_for(unservable, 5) == ""
+
+
+async def test_the_start_of_a_cluster_is_no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control plane is made before workers load their models, and first ticks a heartbeat after the last has."""
+    clock, config = ManualClock(), ServingConfig()
+    monkeypatch.setattr(actors, "setup_logging", lambda *_, **__: None)
+    monkeypatch.setattr(actors, "freeze_collector", lambda: None)
+    monkeypatch.setattr(actors, "MonotonicClock", lambda: clock)
+    control_plane = ControlPlaneActor(config, None)
+    clock.advance(60.0)
+    await control_plane.start_health_checks()
+    clock.advance(config.health.heartbeat_s)
+    control_plane._scheduler.tick()
+    assert not control_plane._scheduler.listened.is_behind_pause, "a warning would be logged"
+    for watch in control_plane._watches:
+        watch.cancel()
 
 
 class WorkerHandle(RecordingHandle):

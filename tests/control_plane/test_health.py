@@ -106,6 +106,34 @@ def test_pauses_again_and_again() -> None:
     assert lost == ["b"]
 
 
+def test_the_time_in_which_a_cluster_starts_is_no_pause() -> None:
+    """The control plane is made first; its ticks begin when all workers have loaded."""
+    watched = Watched("a", "b")
+    listened = watched.scheduler.listened
+    watched.clock.advance(60.0)
+    before_s = listened.now_s()
+    listened.begin()
+    assert listened.now_s() == before_s, "it never goes back"
+    assert (listened.missed_s, listened.is_behind_pause) == (0.0, False)
+    assert watched.beat() == []
+    assert (listened.missed_s, listened.is_behind_pause) == (0.0, False)
+    watched.pause(60.0)
+    assert listened.is_behind_pause
+
+
+def test_who_is_always_late_finds_a_dead_worker() -> None:
+    """Each tick comes so late that one is missing before it, and the reports wait behind it each time."""
+    watched = Watched("a", "b")
+    watched.dead.add("b")
+    lost: list[WorkerId] = []
+    for _ in range(20):
+        lost += watched.pause(2.2 * HEARTBEAT_S)
+    assert lost == ["b"]
+    watched.beat()
+    assert watched.pause(3600.0) == []
+    assert watched.scheduler.listened.is_behind_pause, "a tick in time ends the lateness"
+
+
 def test_listened_time_goes_on_between_ticks_and_never_faster_than_the_clock() -> None:
     clock = ManualClock(100.0)
     listened = ListenedTime(clock, 1.0)
