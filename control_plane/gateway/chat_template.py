@@ -77,6 +77,12 @@ class ChatTemplate:
             ) from None
 
 
+def template_strings(source: str) -> frozenset[str]:
+    """The strings that a valid template names in its statements and expressions, such as `'</think>'`."""
+    constants = _environment().parse(source).find_all(nodes.Const)
+    return frozenset(constant.value for constant in constants if isinstance(constant.value, str))
+
+
 def select_template(templates: object, *, where: str) -> str | None:
     """The default template of what a model's files hold: a string, a dict, or a list of {"name", "template"}.
 

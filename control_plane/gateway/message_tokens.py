@@ -5,29 +5,39 @@ another one. Here such text in a message is encoded as its characters. Protected
 the control tokens), the model's end tokens, and added tokens that are spelled like special ones (`_CONTROL_SPELLING`).
 Other added tokens (`<think>`, runs of spaces) may stand in a message, as in llama.cpp.
 
-1. A chat is encoded as it is if none of its strings holds a protected token, or a part of one at its beginning or end.
-2. For any other chat the template is rendered twice: as it is, and with each such place covered. To cover a place is to
-   replace each of its characters by one that stands nowhere in the messages. The places that are covered in the second
-   text are a message's text in the first. A token outside of them was written by the template.
-3. Each token of the template is replaced by a stand-in. A copy of the tokenizer knows the stand-ins as added tokens,
-   and encodes the protected tokens as text. So only the forged tokens are encoded differently.
+1. The template is rendered twice: as it is, and with the texts of messages masked (message_masks.py). Where the second
+   rendering is masked, the first one has a message's text. A token of which no character is masked is the template's.
+2. If all tokens are the template's, the text is encoded as it is.
+3. Else each token of the template is replaced by a stand-in. A copy of the tokenizer knows the stand-ins as added
+   tokens, and encodes the protected tokens as text. So only the forged tokens are encoded differently.
 
-A template may depend on the text and write something else when it is covered. Then the renderings cannot be compared,
-and the chat is refused. It is taken only if no message holds a whole protected token and both renderings have the same
-number of them: then none was forged.
+A template may depend on the text and write something else when it is masked: it escapes `<`, or looks for a word. Then
+the renderings cannot be compared, and less is masked: whole tokens, and what may become a part of one at the beginning
+or end of a text. The tokens outside of these places must be those of the masked rendering. If that cannot be compared
+either, all tokens must be those of the masked rendering; and if a message holds a whole token, each must stand in the
+same place between texts of the template. Any other chat is refused.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from tokenizers import AddedToken, Tokenizer
 
 from control_plane.gateway.bounded_encoding import TokenLimit, encode_in_slices, refuse_by_length
+from control_plane.gateway.chat_template import template_strings
+from control_plane.gateway.message_masks import (
+    TextMask,
+    differ_in_masks_only,
+    have_same_frame,
+    overlaid,
+    unused_mask,
+)
 from control_plane.gateway.text_slices import text_slicer
+from control_plane.gateway.token_places import Place, TokenPlaces, matched
 from control_plane.gateway.vocabulary import TokenizersVocabulary, Vocabulary, encode_with
 from phasewise.core.errors import InvalidRequest
 
@@ -37,7 +47,6 @@ Render = Callable[[Sequence[Message]], str]
 _CONTROL_SPELLING = re.compile(r"<[|｜].*[|｜]>|</?s>|\[/?INST\]|<(start|end)_of_turn>", re.DOTALL)
 _USUAL_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "model"})
 _STAND_INS = range(0x10F000, 0x10FFFE)  # private use
-_COVERS = range(0x100000, 0x10F000)  # private use
 
 
 class MessageEncoding(Protocol):
@@ -69,10 +78,11 @@ class TemplateTokensOnly:
 
     def __init__(self, vocabulary: TokenizersVocabulary, end_ids: Iterable[int], template: str) -> None:
         protected = _protected_tokens(vocabulary.tokenizer, frozenset(end_ids))
+        contents = [token.content for token in protected.values()]
         self._vocabulary = vocabulary
-        self._as_it_is = SpecialTokensInMessages(vocabulary)
         self._template = template
-        self._places = TokenPlaces(token.content for token in protected.values())
+        self._places = TokenPlaces(contents)
+        self._mask = TextMask(contents, self._places, template_strings(template))
         self._copy = _CopyWithStandIns(vocabulary.tokenizer, protected)
         # A normalizer may turn other texts into tokens, which the text does not show: then the copy encodes every chat.
         self._is_readable = vocabulary.tokenizer.normalizer is None or not any(t.normalized for t in protected.values())
@@ -80,84 +90,59 @@ class TemplateTokensOnly:
     def encode(self, render: Render, messages: Sequence[Message], limit: TokenLimit) -> list[int]:
         text = render(messages)
         refuse_by_length(self._vocabulary, text, limit, field="messages")
-        cover = _unused_character([text, *(value for message in messages for value in message.values())])
-        covered, holds_token = self._covered(messages, cover)
-        if covered == messages and self._is_readable:
+        mask = unused_mask([text, *(value for message in messages for value in message.values())])
+        try:
+            masked = render(self._changed(messages, lambda value: self._mask.masked(value, mask)))
+        except InvalidRequest:  # the template takes certain texts only
+            raise _cannot_be_told() from None
+        places = self._places.within(text)
+        if differ_in_masks_only(text, masked, mask):
+            own = [(start, end) for start, end in places if mask not in masked[start:end]]
+        else:
+            own = self._own_in_changed(render, messages, text, masked, mask)
+        if self._is_readable and len(own) == len(places):
             return encode_in_slices(self._vocabulary, text, limit, field="messages")
-        other = render(covered)
-        spans = self._places.spans(text)
-        if _differ_in_covered_only(text, other, cover):
-            own = [(start, end) for start, end in spans if cover not in other[start:end]]
-            guarded = self._copy.with_stand_ins(text, own)
-            return encode_in_slices(self._copy, guarded, limit, field="messages")
-        if holds_token or len(spans) != len(self._places.spans(other)):
-            raise InvalidRequest(
-                "messages hold the text of a special token, and the model's chat template changes that text, so that "
-                "it cannot be told from the template's own tokens; leave it out",
-                field="messages",
-            )
-        return encode_in_slices(self._vocabulary, text, limit, field="messages")
+        guarded = self._copy.with_stand_ins(text, matched(own))
+        return encode_in_slices(self._copy, guarded, limit, field="messages")
 
-    def _covered(self, messages: Sequence[Message], cover: str) -> tuple[list[Message], bool]:
-        """The messages with each place covered from which a token could be made; whether one holds a whole token."""
-        covered: list[Message] = []
-        holds_token = False
-        for message in messages:
-            parts = dict(message)
-            for key, value in message.items():
-                if key == "role" and self._is_own_word(value):
-                    continue
-                whole = self._places.within(value)
-                holds_token = holds_token or bool(whole)
-                parts[key] = _cover(value, [*whole, *self._places.at_ends(value)], cover)
-            covered.append(parts)
-        return covered, holds_token
+    def _own_in_changed(
+        self, render: Render, messages: Sequence[Message], text: str, masked: str, mask: str
+    ) -> list[Place]:
+        """The places of the template's own tokens in `text`, of a template that writes something else for masked texts.
+
+        Raises:
+            InvalidRequest: they cannot be told from those of messages.
+        """
+        places = self._places.within(text)
+        covered = self._changed(messages, lambda value: self._covered(value, mask))
+        other = text if covered == messages else render(covered)
+        are_followed = differ_in_masks_only(text, other, mask)
+        own = [(start, end) for start, end in places if mask not in other[start:end]] if are_followed else places
+        holds_token = any(self._places.within(value) for message in messages for value in message.values())
+        if self._tokens(text, own) != self._tokens(masked, self._places.within(masked)):
+            raise _cannot_be_told()
+        if not are_followed and holds_token and not have_same_frame(text, masked, mask, self._places):
+            raise _cannot_be_told()
+        return own
+
+    def _tokens(self, text: str, places: Iterable[Place]) -> list[str]:
+        return [text[start:end] for start, end in matched(places)]
+
+    def _changed(self, messages: Sequence[Message], change: Callable[[str], str]) -> list[Message]:
+        """The messages with their texts changed, all but roles that are the template's own words."""
+        return [
+            {k: v if k == "role" and self._is_own_word(v) else change(v) for k, v in message.items()}
+            for message in messages
+        ]
+
+    def _covered(self, text: str, mask: str) -> str:
+        """`text` with each place masked that is a token, or may become a part of one as the text stands."""
+        spans = [*self._places.within(text), *self._places.at_ends(text)]
+        return overlaid(text, mask * len(text), spans) if spans else text
 
     def _is_own_word(self, role: str) -> bool:
         named = re.fullmatch(r"\w+", role) and (f"'{role}'" in self._template or f'"{role}"' in self._template)
         return role in _USUAL_ROLES or bool(named)
-
-
-class TokenPlaces:
-    """Finds the texts of tokens in a text. `contents` are those texts."""
-
-    def __init__(self, contents: Iterable[str]) -> None:
-        self._contents = sorted(contents, key=len, reverse=True)
-        self._longest = len(self._contents[0]) if self._contents else 0
-        self._begins = {content[:n] for content in self._contents for n in range(1, len(content))}
-        self._ends = {content[n:] for content in self._contents for n in range(1, len(content))}
-
-    def within(self, text: str) -> list[tuple[int, int]]:
-        """Where a token's whole text stands, overlaps included."""
-        # One search for each: an expression of hundreds of alternatives holds the interpreter's lock for seconds.
-        found = (content for content in self._contents if content in text)
-        return [(start, start + len(content)) for content in found for start in _positions(content, text)]
-
-    def spans(self, text: str) -> list[tuple[int, int]]:
-        """Where tokens are matched: from left to right, of two at one place the longer."""
-        spans: list[tuple[int, int]] = []
-        for start, end in sorted(self.within(text), key=lambda span: (span[0], -span[1])):
-            if not spans or start >= spans[-1][1]:
-                spans.append((start, end))
-        return spans
-
-    def at_ends(self, text: str) -> list[tuple[int, int]]:
-        """Where `text` may become a part of a token when it stands, as it is or stripped, between other texts."""
-        first = len(text) - len(text.lstrip())
-        last = len(text.rstrip())
-        if any(text and text in content for content in self._contents):
-            return [(0, len(text))]
-        if first < last and any(text[first:last] in content for content in self._contents):
-            return [(first, last)]
-        spans: list[tuple[int, int]] = []
-        for end in {len(text), last}:
-            sizes = (n for n in range(min(self._longest, end), 0, -1) if text[end - n : end] in self._begins)
-            spans += [(end - n, end) for n in list(sizes)[:1]]
-        for start in {0, first}:
-            room = min(self._longest, len(text) - start)
-            sizes = (n for n in range(room, 0, -1) if text[start : start + n] in self._ends)
-            spans += [(start, start + n) for n in list(sizes)[:1]]
-        return spans
 
 
 class _CopyWithStandIns:
@@ -230,30 +215,9 @@ def _stand_in(sign: str, token: AddedToken) -> AddedToken:
     )
 
 
-def _positions(content: str, text: str) -> Iterator[int]:
-    start = text.find(content)
-    while start >= 0:
-        yield start
-        start = text.find(content, start + 1)
-
-
-def _unused_character(texts: Sequence[str]) -> str:
-    return next(sign for sign in map(chr, _COVERS) if not any(sign in text for text in texts))
-
-
-def _cover(text: str, spans: Sequence[tuple[int, int]], cover: str) -> str:
-    parts, done = [], 0
-    for start, end in sorted(spans):
-        if end > done:
-            parts += [text[done:start], cover * (end - max(start, done))]
-            done = end
-    return "".join([*parts, text[done:]])
-
-
-def _differ_in_covered_only(text: str, other: str, cover: str) -> bool:
-    done = 0
-    for run in re.finditer(f"{cover}+", other):
-        if text[done : run.start()] != other[done : run.start()]:
-            return False
-        done = run.end()
-    return len(text) == len(other) and text[done:] == other[done:]
+def _cannot_be_told() -> InvalidRequest:
+    return InvalidRequest(
+        "messages hold text that is a special token or could become one, and the model's chat template changes that "
+        "text, so that it cannot be told from the template's own tokens; leave it out",
+        field="messages",
+    )

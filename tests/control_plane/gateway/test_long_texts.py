@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -243,13 +244,41 @@ def _refuse() -> None:
     raise InvalidRequest("no")
 
 
+@pytest.mark.parametrize("num_characters", [LARGE_TEXT, LARGE_TEXT + 1])
+async def test_whatever_work_raises_ends_its_call_and_its_turn(num_characters: int) -> None:
+    """asyncio's futures refuse a StopIteration: who waits for one waits for ever."""
+    threads = TextThreads()
+    for iterator, error in ((iter(()), RuntimeError), (map(int, "x"), ValueError)):
+        with pytest.raises(error):
+            await asyncio.wait_for(threads.run(num_characters, iterator.__next__), WAIT_S)
+    assert await asyncio.wait_for(threads.run(LARGE_TEXT + 1, lambda: "next"), WAIT_S) == "next"
+
+
+async def test_a_turn_ends_where_no_thread_can_be_started() -> None:
+    threads, executor = TextThreads(), ThreadPoolExecutor(1)
+    executor.shutdown()
+    asyncio.get_running_loop().set_default_executor(executor)
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        await threads.run(LARGE_TEXT + 1, lambda: None)
+    assert not threads._turn.locked()
+
+
 def test_the_size_of_a_request_is_that_of_all_its_strings() -> None:
     parts = [{"type": "text", "text": "x" * 500}, {"text": 5}, "y" * 50, None]
-    assert 550 < num_text_characters(None, [{"role": "user", "content": parts}]) < 570
+    assert 550 < num_text_characters(None, [{"role": "user", "content": parts}]) < 750
     assert num_text_characters(None, ["odd", {"content": {"text": "x" * 90}}]) > 90  # type: ignore[list-item]
     assert num_text_characters(None, [{"name": "x" * 500}]) >= 500
-    assert num_text_characters(None, [{"role": "u"}] * (2 * LARGE_TEXT)) == LARGE_TEXT + 2
     assert num_text_characters("x" * 7, None) == 7 and num_text_characters(None, None) == 0
+
+
+def test_messages_and_parts_count_also_where_they_are_empty() -> None:
+    """A template renders each message. Of very many the counting ends early, since it is done on the loop."""
+    empty = {"role": "user", "content": ""}
+    assert num_text_characters(None, [empty] * 20) <= SHORT_TEXT < num_text_characters(None, [empty] * 100)
+    part = {"type": "text", "text": ""}
+    assert num_text_characters(None, [{"role": "user", "content": [part] * 400}]) > SHORT_TEXT
+    for many in ([empty] * LARGE_TEXT, [{"content": [part] * LARGE_TEXT}], [{str(n): "" for n in range(LARGE_TEXT)}]):
+        assert LARGE_TEXT < num_text_characters(None, many) < LARGE_TEXT + 200
 
 
 # ---- the whole way
