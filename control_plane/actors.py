@@ -26,6 +26,7 @@ from control_plane.gateway.openai_server import build_app
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
 from control_plane.gateway.request_loop import RequestLoop
 from control_plane.gateway.service import ModelCard
+from control_plane.gateway.starting import FrontDoor
 from control_plane.gateway.summed_log import SummedLog
 from control_plane.gateway.text import TextTokenizer, load_tokenizer
 from control_plane.link_survey import LinkSurvey, look, measure
@@ -350,6 +351,7 @@ class GatewayActor:
         self._socket: socket.socket | None = None
         self._tokenizer: TextTokenizer | None = None
         self._loop: RequestLoop | None = None
+        self._door = FrontDoor()
         self._bodies: Bodies | None = None
         self._http: uvicorn.Server | None = None
         self._grpc: grpc.aio.Server | None = None
@@ -360,11 +362,13 @@ class GatewayActor:
         self._closed = asyncio.Event()
 
     async def bind(self) -> str | ServingError:
-        """Takes the HTTP port; its address, or what is wrong."""
+        """Takes the HTTP port, and says there that the model is being loaded; its address, or what is wrong."""
         try:
             self._socket = bind_http(self._settings.config.gateway.http)
         except ServingError as error:
             return error
+        self._http = make_http_server(self._door)
+        self._http_task = asyncio.create_task(self._http.serve(sockets=[self._socket]))
         return format_address(self._socket)
 
     async def load(self) -> ServingError | None:
@@ -437,8 +441,7 @@ class GatewayActor:
         host, _ = split_address(config.grpc, field="gateway.grpc")
         addresses["grpc"] = f"{host}:{port}"
         app = build_app(loop, self._bodies, cors_origins=config.cors_origins, lines=self._lines)
-        self._http = make_http_server(app)
-        self._http_task = asyncio.create_task(self._http.serve(sockets=[self._socket]))
+        self._door.open(app)
         loop.start_admitting()
         freeze_collector()
         return addresses["grpc"]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import httpx
 import pytest
 from ray.exceptions import RayError
 
 from control_plane import actors
-from control_plane.actors import ControlPlaneActor, RemotePlacer
+from control_plane.actors import ControlPlaneActor, GatewayActor, GatewaySettings, RemotePlacer
 from control_plane.link_survey import LinkSurvey
 from phasewise.core.clock import ManualClock
-from phasewise.core.config import ServingConfig
+from phasewise.core.config import ServingConfig, build_config
 from phasewise.core.errors import Overloaded, Unavailable
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.messages import PeerLost, WorkerInfo
@@ -164,3 +165,15 @@ async def test_a_worker_whose_loop_broke_is_ended_and_its_peers_are_told(monkeyp
     late_gateway.ends.set_result(None)
     await asyncio.gather(*control_plane._watches)
     assert len(killed) == 1, "a worker that was stopped is not lost"
+
+
+async def test_a_gateway_says_that_it_lives_while_the_model_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("control_plane.actors.setup_logging", lambda *_, **__: None)
+    config = build_config({"gateway": {"http": "127.0.0.1:0"}}, source="test")
+    gateway = GatewayActor(GatewaySettings("gateway-0", config))
+    address = await gateway.bind()
+    async with httpx.AsyncClient(base_url=f"http://{address}") as http:
+        assert (await http.get("/health/live")).status_code == 200
+        for answer in (await http.get("/health/ready"), await http.post("/v1/completions", json={"prompt": "a"})):
+            assert answer.status_code == 503 and "being loaded" in answer.json()["error"]["message"]
+    await gateway.stop()
