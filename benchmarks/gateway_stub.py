@@ -14,7 +14,7 @@ from typing import Any
 
 import uvloop
 
-from control_plane.actors import bind_http, format_address
+from control_plane.actors import SWITCH_INTERVAL_S, bind_http, format_address
 from control_plane.gateway.bodies import Bodies, largest_body
 from control_plane.gateway.grpc_server import start_grpc_server
 from control_plane.gateway.http_protocol import make_http_server
@@ -93,6 +93,7 @@ class StubCluster:
 
 
 async def main(context_length: int) -> None:
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     cluster = StubCluster(context_length)
     max_bytes = largest_body(context_length, cluster.tokenizer.longest_token_bytes, 16 << 20)
     listener = bind_http("127.0.0.1:0")

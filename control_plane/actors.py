@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import sys
 from collections.abc import Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,9 @@ logger = logging.getLogger(__name__)
 
 _MORE_CALLS = 1024
 """gRPC calls beside those of open requests: refusals on their way, health watches, tokenising."""
+
+SWITCH_INTERVAL_S = 0.0005
+"""How long the event loop waits for a thread that tokenises to give up the interpreter, at each of its steps."""
 
 _LINKS_TIMEOUT_S = 5.0  # for a worker to tell of its links
 
@@ -346,6 +350,7 @@ class GatewayActor:
     def __init__(self, settings: GatewaySettings) -> None:
         logs = settings.config.logging
         setup_logging(settings.gateway_id, log_format=logs.format, level=logs.level, collector=settings.log_collector)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._settings = settings
         self._workers = WorkerMailboxes()
         self._socket: socket.socket | None = None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
@@ -41,6 +42,8 @@ class TextThreads:
 
     def __init__(self) -> None:
         self._turn = asyncio.Lock()
+        # One thread: each further one would take its share of the interpreter from the event loop.
+        self._medium = ThreadPoolExecutor(1, thread_name_prefix="text")
         self._memory = MemoryReturn()
 
     async def run(self, num_characters: int, work: Callable[[], _T]) -> _T:
@@ -52,7 +55,7 @@ class TextThreads:
         if num_characters <= SHORT_TEXT:
             return work()
         if num_characters <= LARGE_TEXT:
-            return await asyncio.to_thread(_ending, work)
+            return await asyncio.get_running_loop().run_in_executor(self._medium, _ending, work)
         try:
             async with asyncio.timeout(_TURN_TIMEOUT_S):
                 await self._turn.acquire()
