@@ -150,7 +150,7 @@ class _StopSignals:
         self.install()
 
     def is_stopping(self) -> None:
-        """The cluster stops, whoever asked for it: the next signal ends it at once."""
+        """The cluster stops, by a signal or by itself. The next signal ends it at once."""
         self._count = max(self._count, 1)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -117,7 +117,7 @@ async def test_min_tokens_over_both_protocols(pools: dict[str, Any], model: tupl
             assert choice["stop_reason"] == (expected[-1] if is_stop else None)
             done = await both.grpc.generate(PROMPT, **fields)
             assert list(done.token_ids) == expected and done.text == choice["text"]
-        # Whoever would add as much as is allowed to what ends a sample changes nothing.
+        # The largest bias on the tokens that end a sample changes nothing.
         biased = {**fields, "min_tokens": 6, "max_tokens": 7, "logit_bias": {str(end): 100 for end in ends}}
         tokens = await both.token_ids(**biased)
         assert len(tokens) == 7 and not set(tokens[:6]) & set(ends) and tokens[6] in ends

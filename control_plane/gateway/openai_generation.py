@@ -118,7 +118,7 @@ class Answer:
                     line = writer.delta(self._choice(prompt_index, delta), delta)
                     if line:
                         yield line
-            await self.aclose()  # all have ended, and whoever has read the last event may use the id again
+            await self.aclose()  # before [DONE]: a client that has read it may use the id again
             if with_usage or with_timeline:
                 yield writer.closing(self._usage() if with_usage else None, self._timeline() if with_timeline else None)
             yield DONE_EVENT

@@ -69,7 +69,7 @@ def build_app(
     """The ASGI application over `service`.
 
     Args:
-        bodies: reads the bodies of requests; whoever made it closes it.
+        bodies: reads the bodies of requests; the caller closes it.
         cors_origins: the origins of pages whose scripts may call this server; ("*",) means all.
         lines: takes what is said of single requests; the caller flushes it at the end.
     """

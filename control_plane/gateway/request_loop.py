@@ -144,7 +144,7 @@ class RequestLoop:
             prepared = await self._prepare(request)
             self._check_admission()  # much may have happened while a long prompt was tokenised
             stream = self._accept(prepared, request.client, request.claimed)
-        except BaseException as error:
+        except BaseException as error:  # a cancellation, too, gives the place back; all are raised again
             self._quota.give_back(request.client)
             if isinstance(error, ServingError):
                 self._metrics.request_refused(error.code)
@@ -154,7 +154,7 @@ class RequestLoop:
         except ServingError as error:
             self._fail(stream, error)
             raise
-        except BaseException:
+        except BaseException:  # a cancellation or a fault of ours: nothing may stay open; raised again
             self._cancel(stream)
             raise
         return stream

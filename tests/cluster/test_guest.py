@@ -19,7 +19,7 @@ from tests.support.served import Served, served, until
 
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
+    pytest.mark.skipif(sys.platform != "linux", reason="reads sockets and priorities from /proc, which only Linux has"),
 ]
 
 OVERDUE_S = 3.0
