@@ -28,7 +28,7 @@ sys.path[:] = [str(ROOT), *(entry for entry in sys.path if Path(entry or ".").re
 import torch
 
 from benchmarks.offline import SHAPES, device_name, model_path, write_result
-from control_plane.gateway.text import load_tokenizer
+from control_plane.gateway.text.tokenizer import load_tokenizer
 from engine.batch import ScheduledBatch, ScheduledSequence
 from engine.kv_cache import PagedKVCache
 from engine.loader import LoadedModel, load_model

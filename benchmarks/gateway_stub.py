@@ -16,20 +16,20 @@ import uvloop
 
 from control_plane.actors import SWITCH_INTERVAL_S, bind_http, format_address
 from control_plane.gateway.bodies import Bodies, largest_body
-from control_plane.gateway.grpc_server import start_grpc_server
-from control_plane.gateway.http_protocol import make_http_server
-from control_plane.gateway.openai_server import build_app
+from control_plane.gateway.grpc_front.server import start_grpc_server
+from control_plane.gateway.http_front.openai_server import build_app
+from control_plane.gateway.http_front.protocol import make_http_server
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
 from control_plane.gateway.request_loop import RequestLoop
 from control_plane.gateway.service import ModelCard
-from control_plane.gateway.text import load_tokenizer
+from control_plane.gateway.text.tokenizer import load_tokenizer
 from control_plane.metrics import GatewayMetrics
 from control_plane.serving_pools import ServingPools
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.collector import freeze_collector
-from phasewise.core.messages import AbortRequest, PrefillTask, TokenChunk, WorkerOutput
+from phasewise.core.messages import AbortRequest, NewTokens, PrefillTask, WorkerOutput
 from phasewise.core.model_source import model_facts, resolve_model
-from phasewise.core.placement import Placement, WorkerRole
+from phasewise.core.placement import Placement, PlaceRequest, WorkerRole
 from phasewise.core.request import FinishReason, SampledToken
 
 STEP_S = 0.02
@@ -61,8 +61,8 @@ class StubCluster:
             addresses={},
         )
 
-    async def place(self, request_id: str, *_: Any, **__: Any) -> Placement:
-        return Placement(request_id, "prefill-0", "decode-0")
+    async def place(self, request: PlaceRequest, timeout_s: float) -> Placement:
+        return Placement(request.request_id, "prefill-0", "decode-0")
 
     def first_token(self, request_id: str) -> None: ...
 
@@ -84,7 +84,7 @@ class StubCluster:
             for request_id, (task, position) in list(self._running.items()):
                 is_last = position + 1 == task.request.max_new_tokens
                 reason = FinishReason.LENGTH if is_last else None
-                chunks.append(TokenChunk(request_id, 0, position, (self._token,), reason))
+                chunks.append(NewTokens(request_id, 0, position, (self._token,), reason))
                 self._running[request_id] = (task, position + 1)
                 if is_last:
                     del self._running[request_id]

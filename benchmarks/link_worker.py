@@ -22,7 +22,8 @@ from phasewise.core.messages import AbortRequest, KVPart, PrefillTask, WorkerLoa
 from phasewise.core.placement import Placement, WorkerRole
 from phasewise.core.profile import DeviceProfile
 from phasewise.core.request import Request, SamplingParams
-from workers.build import LoadedEngine, Ports, assemble, prepare_engine, resolve_dtype, worker_info
+from workers.assemble import Ports, assemble
+from workers.build import LoadedEngine, prepare_engine, resolve_dtype, worker_info
 from workers.ranks import Ranks
 from workers.settings import WorkerSettings
 from workers.worker import Worker

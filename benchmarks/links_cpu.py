@@ -34,8 +34,8 @@ from kv_transfer.object_store_link import ObjectStoreLink
 from kv_transfer.plan import PartSpan
 from kv_transfer.staging import check
 from kv_transfer.tcp_wire import TcpDevice, TcpWire
+from phasewise.core.handles import WorkerHandles
 from phasewise.core.kv_spec import KVCacheSpec
-from phasewise.core.mailboxes import WorkerMailboxes
 from phasewise.core.messages import KVPart, KVPartAck
 
 HOST = "127.0.0.1"
@@ -52,7 +52,7 @@ class End:
     def __init__(self, name: str, road: str) -> None:
         torch.set_num_threads(1)
         self._mailbox: queue.SimpleQueue[tuple[Any, ArrivedPart | None]] = queue.SimpleQueue()
-        self._peers = WorkerMailboxes()
+        self._peers = WorkerHandles()
         cache = PagedKVCache(SPEC, NUM_TOKENS // SPEC.block_size, torch.device("cpu"))
         cache.storage.normal_()
         self._port = CachePort(cache, SPEC)

@@ -22,7 +22,8 @@ from phasewise.core.config import ServingConfig
 from phasewise.core.messages import PrefillTask, WorkerLoad, WorkerMessage, WorkerOutput
 from phasewise.core.placement import Placement
 from phasewise.core.request import Request, SamplingParams
-from workers.build import LoadedEngine, Ports, assemble, load_engine, worker_info
+from workers.assemble import Ports, assemble
+from workers.build import LoadedEngine, load_engine, worker_info
 from workers.settings import WorkerSettings
 from workers.worker import Worker
 

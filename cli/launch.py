@@ -24,8 +24,8 @@ from cli.private_ray import private_ray_environment
 from control_plane.gateway.service import ModelCard
 from phasewise.core.config import PoolConfig, ServingConfig, split_address
 from phasewise.core.errors import ConfigError, ServingError
+from phasewise.core.handles import ActorHandle
 from phasewise.core.logs import LogCollector
-from phasewise.core.mailboxes import ActorHandle
 from phasewise.core.messages import WorkerInfo
 from phasewise.core.model_source import ModelFacts, ModelSource, resolve_model
 from phasewise.core.placement import WorkerId, WorkerRole

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
 from control_plane.gateway.service import GenerateInput, ModelCard
-from control_plane.gateway.text import TextTokenizer
-from control_plane.gateway.vocabulary import IdVocabulary
+from control_plane.gateway.text.tokenizer import TextTokenizer
+from control_plane.gateway.text.vocabulary import IdVocabulary
 from engine.gguf_config import read_gguf_config
 from engine.model_config import read_model_config
 from phasewise.core.config import ServingConfig

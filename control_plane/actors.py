@@ -10,7 +10,7 @@ import contextlib
 import logging
 import socket
 import sys
-from collections.abc import Collection, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +21,15 @@ from ray.exceptions import RayError
 
 from control_plane.cluster_scheduler import ClusterScheduler
 from control_plane.gateway.bodies import Bodies, largest_body
-from control_plane.gateway.grpc_server import start_grpc_server
-from control_plane.gateway.http_protocol import make_http_server
-from control_plane.gateway.openai_server import build_app
+from control_plane.gateway.grpc_front.server import start_grpc_server
+from control_plane.gateway.http_front.openai_server import build_app
+from control_plane.gateway.http_front.protocol import make_http_server
+from control_plane.gateway.http_front.starting import FrontDoor
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
 from control_plane.gateway.request_loop import RequestLoop
 from control_plane.gateway.service import ModelCard
-from control_plane.gateway.starting import FrontDoor
 from control_plane.gateway.summed_log import SummedLog
-from control_plane.gateway.text import TextTokenizer, load_tokenizer
+from control_plane.gateway.text.tokenizer import TextTokenizer, load_tokenizer
 from control_plane.link_survey import LinkSurvey, look, measure
 from control_plane.metrics import GatewayMetrics
 from control_plane.serving_pools import ServingPools
@@ -37,12 +37,12 @@ from phasewise.core.clock import MonotonicClock
 from phasewise.core.collector import freeze_collector
 from phasewise.core.config import ServingConfig, split_address
 from phasewise.core.errors import ConfigError, DeadlineExceeded, Overloaded, ServingError, Unavailable
+from phasewise.core.handles import ActorHandle, WorkerHandles
 from phasewise.core.links import LinkProbe, WorkerLinks
 from phasewise.core.logs import setup_logging
-from phasewise.core.mailboxes import ActorHandle, WorkerMailboxes
 from phasewise.core.messages import GatewayLost, PeerLost, WorkerInfo, WorkerLoad, WorkerOutput
 from phasewise.core.model_source import resolve_model
-from phasewise.core.placement import Placement, WorkerId
+from phasewise.core.placement import Placement, PlaceRequest, WorkerId
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class ControlPlaneActor:
             overdue_s=config.health.overdue_s,
             heartbeat_s=config.health.heartbeat_s,
         )
-        self._workers = WorkerMailboxes()
+        self._workers = WorkerHandles()
         self._link_asker = RemoteLinkAsker(self._workers)
         self._is_probing = False
         self._gateways: dict[str, ActorHandle] = {}
@@ -102,20 +102,10 @@ class ControlPlaneActor:
     async def report(self, load: WorkerLoad) -> None:
         self._scheduler.worker_load(load)
 
-    async def place(
-        self,
-        request_id: str,
-        num_prompt_tokens: int,
-        num_samples: int,
-        max_tokens: int,
-        attempt: int,
-        avoid: Collection[WorkerId],
-    ) -> Placement | ServingError:
+    async def place(self, request: PlaceRequest) -> Placement | ServingError:
         """A refusal comes back as a value: Ray would wrap an exception."""
         try:
-            return self._scheduler.place(
-                request_id, num_prompt_tokens, num_samples, max_tokens, attempt=attempt, avoid=avoid
-            )
+            return self._scheduler.place(request)
         except ServingError as error:
             return error
 
@@ -229,7 +219,7 @@ class ControlPlaneActor:
 class RemoteLinkAsker:
     """LinkAsker (control_plane/link_survey.py) over the workers' actors."""
 
-    def __init__(self, workers: WorkerMailboxes) -> None:
+    def __init__(self, workers: WorkerHandles) -> None:
         self._workers = workers
 
     async def links(self, worker_id: WorkerId, peers: Sequence[WorkerInfo]) -> WorkerLinks:
@@ -267,28 +257,16 @@ class RemotePlacer:
         self._control_plane = control_plane
         self._news: list[tuple[str, int | None]] = []
 
-    async def place(
-        self,
-        request_id: str,
-        num_prompt_tokens: int,
-        num_samples: int,
-        max_tokens: int,
-        timeout_s: float,
-        *,
-        attempt: int,
-        avoid: Collection[WorkerId],
-    ) -> Placement:
-        call = self._control_plane.place.remote(
-            request_id, num_prompt_tokens, num_samples, max_tokens, attempt, tuple(avoid)
-        )
+    async def place(self, request: PlaceRequest, timeout_s: float) -> Placement:
+        call = self._control_plane.place.remote(request)
         try:
             async with asyncio.timeout(timeout_s):
                 answer = await asyncio.wrap_future(call.future())
         except asyncio.CancelledError:
-            self.finished(request_id, 0)  # the client has left; the placement, if any, is given back
+            self.finished(request.request_id, 0)  # the client has left; the placement, if any, is given back
             raise
         except TimeoutError:
-            self.finished(request_id, 0)
+            self.finished(request.request_id, 0)
             raise DeadlineExceeded("the request's deadline passed before it was placed") from None
         except RayError:
             raise Unavailable("the control plane does not answer", retry_after_s=2.0) from None
@@ -352,7 +330,7 @@ class GatewayActor:
         setup_logging(settings.gateway_id, log_format=logs.format, level=logs.level, collector=settings.log_collector)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._settings = settings
-        self._workers = WorkerMailboxes()
+        self._workers = WorkerHandles()
         self._socket: socket.socket | None = None
         self._tokenizer: TextTokenizer | None = None
         self._loop: RequestLoop | None = None

@@ -27,7 +27,7 @@ from control_plane.worker_registry import Member, WorkerRegistry
 from phasewise.core.clock import Clock
 from phasewise.core.errors import Overloaded, Unavailable
 from phasewise.core.messages import WorkerInfo, WorkerLoad
-from phasewise.core.placement import Placement, WorkerId, WorkerRole
+from phasewise.core.placement import Placement, PlaceRequest, WorkerId, WorkerRole
 from phasewise.core.profile import DeviceProfile
 from phasewise.core.recent import RecentNames
 
@@ -122,17 +122,8 @@ class ClusterScheduler:
 
     # ---- requests
 
-    def place(
-        self,
-        request_id: str,
-        num_prompt_tokens: int,
-        num_samples: int,
-        max_tokens: int,
-        *,
-        attempt: int = 0,
-        avoid: Collection[WorkerId] = (),
-    ) -> Placement:
-        """Chooses both workers; one to `avoid` only where there is no other of its kind.
+    def place(self, request: PlaceRequest) -> Placement:
+        """Chooses both workers; one of `avoid` only where there is no other of its kind.
 
         A further attempt is never refused for full queues: its request was taken already. One whose end has come here
         before it is refused: nobody would ever take it out of the ledger.
@@ -141,20 +132,20 @@ class ClusterScheduler:
             Unavailable: no pair of workers is ready, or the attempt has ended.
             Overloaded: every prefill queue is full.
         """
-        if request_id in self._ended_early:
+        if request.request_id in self._ended_early:
             raise Unavailable("the request ended while it was placed")
-        expected = min(float(max_tokens), self._expected_tokens)
-        arrival = Arrival(request_id, num_prompt_tokens, num_samples, expected)
-        prefills, decodes, mixed = _preferred(self._candidates(), avoid)
+        expected = min(float(request.max_tokens), self._expected_tokens)
+        arrival = Arrival(request.request_id, request.num_prompt_tokens, request.num_samples, expected)
+        prefills, decodes, mixed = _preferred(self._candidates(), request.avoid)
         if not mixed and not (prefills and decodes):
             raise Unavailable(self.why_unservable(), retry_after_s=2.0)
-        if attempt == 0:
+        if request.attempt == 0:
             prefills = [c for c in prefills if c.num_pending_prompts < self._max_waiting]
             mixed = [c for c in mixed if c.num_pending_prompts < self._max_waiting]
         pair = choose_pair(arrival, prefills, decodes, mixed)
         if pair is None:
             raise Overloaded(f"{self._max_waiting} prompts wait at every prefill worker already", retry_after_s=1.0)
-        placement = Placement(request_id, *pair, attempt)
+        placement = Placement(request.request_id, *pair, request.attempt)
         self._enter(_Entry(placement, arrival))
         for worker_id in set(pair):
             self._work[worker_id].num_placed += 1

@@ -25,7 +25,7 @@ from kv_transfer.state import ReceiveStatus
 from phasewise.core.clock import Clock
 from phasewise.core.errors import DeadlineExceeded, Overloaded, ServingError
 from phasewise.core.lifecycle import RequestStatus, Stage
-from phasewise.core.messages import KVDone, KVFailed, KVOffer, KVRefused, PrefillTask, TokenChunk
+from phasewise.core.messages import KVDone, KVFailed, KVOffer, KVRefused, NewTokens, PrefillTask
 from phasewise.core.outbox import Outbox
 from phasewise.core.placement import WorkerId
 from phasewise.core.ports import PeerPort
@@ -196,7 +196,7 @@ class DecodePhase:
                 self._outbox.event(job.gateway_id, sequence.request_id, Stage.DECODE_START)
             reason = sequence.finish_reason()
             position = sequence.num_output_tokens - 1
-            chunk = TokenChunk(sequence.request_id, sequence.sample_index, position, (token,), reason)
+            chunk = NewTokens(sequence.request_id, sequence.sample_index, position, (token,), reason)
             self._outbox.chunk(job.gateway_id, chunk)
             if reason is not None:
                 self._end(job, RequestStatus.FINISHED)

@@ -20,7 +20,7 @@ import torch
 
 from kv_transfer.link import ArrivedPart, Post
 from kv_transfer.staging import is_intact
-from phasewise.core.mailboxes import ActorHandle, WorkerMailboxes
+from phasewise.core.handles import ActorHandle, WorkerHandles
 from phasewise.core.messages import KVCommit, KVPart, KVPartAck, LinkLost
 from phasewise.core.placement import WorkerId
 
@@ -35,7 +35,7 @@ _PART_S = 0.0003  # until an actor's call returns to its caller, Ray 2.60
 class ObjectStoreLink:
     """Sends parts as arguments of calls to the peer's actor (`post_part`), which gives them to `receive`."""
 
-    def __init__(self, worker_id: WorkerId, workers: WorkerMailboxes, device: torch.device, post: Post) -> None:
+    def __init__(self, worker_id: WorkerId, workers: WorkerHandles, device: torch.device, post: Post) -> None:
         self._worker_id = worker_id
         self._workers = workers
         self._device = device

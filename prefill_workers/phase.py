@@ -29,7 +29,7 @@ from kv_transfer.state import SendStatus
 from phasewise.core.clock import Clock
 from phasewise.core.errors import DeadlineExceeded, InternalError, Overloaded, ServingError, TransferFailed, WorkerLost
 from phasewise.core.lifecycle import RequestStatus, Stage
-from phasewise.core.messages import KVAccepted, KVFailed, KVRefused, PrefillTask, PromptLogprobs, TokenChunk
+from phasewise.core.messages import KVAccepted, KVFailed, KVRefused, NewTokens, PrefillTask, PromptLogprobs
 from phasewise.core.outbox import Outbox
 from phasewise.core.placement import WorkerId
 from phasewise.core.request import FinishReason, SampledToken
@@ -256,7 +256,7 @@ class PrefillPhase:
             reason = self._fork(job.sequence, index, token).finish_reason() if has_output else FinishReason.LENGTH
             goes_on = reason is None and index not in job.ended_samples
             live.append(token if goes_on else None)
-            chunk = TokenChunk(job.request_id, index, position, (token,) if has_output else (), reason)
+            chunk = NewTokens(job.request_id, index, position, (token,) if has_output else (), reason)
             self._outbox.chunk(job.task.gateway_id, chunk)
         if has_output:
             self._event(job, Stage.FIRST_TOKEN)

@@ -24,7 +24,7 @@ from phasewise.core.placement import Placement, WorkerRole
 from phasewise.core.profile import DeviceProfile
 from phasewise.core.request import Request, SamplingParams
 from tests.engine.conftest import SMALL, build_oracle, load, random_prompt
-from workers.build import Ports, assemble
+from workers.assemble import Ports, assemble
 from workers.worker import Worker
 
 

@@ -17,8 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
 from cli.command_tree import COMMANDS
-from control_plane.gateway.openai_errors import error_body, status_of
-from control_plane.gateway.openai_schema import ChatBody, CompletionBody
+from control_plane.gateway.http_front.openai_errors import error_body, status_of
+from control_plane.gateway.http_front.openai_schema import ChatBody, CompletionBody
 from control_plane.metrics import GatewayMetrics
 from kv_transfer.state import RECEIVE_TRANSITIONS, SEND_TRANSITIONS
 from phasewise.core.config import ServingConfig, build_config

@@ -20,8 +20,8 @@ from transformers import LlamaForCausalLM
 
 import phasewise
 from control_plane.gateway.bodies import Bodies
-from control_plane.gateway.grpc_server import start_grpc_server
-from control_plane.gateway.openai_server import build_app
+from control_plane.gateway.grpc_front.server import start_grpc_server
+from control_plane.gateway.http_front.openai_server import build_app
 from phasewise.core.request import FinishReason
 from tests.engine.conftest import oracle_tokens
 from tests.support.local_cluster import LocalCluster, local_cluster

@@ -19,12 +19,13 @@ from kv_transfer.link import ArrivedPart, Landing, to_mailbox
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.collector import freeze_collector
 from phasewise.core.errors import ServingError
+from phasewise.core.handles import ActorHandle, GatewayHandles, WorkerHandles
 from phasewise.core.links import LinkProbe, WorkerLinks
 from phasewise.core.logs import setup_logging
-from phasewise.core.mailboxes import ActorHandle, GatewayMailboxes, WorkerMailboxes
 from phasewise.core.messages import GatewayLost, KVPart, PeerLost, WorkerInfo, WorkerLoad, WorkerMessage
 from phasewise.core.placement import WorkerId
-from workers.build import LoadedEngine, Ports, assemble, load_engine, worker_info
+from workers.assemble import Ports, assemble
+from workers.build import LoadedEngine, load_engine, worker_info
 from workers.links import Links
 from workers.probing import probe_link
 from workers.settings import WorkerSettings
@@ -46,8 +47,8 @@ class WorkerActor:
         setup_logging(settings.worker_id, log_format=logs.format, level=logs.level, collector=settings.log_collector)
         self._settings = settings
         self._progress = 0.0
-        self._peers = WorkerMailboxes()
-        self._gateways = GatewayMailboxes()
+        self._peers = WorkerHandles()
+        self._gateways = GatewayHandles()
         self._control_plane: ActorHandle = None
         self._engine: LoadedEngine | None = None
         self._links: Links | None = None

@@ -7,14 +7,9 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import ceil
 
 import torch
 
-from decode_workers.phase import DecodePhase
-from decode_workers.reservations import ReservationQueue
-from decode_workers.scheduler import DecodeScheduler
-from engine.block_manager import BlockManager
 from engine.gguf_config import read_gguf_config
 from engine.kv_cache import PagedKVCache
 from engine.loader import LoadedModel, check_fp8, load_model
@@ -24,10 +19,6 @@ from engine.sharding import Shard
 from engine.tensor_parallel import Group, OtherRanks
 from kv_transfer.cache_port import CachePort
 from kv_transfer.codec import Codec
-from kv_transfer.link import Link
-from kv_transfer.prober import LinkProber
-from kv_transfer.receiver import KVReceiver
-from kv_transfer.sender import KVSender, SendLimits
 from phasewise.core.clock import Clock
 from phasewise.core.config import ServingConfig
 from phasewise.core.errors import ConfigError
@@ -35,12 +26,7 @@ from phasewise.core.gguf_file import GGUFFile
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.messages import WorkerInfo
 from phasewise.core.model_source import ModelSource, config_file, model_facts, resolve_model
-from phasewise.core.outbox import LatePeers, Outbox
-from phasewise.core.ports import GatewayPort, LoadPort, PeerPort
 from phasewise.core.profile import DeviceProfile, ProfileFacts
-from prefill_workers.phase import PrefillLimits, PrefillPhase
-from prefill_workers.scheduler import PrefillScheduler
-from workers.link_sizes import link_sizes
 from workers.memory import CPU_KV_CACHE_GIB, blocks_of_size
 from workers.profiler import (
     PreparedEngine,
@@ -55,22 +41,12 @@ from workers.ranked_cache import LeadingCachePort, LeadingKVCache
 from workers.ranks import Join, Ranks
 from workers.settings import WorkerSettings
 from workers.sizing import CudaMemory, GpuSizer, StepLimits
-from workers.worker import LoopSettings, Runner, Worker, WorkerParts
+from workers.worker import Runner
 
 logger = logging.getLogger(__name__)
 
 CPU_TOKEN_BUDGET = 128  # a step stays short enough for an abort to be heard within a second
 GPU_TOKEN_BUDGET = 2048  # Splitwise, figure 6: prompt throughput falls beyond
-
-
-@dataclass(frozen=True, slots=True)
-class Ports:
-    """How a worker reaches the others."""
-
-    peers: PeerPort
-    gateways: GatewayPort
-    loads: LoadPort
-    link: Link
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,62 +294,3 @@ def worker_info(settings: WorkerSettings, engine: LoadedEngine, link_address: st
         profile=engine.profile,
         link_address=link_address,
     )
-
-
-def assemble(
-    info: WorkerInfo,
-    runner: Runner,
-    port: CachePort,
-    config: ServingConfig,
-    ports: Ports,
-    clock: Clock,
-    *,
-    codec_bytes_per_s: float = 0.0,
-) -> Worker:
-    """Wires a worker around an engine. `codec_bytes_per_s`: as SendLimits has it."""
-    spec, scheduler, transfer = info.kv_spec, config.scheduler, config.transfer
-    budget = token_budget(config, info.device)
-    blocks = BlockManager(info.num_kv_blocks, spec.block_size, prefix_caching=config.cache.prefix_caching)
-    outbox, late = Outbox(info.worker_id, ports.gateways, clock), LatePeers(ports.peers)
-    is_alone = not isinstance(port, LeadingCachePort)
-    loop = LoopSettings(
-        budget, transfer.layers_per_part if is_alone else 0, config.health.heartbeat_s, is_alone=is_alone
-    )
-    # What has room in slabs must not wait for the window. A part is more than its KV: by less than a hundredth.
-    sizes = link_sizes(config)
-    slabs_mib = sizes.num_slabs * sizes.slab_mib * 1.01
-    sending = SendLimits(
-        int(max(transfer.window_mib, slabs_mib) * 2**20),
-        Codec(transfer.codec),
-        codec_bytes_per_s,
-        num_groups=ceil(spec.num_layers / (loop.layers_per_part or spec.num_layers)),
-        chunk_tokens=budget,
-        threshold_tokens=transfer.layerwise_threshold_tokens,
-    )
-    sender = KVSender(info.worker_id, port, ports.link, ports.peers, late, clock, sending)
-    receiver = KVReceiver(port, ports.peers, late, clock)
-    prompts = PrefillScheduler(blocks, lookahead_tokens=2 * budget)
-    decode = DecodePhase(
-        blocks,
-        DecodeScheduler(blocks, scheduler.max_running),
-        ReservationQueue(spec.block_size, scheduler.max_running, scheduler.reserve_headroom),
-        receiver,
-        port.cache,
-        ports.peers,
-        outbox,
-        clock,
-        prompts.num_staying,
-    )
-    prefill = PrefillPhase(
-        blocks,
-        prompts,
-        sender,
-        outbox,
-        clock,
-        PrefillLimits(scheduler.max_waiting, transfer.timeout_s, spec.num_layers),
-        decode.adopt,
-        decode.has_room,
-    )
-    prober = LinkProber(info.worker_id, port, ports.link, clock)
-    parts = WorkerParts(runner, blocks, prefill, decode, sender, receiver, prober, outbox, late)
-    return Worker(info, parts, ports.peers, ports.loads, clock, loop)

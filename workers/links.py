@@ -21,8 +21,8 @@ from kv_transfer.staging import check
 from kv_transfer.tcp_wire import TcpDevice
 from kv_transfer.wire import WireDevice
 from phasewise.core.errors import ConfigError, ServingError
+from phasewise.core.handles import WorkerHandles
 from phasewise.core.kv_spec import KVCacheSpec
-from phasewise.core.mailboxes import WorkerMailboxes
 from phasewise.core.messages import KVPart
 from phasewise.core.placement import WorkerId, WorkerRole
 from workers.link_sizes import link_sizes
@@ -38,7 +38,7 @@ class Links:
         ConfigError: `transfer.link` asks for one that this worker cannot have.
     """
 
-    def __init__(self, settings: WorkerSettings, workers: WorkerMailboxes, post: Post, land: Land) -> None:
+    def __init__(self, settings: WorkerSettings, workers: WorkerHandles, post: Post, land: Land) -> None:
         device = torch.device("cuda" if settings.device != "cpu" else "cpu")
         self._direct = _direct_links(settings, post, land)
         self._object_store = ObjectStoreLink(settings.worker_id, workers, device, post)

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
+from control_plane.gateway.http_front.openai_errors import BodyTooLarge, UnsupportedMedia
+from control_plane.gateway.http_front.openai_generation import until_disconnect
+from control_plane.gateway.http_front.openai_schema import Body
 from control_plane.gateway.large_bodies import VERY_LARGE_BYTES, LargeBodies, parse_body
 from control_plane.gateway.memory_return import MemoryReturn
-from control_plane.gateway.openai_errors import BodyTooLarge, UnsupportedMedia
-from control_plane.gateway.openai_generation import until_disconnect
-from control_plane.gateway.openai_schema import Body
 from control_plane.gateway.quota import Quota, share_of
 
 LARGE_BYTES = 1 << 16

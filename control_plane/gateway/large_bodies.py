@@ -21,9 +21,9 @@ from typing import IO, Any, TypeVar
 
 from pydantic import ValidationError
 
-from control_plane.gateway.grpc_codec import decode_raw
-from control_plane.gateway.openai_errors import from_validation
-from control_plane.gateway.openai_schema import SCHEMAS, Body
+from control_plane.gateway.grpc_front.codec import decode_raw
+from control_plane.gateway.http_front.openai_errors import from_validation
+from control_plane.gateway.http_front.openai_schema import SCHEMAS, Body
 from phasewise.core.errors import InternalError, ServingError
 
 logger = logging.getLogger(__name__)

@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from control_plane.gateway.detokenizer import SampleText, token_info
 from control_plane.gateway.request_ids import ClaimedId
 from control_plane.gateway.service import SampleDelta, TokenInfo, Usage
-from control_plane.gateway.text import TextTokenizer
+from control_plane.gateway.text.detokenizer import SampleText, token_info
+from control_plane.gateway.text.tokenizer import TextTokenizer
 from phasewise.core.errors import ServingError
 from phasewise.core.lifecycle import RequestStatus, Stage, is_end
-from phasewise.core.messages import TimelineEvent, TokenChunk
+from phasewise.core.messages import NewTokens, TimelineEvent
 from phasewise.core.placement import Placement, WorkerId
 from phasewise.core.request import FinishReason, Request
 
@@ -30,7 +30,7 @@ class OpenSample:
 
     text: SampleText
     token_ids: list[int] = field(default_factory=list)
-    early: dict[int, TokenChunk] = field(default_factory=dict)  # by position, waiting for those before them
+    early: dict[int, NewTokens] = field(default_factory=dict)  # by position, waiting for those before them
     finish_reason: FinishReason | None = None
     last_token_s: float | None = None
 
@@ -137,7 +137,7 @@ class OpenRequest:
     def usage(self) -> Usage:
         return Usage(len(self.request.prompt_token_ids), self.num_output_tokens, self.num_cached_tokens)
 
-    def take(self, chunk: TokenChunk, tokenizer: TextTokenizer) -> list[SampleDelta]:
+    def take(self, chunk: NewTokens, tokenizer: TextTokenizer) -> list[SampleDelta]:
         """Puts a chunk in its place; returns the deltas that are certain now, in order."""
         sample = self.samples[chunk.sample_index]
         if sample.finish_reason is not None:
@@ -151,7 +151,7 @@ class OpenRequest:
             deltas.append(self._apply(sample, next_chunk, tokenizer))
         return deltas
 
-    def _apply(self, sample: OpenSample, chunk: TokenChunk, tokenizer: TextTokenizer) -> SampleDelta:
+    def _apply(self, sample: OpenSample, chunk: NewTokens, tokenizer: TextTokenizer) -> SampleDelta:
         text, stop = sample.text.push(chunk.tokens, chunk.finish_reason)
         reason = FinishReason.STOP if stop is not None else chunk.finish_reason
         stop_reason: str | int | None = stop

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from control_plane.link_survey import LinkSurvey
 from phasewise.core.messages import WorkerInfo, WorkerLoad
-from phasewise.core.placement import Placement, WorkerId
+from phasewise.core.placement import Placement, PlaceRequest
 
 
 class Placer(Protocol):
     """The actor of the control plane implements it by calls (control_plane/actors.py), tests in their own process."""
 
-    async def place(
-        self,
-        request_id: str,
-        num_prompt_tokens: int,
-        num_samples: int,
-        max_tokens: int,
-        timeout_s: float,
-        *,
-        attempt: int,
-        avoid: Collection[WorkerId],
-    ) -> Placement:
+    async def place(self, request: PlaceRequest, timeout_s: float) -> Placement:
         """Raises Overloaded, Unavailable, or DeadlineExceeded after `timeout_s`."""
 
     def first_token(self, request_id: str) -> None:

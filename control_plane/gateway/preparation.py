@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from control_plane.gateway.bounded_encoding import TokenLimit
 from control_plane.gateway.model_defaults import with_defaults
 from control_plane.gateway.service import GenerateInput, ModelCard, SamplingInput
-from control_plane.gateway.text import TextTokenizer
+from control_plane.gateway.text.bounded_encoding import TokenLimit
+from control_plane.gateway.text.tokenizer import TextTokenizer
 from phasewise.core.errors import InvalidRequest, ModelNotFound
 from phasewise.core.request import Request, SamplingParams
 from phasewise.core.shown import shown

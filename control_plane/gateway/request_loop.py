@@ -22,7 +22,6 @@ from functools import partial
 from typing import Any
 
 from control_plane.gateway.cluster_report import worker_report
-from control_plane.gateway.detokenizer import SampleText, token_info
 from control_plane.gateway.link_report import link_report
 from control_plane.gateway.open_requests import Attempt, OpenRequest, OpenSample, stage_durations
 from control_plane.gateway.open_stream import OpenStream
@@ -32,8 +31,9 @@ from control_plane.gateway.quota import Quota, share_of
 from control_plane.gateway.request_ids import ClaimedId, RequestIds
 from control_plane.gateway.service import GenerateInput, ModelCard
 from control_plane.gateway.summed_log import SummedLog
-from control_plane.gateway.text import TextTokenizer
-from control_plane.gateway.text_threads import TextThreads, num_text_characters
+from control_plane.gateway.text.detokenizer import SampleText, token_info
+from control_plane.gateway.text.threads import TextThreads, num_text_characters
+from control_plane.gateway.text.tokenizer import TextTokenizer
 from control_plane.link_survey import check_probes
 from control_plane.metrics import GatewayMetrics
 from control_plane.serving_pools import ServingPools
@@ -51,13 +51,13 @@ from phasewise.core.errors import (
 from phasewise.core.lifecycle import RequestStatus, Stage, check_transition
 from phasewise.core.messages import (
     AbortRequest,
+    NewTokens,
     PrefillTask,
     RequestFailed,
     TimelineEvent,
-    TokenChunk,
     WorkerOutput,
 )
-from phasewise.core.placement import WorkerId
+from phasewise.core.placement import PlaceRequest, WorkerId
 from phasewise.core.ports import PeerPort
 from phasewise.core.request import Request
 
@@ -306,15 +306,15 @@ class RequestLoop:
         record = stream.record
         while True:
             request, time_left_s = attempt.request, record.deadline_s - self._clock.now_s()
-            placement = await self._placer.place(
+            wanted = PlaceRequest(
                 request.request_id,
                 request.num_prompt_tokens,
                 request.sampling.n,
                 request.max_new_tokens,
-                time_left_s,
-                attempt=attempt.number,
-                avoid=record.avoided,
+                attempt.number,
+                frozenset(record.avoided),
             )
+            placement = await self._placer.place(wanted, time_left_s)
             if record.error is not None:  # its deadline passed, or the server began to shut down, meanwhile
                 self._placer.finished(request.request_id, 0)
                 raise record.error
@@ -404,7 +404,7 @@ class RequestLoop:
         if event.stage in (Stage.HANDOFF_END, Stage.DECODE_START):
             record.attempts[event.request_id].is_decoding = True
 
-    def _on_chunk(self, stream: OpenStream, chunk: TokenChunk) -> None:
+    def _on_chunk(self, stream: OpenStream, chunk: NewTokens) -> None:
         record = stream.record
         deltas = record.take(chunk, self._tokenizer)
         if not deltas:

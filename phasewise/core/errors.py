@@ -1,7 +1,7 @@
 """The one tree of errors that a request, a client or an operator can meet.
 
 Every error says whether sending the same request again is safe, and has a `code` that the two protocols map to
-their own form (`phasewise/rpc/status.py` for gRPC, `control_plane/gateway/openai_errors.py` for HTTP).
+their own form (`phasewise/rpc/status.py` for gRPC, `control_plane/gateway/http_front/openai_errors.py` for HTTP).
 """
 
 from __future__ import annotations

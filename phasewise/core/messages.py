@@ -155,7 +155,7 @@ class KVFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenChunk:
+class NewTokens:
     """New tokens of one sample. `position` is the output position of the first, so order can be restored."""
 
     request_id: str
@@ -203,7 +203,7 @@ class WorkerOutput:
     """All that one step of one worker has for one gateway."""
 
     worker_id: WorkerId
-    chunks: tuple[TokenChunk, ...] = ()
+    chunks: tuple[NewTokens, ...] = ()
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     events: tuple[TimelineEvent, ...] = ()
     failures: tuple[RequestFailed, ...] = ()
@@ -227,7 +227,7 @@ def _plain_token(token: SampledToken) -> int | tuple[int, float | None, tuple[tu
 
 def _restore_output(worker_id: WorkerId, chunks: list[tuple[Any, ...]], *rest: Any) -> WorkerOutput:
     restored = [
-        TokenChunk(
+        NewTokens(
             request_id,
             sample_index,
             position,

@@ -9,10 +9,10 @@ from phasewise.core.clock import Clock
 from phasewise.core.errors import ServingError
 from phasewise.core.lifecycle import Stage
 from phasewise.core.messages import (
+    NewTokens,
     PromptLogprobs,
     RequestFailed,
     TimelineEvent,
-    TokenChunk,
     WorkerMessage,
     WorkerOutput,
 )
@@ -22,7 +22,7 @@ from phasewise.core.ports import GatewayPort, PeerPort
 
 @dataclass(slots=True)
 class _Pending:
-    chunks: list[TokenChunk] = field(default_factory=list)
+    chunks: list[NewTokens] = field(default_factory=list)
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     events: list[TimelineEvent] = field(default_factory=list)
     failures: list[RequestFailed] = field(default_factory=list)
@@ -37,7 +37,7 @@ class Outbox:
         self._clock = clock
         self._pending: defaultdict[str, _Pending] = defaultdict(_Pending)
 
-    def chunk(self, gateway_id: str, chunk: TokenChunk) -> None:
+    def chunk(self, gateway_id: str, chunk: NewTokens) -> None:
         self._pending[gateway_id].chunks.append(chunk)
 
     def prompt_logprobs(self, gateway_id: str, logprobs: PromptLogprobs) -> None:

@@ -37,6 +37,26 @@ class WorkerState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class PlaceRequest:
+    """What a gateway asks the control plane for: workers for one attempt at a request.
+
+    Attributes:
+        request_id: of the attempt, never used twice.
+        num_samples: sequences that will decode; they share the prompt's KV.
+        max_tokens: most output tokens of one sample.
+        attempt: 0 for the first; a further one is not refused for full queues.
+        avoid: workers to be chosen only where there is no other.
+    """
+
+    request_id: str
+    num_prompt_tokens: int
+    num_samples: int
+    max_tokens: int
+    attempt: int = 0
+    avoid: frozenset[WorkerId] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
 class Placement:
     """The workers chosen for one attempt at a request. `attempt` counts from 0 and grows with each recovery."""
 

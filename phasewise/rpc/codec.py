@@ -1,4 +1,4 @@
-"""Protobuf ↔ the SDK's own types. The server's side is in `control_plane/gateway/grpc_codec.py`.
+"""Protobuf ↔ the SDK's own types. The server's side is in `control_plane/gateway/grpc_front/codec.py`.
 
 What cannot be put on the wire (a wrong type, a number that does not fit) raises InvalidRequest naming the field.
 Ranges are the server's business.

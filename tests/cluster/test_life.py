@@ -18,7 +18,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import phasewise
-from control_plane.gateway.grpc_health import LIVENESS
+from control_plane.gateway.grpc_front.health import LIVENESS
 from phasewise.core.model_source import resolve_model
 from tests.support.served import PHASEWISE, Served, held, served, until
 

@@ -12,7 +12,7 @@ from phasewise.core.clock import ManualClock
 from phasewise.core.errors import Overloaded, Unavailable
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.messages import WorkerInfo, WorkerLoad
-from phasewise.core.placement import WorkerRole, WorkerState
+from phasewise.core.placement import PlaceRequest, WorkerRole, WorkerState
 from phasewise.core.profile import DeviceProfile, Point, ProfileFacts, StepTimes
 
 SPEC = KVCacheSpec(2, 1, 4, 16, "float32")
@@ -34,7 +34,7 @@ def make(workers: dict[str, DeviceProfile], *, max_waiting: int = 100, num_block
 
 def test_equal_workers_share_equal_work() -> None:
     scheduler = make({"prefill-0": FAST, "prefill-1": FAST, "decode-0": FAST, "decode-1": FAST})
-    placements = [scheduler.place(f"r{i}", 100, 1, 64) for i in range(40)]
+    placements = [scheduler.place(PlaceRequest(f"r{i}", 100, 1, 64)) for i in range(40)]
     for name in ("prefill-0", "prefill-1"):
         assert sum(p.prefill_worker == name for p in placements) == 20
     for name in ("decode-0", "decode-1"):
@@ -47,7 +47,7 @@ def test_equal_workers_share_equal_work_whatever_noise_their_measurements_have()
     first, second = (DeviceProfile.linear(0.0, 0.001, base, slope) for base, slope in ((0.011, 0.004), (0.09, 0.0011)))
     noisy = {"decode-0": replace(first, facts=facts), "decode-1": replace(second, facts=facts)}
     scheduler = make({"prefill-0": right, **noisy})
-    placements = [scheduler.place(f"r{i}", 100, 1, 64) for i in range(40)]
+    placements = [scheduler.place(PlaceRequest(f"r{i}", 100, 1, 64)) for i in range(40)]
     assert sum(p.decode_worker == "decode-0" for p in placements) == 20
 
 
@@ -60,13 +60,13 @@ def test_an_fp8_cache_makes_another_kind_of_worker() -> None:
             replace(times, facts=facts),
         )  # fmt: skip
         scheduler.worker_joined(info)
-    placements = [scheduler.place(f"r{i}", 100, 1, 64) for i in range(40)]
+    placements = [scheduler.place(PlaceRequest(f"r{i}", 100, 1, 64)) for i in range(40)]
     assert sum(p.decode_worker == "decode-0" for p in placements) > 25, "the other one is three times as slow"
 
 
 def test_a_slow_gpu_gets_its_share_and_no_more() -> None:
     scheduler = make({"prefill-0": FAST, "prefill-1": SLOW, "decode-0": FAST, "decode-1": SLOW})
-    placements = [scheduler.place(f"r{i}", 100, 1, 64) for i in range(80)]
+    placements = [scheduler.place(PlaceRequest(f"r{i}", 100, 1, 64)) for i in range(80)]
     assert sum(p.prefill_worker == "prefill-0" for p in placements) == pytest.approx(60, abs=2)
     assert sum(p.decode_worker == "decode-0" for p in placements) > 50
 
@@ -85,21 +85,21 @@ NARROW = profile({(64, 0): 0.01, (64, 4096): 0.05}, {(1, 128): 0.01, (1, 4096): 
 def test_another_table_is_another_placement() -> None:
     for num_tokens in (100, 3000):
         scheduler = make({"prefill-0": NARROW, "prefill-1": WIDE, "decode-0": NARROW, "decode-1": WIDE})
-        long = scheduler.place("long", 3000, 1, 64)
+        long = scheduler.place(PlaceRequest("long", 3000, 1, 64))
         assert (long.prefill_worker, long.decode_worker) == ("prefill-1", "decode-1"), "faster behind much context"
         swapped = make({"prefill-0": WIDE, "prefill-1": NARROW, "decode-0": WIDE, "decode-1": NARROW})
-        long = swapped.place("long", num_tokens, 1, 64)
+        long = swapped.place(PlaceRequest("long", num_tokens, 1, 64))
         assert (long.prefill_worker, long.decode_worker) == ("prefill-0", "decode-0")
 
 
 def test_contexts_of_what_decodes_already_count() -> None:
     scheduler = make({"prefill-0": WIDE, "decode-0": WIDE, "decode-1": WIDE})
-    scheduler.place("long", 4000, 1, 64)
-    equal = {scheduler.place(f"r{i}", 10, 1, 8).decode_worker for i in range(2)}
+    scheduler.place(PlaceRequest("long", 4000, 1, 64))
+    equal = {scheduler.place(PlaceRequest(f"r{i}", 10, 1, 8)).decode_worker for i in range(2)}
     assert equal == {"decode-1", "decode-0"}, "one more sequence costs the same on both"
     scheduler = make({"prefill-0": NARROW, "decode-0": NARROW, "decode-1": NARROW})
-    first = scheduler.place("long", 4000, 1, 64).decode_worker
-    others = {scheduler.place(f"r{i}", 10, 1, 8).decode_worker for i in range(3)}
+    first = scheduler.place(PlaceRequest("long", 4000, 1, 64)).decode_worker
+    others = {scheduler.place(PlaceRequest(f"r{i}", 10, 1, 8)).decode_worker for i in range(3)}
     assert others == {"decode-0", "decode-1"} - {first}, "a step beside the long one is slower"
 
 
@@ -107,25 +107,25 @@ def test_short_prompts_that_share_a_step_are_no_long_queue() -> None:
     one_step = profile({(16, 0): 0.05, (1024, 0): 0.06}, {(1, 128): 0.01})
     scheduler = make({"prefill-0": one_step, "prefill-1": one_step, "decode-0": FAST})
     for _ in range(2):
-        long = scheduler.place("long", 900, 1, 8).prefill_worker
+        long = scheduler.place(PlaceRequest("long", 900, 1, 8)).prefill_worker
         scheduler.finished("long", 8)
-    scheduler.place("long", 900, 1, 8)
-    short = [scheduler.place(f"r{i}", 8, 1, 8).prefill_worker for i in range(20)]
+    scheduler.place(PlaceRequest("long", 900, 1, 8))
+    short = [scheduler.place(PlaceRequest(f"r{i}", 8, 1, 8)).prefill_worker for i in range(20)]
     assert short.count(long) > 0, "twenty prompts of 8 tokens are one step, as the long one is"
 
 
 def test_the_queue_is_measured_in_work_not_in_requests() -> None:
     scheduler = make({"prefill-0": FAST, "prefill-1": FAST, "decode-0": FAST})
-    long = scheduler.place("long", 3000, 1, 8).prefill_worker
-    others = {scheduler.place(f"s{i}", 100, 1, 8).prefill_worker for i in range(20)}
+    long = scheduler.place(PlaceRequest("long", 3000, 1, 8)).prefill_worker
+    others = {scheduler.place(PlaceRequest(f"s{i}", 100, 1, 8)).prefill_worker for i in range(20)}
     assert others == {"prefill-0", "prefill-1"} - {long}
 
 
 def test_work_leaves_the_ledger_at_first_token_and_at_the_end() -> None:
     scheduler = make({"prefill-0": FAST, "prefill-1": FAST, "decode-0": FAST})
-    first = scheduler.place("a", 3000, 1, 8).prefill_worker
+    first = scheduler.place(PlaceRequest("a", 3000, 1, 8)).prefill_worker
     scheduler.first_token("a")
-    assert scheduler.place("b", 10, 1, 8).prefill_worker != first, "equal again: the one less used is next"
+    assert scheduler.place(PlaceRequest("b", 10, 1, 8)).prefill_worker != first, "equal again: the less used is next"
     scheduler.finished("b", 5)
     scheduler.finished("a", 5)
     scheduler.finished("a", 5)  # told twice: no harm
@@ -142,7 +142,7 @@ def test_ledger_is_empty_after_any_history() -> None:
     open_ids: list[str] = []
     for i in range(500):
         open_ids.append(f"r{i}")
-        scheduler.place(f"r{i}", rng.randrange(1, 2000), rng.randrange(1, 5), rng.randrange(1, 500))
+        scheduler.place(PlaceRequest(f"r{i}", rng.randrange(1, 2000), rng.randrange(1, 5), rng.randrange(1, 500)))
         if rng.random() < 0.5:
             scheduler.first_token(rng.choice(open_ids))
         if rng.random() < 0.6:
@@ -156,14 +156,14 @@ def test_ledger_is_empty_after_any_history() -> None:
 
 def test_mixed_workers_take_whole_requests() -> None:
     scheduler = make({"mixed-0": FAST, "mixed-1": FAST})
-    placements = [scheduler.place(f"r{i}", 100, 1, 64) for i in range(10)]
+    placements = [scheduler.place(PlaceRequest(f"r{i}", 100, 1, 64)) for i in range(10)]
     assert all(p.is_local for p in placements)
     assert sum(p.prefill_worker == "mixed-0" for p in placements) == 5
 
 
 def test_full_kv_sends_work_elsewhere() -> None:
     scheduler = make({"prefill-0": FAST, "decode-0": FAST, "decode-1": SLOW}, num_blocks=100)
-    placements = [scheduler.place(f"r{i}", 700, 1, 100) for i in range(8)]
+    placements = [scheduler.place(PlaceRequest(f"r{i}", 700, 1, 100)) for i in range(8)]
     assert {p.decode_worker for p in placements} == {"decode-0", "decode-1"}
 
 
@@ -171,32 +171,32 @@ def test_an_end_that_overtakes_its_placement_leaves_nothing_in_the_ledger() -> N
     scheduler = make({"prefill-0": FAST, "decode-0": FAST}, max_waiting=1)
     scheduler.finished("late", 0)  # its client left, and calls to an actor have no order
     with pytest.raises(Unavailable, match="ended"):
-        scheduler.place("late", 100, 1, 64)
+        scheduler.place(PlaceRequest("late", 100, 1, 64))
     assert scheduler.num_open == 0
-    scheduler.place("next", 100, 1, 64)  # the one place in the queue is free
+    scheduler.place(PlaceRequest("next", 100, 1, 64))  # the one place in the queue is free
 
 
 def test_bounds() -> None:
     scheduler = make({"prefill-0": FAST, "decode-0": FAST}, max_waiting=3)
     for i in range(3):
-        scheduler.place(f"r{i}", 10, 1, 8)
+        scheduler.place(PlaceRequest(f"r{i}", 10, 1, 8))
     with pytest.raises(Overloaded) as caught:
-        scheduler.place("r3", 10, 1, 8)
+        scheduler.place(PlaceRequest("r3", 10, 1, 8))
     assert caught.value.retry_after_s
     scheduler.first_token("r0")
-    scheduler.place("r3", 10, 1, 8)
+    scheduler.place(PlaceRequest("r3", 10, 1, 8))
 
 
 def test_a_lost_worker_gets_nothing_and_an_empty_pool_is_said() -> None:
     scheduler = make({"prefill-0": FAST, "decode-0": FAST, "decode-1": FAST})
     assert scheduler.worker_lost("decode-0")
     assert not scheduler.worker_lost("decode-0"), "news only once"
-    assert {scheduler.place(f"r{i}", 10, 1, 8).decode_worker for i in range(5)} == {"decode-1"}
+    assert {scheduler.place(PlaceRequest(f"r{i}", 10, 1, 8)).decode_worker for i in range(5)} == {"decode-1"}
     scheduler.worker_load(WorkerLoad("decode-0", WorkerRole.DECODE, WorkerState.READY))
-    assert scheduler.place("late", 10, 1, 8).decode_worker == "decode-1", "the dead stay dead"
+    assert scheduler.place(PlaceRequest("late", 10, 1, 8)).decode_worker == "decode-1", "the dead stay dead"
     scheduler.worker_lost("decode-1")
     with pytest.raises(Unavailable, match="no decode worker is ready"):
-        scheduler.place("r", 10, 1, 8)
+        scheduler.place(PlaceRequest("r", 10, 1, 8))
 
 
 def test_a_silent_worker_is_lost_after_its_time() -> None:
@@ -222,11 +222,11 @@ def test_a_silent_worker_is_lost_after_its_time() -> None:
 
 def test_a_further_attempt_is_not_refused_for_full_queues_and_its_work_is_counted() -> None:
     scheduler = make({"prefill-0": FAST, "decode-0": FAST, "decode-1": FAST}, max_waiting=1)
-    first = scheduler.place("r~1", 100, 1, 64)
+    first = scheduler.place(PlaceRequest("r~1", 100, 1, 64))
     with pytest.raises(Overloaded):
-        scheduler.place("new", 100, 1, 64)
+        scheduler.place(PlaceRequest("new", 100, 1, 64))
     scheduler.worker_lost(first.decode_worker)
-    second = scheduler.place("r~2", 130, 1, 34, attempt=1)
+    second = scheduler.place(PlaceRequest("r~2", 130, 1, 34, attempt=1))
     assert second.attempt == 1
     assert second.decode_worker != first.decode_worker
     for request_id, num_tokens in (("r~1", 0), ("r~2", 64)):
@@ -251,7 +251,7 @@ def test_workers_to_avoid_are_the_last_resort(
     workers: tuple[str, ...], avoid: tuple[str, ...], pairs: set[tuple[str, str]]
 ) -> None:
     scheduler = make(dict.fromkeys(workers, FAST))
-    placed = [scheduler.place(f"r{i}", 100, 1, 64, attempt=1, avoid=avoid) for i in range(6)]
+    placed = [scheduler.place(PlaceRequest(f"r{i}", 100, 1, 64, attempt=1, avoid=frozenset(avoid))) for i in range(6)]
     assert {(p.prefill_worker, p.decode_worker) for p in placed} == pairs
 
 

@@ -10,7 +10,7 @@ from phasewise.core.clock import ManualClock
 from phasewise.core.errors import Unavailable
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.messages import WorkerInfo
-from phasewise.core.placement import WorkerId, WorkerRole
+from phasewise.core.placement import PlaceRequest, WorkerId, WorkerRole
 from phasewise.core.profile import DeviceProfile
 
 CASES = [
@@ -46,9 +46,9 @@ def test_gateway_and_control_plane_say_the_same(
     assert pools.why_unservable == scheduler.why_unservable() == reason
     if reason:
         with pytest.raises(Unavailable, match=reason):
-            scheduler.place("r", 10, 1, 8)
+            scheduler.place(PlaceRequest("r", 10, 1, 8))
     else:
-        scheduler.place("r", 10, 1, 8)
+        scheduler.place(PlaceRequest("r", 10, 1, 8))
 
 
 def test_without_the_control_plane_nothing_is_placed() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from kv_transfer.link import ArrivedPart
 from kv_transfer.object_store_link import ObjectStoreLink
-from phasewise.core.mailboxes import WorkerMailboxes
+from phasewise.core.handles import WorkerHandles
 from phasewise.core.messages import KVCommit, KVPart, LinkLost
 
 PART = KVPart("t", 0, 0, 1, 0, 1, 2**20, "float32", "none")
@@ -45,7 +45,7 @@ class Actor:
 class Box:
     def __init__(self, actor: Actor) -> None:
         self.posted: list[Any] = []
-        mailboxes = WorkerMailboxes()
+        mailboxes = WorkerHandles()
         mailboxes.connect({"decode-0": actor})
         self.link = ObjectStoreLink("prefill-0", mailboxes, torch.device("cpu"), self._post)
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from control_plane.gateway.grpc_server import start_grpc_server
+from control_plane.gateway.grpc_front.server import start_grpc_server
 from phasewise.aio_client import AsyncClient
 from phasewise.client import Client
 from tests.phasewise.scripted_service import ScriptedService, Serving, serve_in_thread

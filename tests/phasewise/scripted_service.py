@@ -16,7 +16,7 @@ from typing import Any
 
 import grpc.aio
 
-from control_plane.gateway.grpc_server import start_grpc_server
+from control_plane.gateway.grpc_front.server import start_grpc_server
 from control_plane.gateway.request_ids import ClaimedId, RequestIds
 from control_plane.gateway.service import GenerateInput, ModelCard, SampleDelta, TokenInfo, Usage
 from phasewise.core.errors import ERROR_BY_CODE, InvalidRequest, ModelNotFound, ServingError

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from control_plane.gateway.grpc_server import start_grpc_server
+from control_plane.gateway.grpc_front.server import start_grpc_server
 from phasewise.aio_client import AsyncClient
 from phasewise.core.errors import (
     DeadlineExceeded,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 from control_plane.cluster_scheduler import ClusterScheduler
@@ -12,13 +12,13 @@ from control_plane.gateway.open_stream import OpenStream
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
 from control_plane.gateway.request_loop import RequestLoop
 from control_plane.gateway.service import GenerateInput, ModelCard, SamplingInput
-from control_plane.gateway.text import TextTokenizer
-from control_plane.gateway.vocabulary import IdVocabulary
+from control_plane.gateway.text.tokenizer import TextTokenizer
+from control_plane.gateway.text.vocabulary import IdVocabulary
 from control_plane.metrics import GatewayMetrics
 from control_plane.serving_pools import ServingPools
 from phasewise.core.lifecycle import Stage
 from phasewise.core.messages import PeerLost, PrefillTask, WorkerInfo, WorkerLoad, WorkerOutput
-from phasewise.core.placement import Placement, WorkerId
+from phasewise.core.placement import Placement, PlaceRequest, WorkerId
 from tests.support.scripted_engine import VOCAB
 from tests.support.worker_box import WorkerBox
 
@@ -72,20 +72,8 @@ class GatewayBox(WorkerBox):
         super().report(load)
         self.scheduler.worker_load(load)
 
-    async def place(
-        self,
-        request_id: str,
-        num_prompt_tokens: int,
-        num_samples: int,
-        max_tokens: int,
-        timeout_s: float,
-        *,
-        attempt: int,
-        avoid: Collection[WorkerId],
-    ) -> Placement:
-        return self.scheduler.place(
-            request_id, num_prompt_tokens, num_samples, max_tokens, attempt=attempt, avoid=avoid
-        )
+    async def place(self, request: PlaceRequest, timeout_s: float) -> Placement:
+        return self.scheduler.place(request)
 
     def first_token(self, request_id: str) -> None:
         self.scheduler.first_token(request_id)

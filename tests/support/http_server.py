@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from starlette.types import ASGIApp
 
 from control_plane.gateway.bodies import Bodies
-from control_plane.gateway.http_protocol import HttpLimits, make_http_server
-from control_plane.gateway.openai_server import build_app
+from control_plane.gateway.http_front.openai_server import build_app
+from control_plane.gateway.http_front.protocol import HttpLimits, make_http_server
 from control_plane.gateway.service import InferenceService
 
 

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import threading
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from control_plane.cluster_scheduler import ClusterScheduler
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
 from control_plane.gateway.request_loop import RequestLoop
 from control_plane.gateway.service import ModelCard
-from control_plane.gateway.text import TextTokenizer, load_tokenizer
+from control_plane.gateway.text.tokenizer import TextTokenizer, load_tokenizer
 from control_plane.link_survey import LinkSurvey, look, measure
 from control_plane.metrics import GatewayMetrics
 from control_plane.serving_pools import ServingPools
@@ -38,8 +38,9 @@ from phasewise.core.config import ServingConfig, build_config
 from phasewise.core.links import LinkProbe, WorkerLinks
 from phasewise.core.messages import KVPart, PeerLost, WorkerInfo, WorkerLoad, WorkerMessage, WorkerOutput
 from phasewise.core.model_source import resolve_model
-from phasewise.core.placement import Placement, WorkerId
-from workers.build import LoadedEngine, Ports, assemble, load_engine, worker_info
+from phasewise.core.placement import Placement, PlaceRequest, WorkerId
+from workers.assemble import Ports, assemble
+from workers.build import LoadedEngine, load_engine, worker_info
 from workers.probing import probe_link
 from workers.worker import Worker
 
@@ -209,20 +210,8 @@ class LocalCluster:
 
     # ---- Placer
 
-    async def place(
-        self,
-        request_id: str,
-        num_prompt_tokens: int,
-        num_samples: int,
-        max_tokens: int,
-        timeout_s: float,
-        *,
-        attempt: int,
-        avoid: Collection[WorkerId],
-    ) -> Placement:
-        return self.scheduler.place(
-            request_id, num_prompt_tokens, num_samples, max_tokens, attempt=attempt, avoid=avoid
-        )
+    async def place(self, request: PlaceRequest, timeout_s: float) -> Placement:
+        return self.scheduler.place(request)
 
     def first_token(self, request_id: str) -> None:
         self.scheduler.first_token(request_id)

@@ -9,7 +9,7 @@ from phasewise.core.messages import PrefillTask, WorkerInfo, WorkerLoad, WorkerO
 from phasewise.core.placement import Placement, WorkerRole
 from phasewise.core.profile import DeviceProfile
 from phasewise.core.request import Request
-from workers.build import Ports, assemble
+from workers.assemble import Ports, assemble
 from workers.worker import Runner
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from control_plane.gateway.text_slices import LLAMA3_SPLIT, QWEN2_SPLIT
+from control_plane.gateway.text.slices import LLAMA3_SPLIT, QWEN2_SPLIT
 
 CORPUS = [inspect.getsource(difflib), "naïve café “quoted” 中文 日本語 한국어 " * 20, "user assistant system " * 5]
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|end|>", "[INST]", "[/INST]"]

@@ -28,7 +28,7 @@ from phasewise.core.placement import Placement, WorkerId, WorkerRole
 from phasewise.core.profile import DeviceProfile
 from phasewise.core.request import FinishReason, Request, SamplingParams
 from tests.support.scripted_engine import SPEC, ScriptedRunner
-from workers.build import Ports, assemble
+from workers.assemble import Ports, assemble
 from workers.worker import Worker
 
 

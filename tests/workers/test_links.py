@@ -14,7 +14,7 @@ from kv_transfer.loopback_link import LoopbackLink
 from kv_transfer.routed_link import RoutedLink
 from phasewise.core.config import build_config
 from phasewise.core.errors import ConfigError
-from phasewise.core.mailboxes import WorkerMailboxes
+from phasewise.core.handles import WorkerHandles
 from phasewise.core.messages import KVCommit, KVPart, KVPartAck, LinkLost
 from phasewise.core.placement import WorkerRole
 from tests.support.host_wire import HostDevice
@@ -267,7 +267,7 @@ def test_slabs_that_do_not_fit_are_said_with_their_key(monkeypatch: pytest.Monke
     config = build_config({"transfer": {"link": "tcp", "slab_mib": 4096}}, source="test")
     settings = WorkerSettings("decode-0", WorkerRole.DECODE, "cpu", 1, config, secret="of the cluster")
     with pytest.raises(ConfigError, match="no room for 4 slabs of 4096 MiB") as caught:
-        Links(settings, WorkerMailboxes(), lambda *_: None, lambda *_: False)
+        Links(settings, WorkerHandles(), lambda *_: None, lambda *_: False)
     assert caught.value.field == "transfer.slab_mib"
     assert "of the cluster" not in repr(settings)
 

@@ -21,8 +21,8 @@ from phasewise.core.messages import (
     KVCommit,
     KVDone,
     KVPart,
+    NewTokens,
     RequestFailed,
-    TokenChunk,
     WorkerOutput,
 )
 from phasewise.core.request import FinishReason, SampledToken
@@ -283,9 +283,9 @@ async def test_late_words_of_a_lost_attempt_reach_nobody() -> None:
     await box.until(lambda: len(box.ids[("r", 0)]) >= 5)
     old = stream.record.request_id
     num_tokens = len(stream.record.samples[0].token_ids)
-    box.loop.deliver(WorkerOutput("decode-0", chunks=(TokenChunk(old, 0, num_tokens + 1, (SampledToken(1),)),)))
+    box.loop.deliver(WorkerOutput("decode-0", chunks=(NewTokens(old, 0, num_tokens + 1, (SampledToken(1),)),)))
     box.lose("decode-0")
-    wrong = tuple(TokenChunk(old, 0, num_tokens + i, (SampledToken(7),), FinishReason.STOP) for i in range(4))
+    wrong = tuple(NewTokens(old, 0, num_tokens + i, (SampledToken(7),), FinishReason.STOP) for i in range(4))
     failure = RequestFailed(old, InternalError.code, "an old fault")
     box.loop.deliver(WorkerOutput("decode-0", chunks=wrong, failures=(failure,)))
     await box.answer("r")

@@ -13,8 +13,8 @@ from kv_transfer.link import Land, Landed, Landing, to_mailbox
 from kv_transfer.routed_link import RoutedLink
 from phasewise.core.config import build_config
 from phasewise.core.errors import ConfigError
+from phasewise.core.handles import WorkerHandles
 from phasewise.core.kv_spec import KVCacheSpec
-from phasewise.core.mailboxes import WorkerMailboxes
 from phasewise.core.messages import KVPart, KVPartAck
 from phasewise.core.placement import WorkerRole
 from tests.support.link_node import content, header
@@ -39,7 +39,7 @@ def links() -> Iterator[Make]:
     ) -> Links:
         config = build_config({"transfer": {"link": link, "slab_mib": 1}}, source="test")
         settings = WorkerSettings(f"{role.value}-0", role, device, 1, config, secret="s", head=head)
-        made.append(Links(settings, WorkerMailboxes(), post or (lambda message, arrived=None: None), land))
+        made.append(Links(settings, WorkerHandles(), post or (lambda message, arrived=None: None), land))
         made[-1].agree_on(SPEC)
         return made[-1]
 

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from tokenizers import pre_tokenizers
 
-from control_plane.gateway.detokenizer import SampleText, token_info
 from control_plane.gateway.preparation import PreparedRequest, RequestLimits, RequestPreparer
 from control_plane.gateway.request_ids import ClaimedId, RequestIds
 from control_plane.gateway.service import GenerateInput, InferenceService, ModelCard, SampleDelta, TokenInfo, Usage
-from control_plane.gateway.text import TextTokenizer, load_tokenizer
+from control_plane.gateway.text.detokenizer import SampleText, token_info
+from control_plane.gateway.text.tokenizer import TextTokenizer, load_tokenizer
 from control_plane.link_survey import check_probes
 from phasewise.core.errors import ServingError, Unavailable
 from phasewise.core.lifecycle import Stage

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from control_plane.gateway.bodies import LARGE_BYTES, Bodies, Room, largest_body
-from control_plane.gateway.grpc_server import start_grpc_server
+from control_plane.gateway.grpc_front.server import start_grpc_server
 from control_plane.gateway.quota import Quota, client_of, share_of
 from phasewise.core.errors import Overloaded
 from phasewise.rpc import phasewise_pb2 as pb

@@ -16,18 +16,18 @@ import pytest
 
 from control_plane.actors import RemotePlacer
 from control_plane.gateway.bodies import Bodies
-from control_plane.gateway.grpc_server import InferenceServicer
-from control_plane.gateway.openai_server import build_app
+from control_plane.gateway.grpc_front.server import InferenceServicer
+from control_plane.gateway.http_front.openai_server import build_app
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
 from control_plane.gateway.request_loop import RequestLoop
 from control_plane.gateway.service import ModelCard
-from control_plane.gateway.text import TextTokenizer
-from control_plane.gateway.vocabulary import ByteVocabulary
+from control_plane.gateway.text.tokenizer import TextTokenizer
+from control_plane.gateway.text.vocabulary import ByteVocabulary
 from control_plane.metrics import GatewayMetrics
 from control_plane.serving_pools import ServingPools
 from phasewise.core.clock import MonotonicClock
-from phasewise.core.messages import AbortRequest, PrefillTask, TokenChunk, WorkerOutput
-from phasewise.core.placement import Placement, WorkerRole
+from phasewise.core.messages import AbortRequest, NewTokens, PrefillTask, WorkerOutput
+from phasewise.core.placement import Placement, PlaceRequest, WorkerRole
 from phasewise.core.request import SampledToken
 from phasewise.rpc import phasewise_pb2 as pb
 
@@ -69,9 +69,9 @@ class ScriptedCluster:
     def progress(self) -> _Method:
         return _Method(self._progress)
 
-    def _place(self, request_id: str, *_: Any) -> Placement:
-        self.placed.add(request_id)
-        return Placement(request_id, "prefill-0", "decode-0")
+    def _place(self, request: PlaceRequest) -> Placement:
+        self.placed.add(request.request_id)
+        return Placement(request.request_id, "prefill-0", "decode-0")
 
     def _progress(self, news: list[tuple[str, int | None]]) -> None:
         for request_id, num_output_tokens in news:
@@ -88,7 +88,7 @@ class ScriptedCluster:
 
     def step(self) -> None:
         for request_id, position in list(self.running.items()):
-            chunk = TokenChunk(request_id, 0, position, (SampledToken(97),), None)
+            chunk = NewTokens(request_id, 0, position, (SampledToken(97),), None)
             self.running[request_id] += 1
             self.num_tokens += 1
             self.service.deliver(WorkerOutput("decode-0", chunks=(chunk,)))
@@ -223,7 +223,7 @@ async def test_grpc_requests_end_at_every_turn() -> None:
 
 async def test_a_cancel_that_comes_with_the_answer_is_not_swallowed() -> None:
     cluster = ScriptedCluster()
-    placing = asyncio.create_task(cluster.service._placer.place("r", 1, 1, 1, 10.0, attempt=0, avoid=()))
+    placing = asyncio.create_task(cluster.service._placer.place(PlaceRequest("r", 1, 1, 1), 10.0))
     while not cluster.placed:  # noqa: ASYNC110 (turns are counted here)
         await asyncio.sleep(0)
     await asyncio.sleep(0)  # the answer is in the loop, the task does not know yet

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from control_plane.gateway.chat_template import ChatTemplate, plain_messages, select_template
-from control_plane.gateway.text import TextTokenizer
+from control_plane.gateway.text.chat_template import ChatTemplate, plain_messages, select_template
+from control_plane.gateway.text.tokenizer import TextTokenizer
 from phasewise.core.errors import InvalidRequest, ModelLoadError
 from phasewise.core.model_source import ModelSource
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from control_plane.gateway.detokenizer import SampleText, StopStrings, token_info
-from control_plane.gateway.text import TextTokenizer, load_tokenizer
+from control_plane.gateway.text.detokenizer import SampleText, StopStrings, token_info
+from control_plane.gateway.text.tokenizer import TextTokenizer, load_tokenizer
 from phasewise.core.model_source import resolve_model
 from phasewise.core.request import FinishReason, SampledToken
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from control_plane.gateway.gguf_splits import SPLITS
-from control_plane.gateway.text import TextTokenizer, load_tokenizer
+from control_plane.gateway.text.gguf_splits import SPLITS
+from control_plane.gateway.text.tokenizer import TextTokenizer, load_tokenizer
 from phasewise.core.gguf_file import GGUFFile
 from phasewise.core.gguf_metadata import end_token_ids
 from phasewise.core.model_source import ModelSource, model_facts, resolve_model

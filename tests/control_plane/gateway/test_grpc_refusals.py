@@ -13,8 +13,8 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from control_plane.gateway.grpc_refusals import GRPC_LOGGER, NOT_OF_CLIENTS_THAT_LEFT
-from control_plane.gateway.grpc_server import InferenceServicer, start_grpc_server
+from control_plane.gateway.grpc_front.refusals import GRPC_LOGGER, NOT_OF_CLIENTS_THAT_LEFT
+from control_plane.gateway.grpc_front.server import InferenceServicer, start_grpc_server
 from phasewise.core.errors import Overloaded
 from phasewise.rpc import phasewise_pb2 as pb
 from phasewise.rpc.status import ERROR_KEY

@@ -15,9 +15,9 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from control_plane.gateway.grpc_health import LIVENESS
-from control_plane.gateway.grpc_refusals import client_of_call
-from control_plane.gateway.grpc_server import SERVICE_NAME, start_grpc_server
+from control_plane.gateway.grpc_front.health import LIVENESS
+from control_plane.gateway.grpc_front.refusals import client_of_call
+from control_plane.gateway.grpc_front.server import SERVICE_NAME, start_grpc_server
 from control_plane.gateway.service import SampleDelta
 from phasewise.core.errors import ConfigError, InvalidRequest, WorkerLost
 from phasewise.core.request import FinishReason
@@ -147,7 +147,7 @@ async def test_a_fault_is_logged_with_the_request_id_and_hidden(
     with caplog.at_level(logging.ERROR):
         error = await failure(InferenceStub(channel).Generate(generate(request_id="r-9")))
     assert error.code() is grpc.StatusCode.INTERNAL and "inside" not in str(error.details())
-    (record,) = [r for r in caplog.records if r.name == "control_plane.gateway.grpc_refusals"]
+    (record,) = [r for r in caplog.records if r.name == "control_plane.gateway.grpc_front.refusals"]
     assert record.__dict__["request_id"] == "r-9" and "inside" in str(record.exc_info)
 
 

@@ -15,7 +15,7 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
-from control_plane.gateway.openai_schema import ChatBody, DetokenizeBody
+from control_plane.gateway.http_front.openai_schema import ChatBody, DetokenizeBody
 from phasewise.core.errors import InvalidRequest
 from phasewise.core.shown import MAX_SHOWN, clipped, shown
 from phasewise.rpc import phasewise_pb2 as pb

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from starlette.responses import Response
 
-from control_plane.gateway.http_protocol import GatewayProtocol, HttpLimits
+from control_plane.gateway.http_front.protocol import GatewayProtocol, HttpLimits
 from tests.control_plane.gateway.conftest import HashService
 from tests.support.http_server import api_server, http_server
 from tests.support.served import until

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from control_plane.gateway.bodies import Bodies
-from control_plane.gateway.openai_server import build_app
+from control_plane.gateway.http_front.openai_server import build_app
 from control_plane.link_survey import DEFAULT_SIZES, DEFAULT_TIMEOUT_S
 from phasewise.core.errors import Overloaded
 from tests.support.local_cluster import local_cluster

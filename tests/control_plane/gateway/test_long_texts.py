@@ -16,18 +16,18 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from control_plane.gateway.bodies import Bodies
-from control_plane.gateway.bounded_encoding import TokenLimit, encode_in_slices, refuse_by_length
-from control_plane.gateway.chat_template import ChatTemplate
-from control_plane.gateway.grpc_server import start_grpc_server
-from control_plane.gateway.message_tokens import TemplateTokensOnly
-from control_plane.gateway.openai_server import build_app
+from control_plane.gateway.grpc_front.server import start_grpc_server
+from control_plane.gateway.http_front.openai_server import build_app
 from control_plane.gateway.preparation import MAX_TOKENIZED
 from control_plane.gateway.service import GenerateInput
-from control_plane.gateway.text import TextTokenizer
-from control_plane.gateway.text_length import NoLengthBound, length_bound
-from control_plane.gateway.text_slices import SLICE_CHARACTERS, TextSlicer, text_slicer
-from control_plane.gateway.text_threads import LARGE_TEXT, SHORT_TEXT, TextThreads, num_text_characters
-from control_plane.gateway.vocabulary import TokenizersVocabulary, byte_alphabet, encode_with
+from control_plane.gateway.text.bounded_encoding import TokenLimit, encode_in_slices, refuse_by_length
+from control_plane.gateway.text.chat_template import ChatTemplate
+from control_plane.gateway.text.length import NoLengthBound, length_bound
+from control_plane.gateway.text.message_tokens import TemplateTokensOnly
+from control_plane.gateway.text.slices import SLICE_CHARACTERS, TextSlicer, text_slicer
+from control_plane.gateway.text.threads import LARGE_TEXT, SHORT_TEXT, TextThreads, num_text_characters
+from control_plane.gateway.text.tokenizer import TextTokenizer
+from control_plane.gateway.text.vocabulary import TokenizersVocabulary, byte_alphabet, encode_with
 from phasewise.core.errors import InvalidRequest, Overloaded
 from phasewise.rpc import phasewise_pb2 as pb
 from phasewise.rpc.phasewise_pb2_grpc import InferenceStub
@@ -229,7 +229,7 @@ async def test_large_texts_are_tokenised_one_at_a_time_and_a_waiter_can_leave() 
 
 
 async def test_waiting_for_a_turn_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("control_plane.gateway.text_threads._TURN_TIMEOUT_S", 0.0)
+    monkeypatch.setattr("control_plane.gateway.text.threads._TURN_TIMEOUT_S", 0.0)
     threads = TextThreads()
     await threads._turn.acquire()
     with pytest.raises(Overloaded):

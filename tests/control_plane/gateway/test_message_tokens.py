@@ -14,16 +14,16 @@ import pytest
 from tokenizers import Tokenizer
 
 from control_plane.gateway.bodies import Bodies
-from control_plane.gateway.bounded_encoding import NO_LIMIT
-from control_plane.gateway.chat_template import ChatTemplate, plain_messages, template_strings
-from control_plane.gateway.grpc_server import start_grpc_server
-from control_plane.gateway.message_masks import _MASKS, TextMask, differ_in_masks_only, unused_mask
-from control_plane.gateway.message_tokens import TemplateTokensOnly
-from control_plane.gateway.openai_server import build_app
-from control_plane.gateway.text import TextTokenizer, load_tokenizer
-from control_plane.gateway.text_threads import LARGE_TEXT, TextThreads, num_text_characters
-from control_plane.gateway.token_places import TokenPlaces
-from control_plane.gateway.vocabulary import TokenizersVocabulary
+from control_plane.gateway.grpc_front.server import start_grpc_server
+from control_plane.gateway.http_front.openai_server import build_app
+from control_plane.gateway.text.bounded_encoding import NO_LIMIT
+from control_plane.gateway.text.chat_template import ChatTemplate, plain_messages, template_strings
+from control_plane.gateway.text.message_masks import _MASKS, TextMask, differ_in_masks_only, unused_mask
+from control_plane.gateway.text.message_tokens import TemplateTokensOnly
+from control_plane.gateway.text.threads import LARGE_TEXT, TextThreads, num_text_characters
+from control_plane.gateway.text.token_places import TokenPlaces
+from control_plane.gateway.text.tokenizer import TextTokenizer, load_tokenizer
+from control_plane.gateway.text.vocabulary import TokenizersVocabulary
 from phasewise.aio_client import AsyncClient
 from phasewise.core.errors import InvalidRequest
 from phasewise.core.model_source import ModelSource

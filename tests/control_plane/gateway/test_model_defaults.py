@@ -10,9 +10,9 @@ import grpc.aio
 import httpx
 import pytest
 
-from control_plane.gateway.grpc_server import start_grpc_server
+from control_plane.gateway.grpc_front.server import start_grpc_server
 from control_plane.gateway.service import ModelCard
-from control_plane.gateway.text import TextTokenizer
+from control_plane.gateway.text.tokenizer import TextTokenizer
 from phasewise.core.sampling_defaults import SamplingDefaults
 from phasewise.rpc import phasewise_pb2 as pb
 from phasewise.rpc.phasewise_pb2_grpc import InferenceStub

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from control_plane.gateway.bodies import Bodies
-from control_plane.gateway.openai_server import build_app
+from control_plane.gateway.http_front.openai_server import build_app
 from phasewise.core.errors import (
     DeadlineExceeded,
     InternalError,

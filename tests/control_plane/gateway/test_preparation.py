@@ -12,7 +12,7 @@ import pytest
 
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
 from control_plane.gateway.service import GenerateInput, ModelCard, SamplingInput
-from control_plane.gateway.text import TextTokenizer
+from control_plane.gateway.text.tokenizer import TextTokenizer
 from phasewise.core.errors import InvalidRequest, ModelNotFound
 from phasewise.core.sampling_defaults import SamplingDefaults
 

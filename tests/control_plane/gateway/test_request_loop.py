@@ -13,8 +13,8 @@ from control_plane.gateway.open_stream import OpenStream
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
 from control_plane.gateway.request_loop import MAX_ATTEMPTS, RequestLoop
 from control_plane.gateway.service import GenerateInput, ModelCard, SampleDelta, SamplingInput
-from control_plane.gateway.text import TextTokenizer
-from control_plane.gateway.vocabulary import ByteVocabulary
+from control_plane.gateway.text.tokenizer import TextTokenizer
+from control_plane.gateway.text.vocabulary import ByteVocabulary
 from control_plane.metrics import GatewayMetrics
 from control_plane.serving_pools import ServingPools
 from phasewise.core.clock import MonotonicClock
@@ -27,8 +27,8 @@ from phasewise.core.errors import (
     WorkerLost,
 )
 from phasewise.core.lifecycle import Stage
-from phasewise.core.messages import AbortRequest, PrefillTask, TimelineEvent, TokenChunk, WorkerOutput
-from phasewise.core.placement import Placement, WorkerRole
+from phasewise.core.messages import AbortRequest, NewTokens, PrefillTask, TimelineEvent, WorkerOutput
+from phasewise.core.placement import Placement, PlaceRequest, WorkerRole
 from phasewise.core.request import FinishReason, SampledToken
 
 
@@ -50,11 +50,11 @@ class Cluster:
         )
         self.loop.start_admitting()
 
-    async def place(self, request_id: str, *_: Any, **__: Any) -> Placement:
+    async def place(self, request: PlaceRequest, timeout_s: float) -> Placement:
         self.before_place()
-        self.open.add(request_id)
+        self.open.add(request.request_id)
         self.num_placed += 1
-        return Placement(request_id, "prefill-0", "decode-0")
+        return Placement(request.request_id, "prefill-0", "decode-0")
 
     def first_token(self, request_id: str) -> None: ...
 
@@ -73,7 +73,7 @@ class Cluster:
 
     def say(self, stream: OpenStream, position: int, text: str, reason: FinishReason | None = None) -> None:
         tokens = tuple(SampledToken(ord(character)) for character in text)
-        chunk = TokenChunk(stream.record.request_id, 0, position, tokens, reason)
+        chunk = NewTokens(stream.record.request_id, 0, position, tokens, reason)
         self.loop.deliver(WorkerOutput("decode-0", chunks=(chunk,)))
 
 

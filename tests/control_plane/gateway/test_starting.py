@@ -10,7 +10,7 @@ import pytest
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
-from control_plane.gateway.starting import FrontDoor
+from control_plane.gateway.http_front.starting import FrontDoor
 
 MESSAGE = "the server is starting: the model is being loaded"
 

@@ -16,7 +16,7 @@ import pytest
 import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from control_plane.gateway.text import TextTokenizer, load_tokenizer
+from control_plane.gateway.text.tokenizer import TextTokenizer, load_tokenizer
 from phasewise.core.errors import InvalidRequest, ModelLoadError
 from phasewise.core.model_source import ModelSource, resolve_model
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from control_plane.gateway.text_slices import SLICE_CHARACTERS
-from control_plane.gateway.vocabulary import NO_ENDS, EndTokens, Vocabulary
+from control_plane.gateway.text.slices import SLICE_CHARACTERS
+from control_plane.gateway.text.vocabulary import NO_ENDS, EndTokens, Vocabulary
 from phasewise.core.errors import InvalidRequest
 
 

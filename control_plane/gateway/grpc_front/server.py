@@ -21,15 +21,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from control_plane.gateway.bodies import LARGE_BYTES, Bodies
-from control_plane.gateway.grpc_codec import (
+from control_plane.gateway.grpc_front.codec import (
     DECODERS,
     encode_delta,
     encode_finished,
     encode_model,
     encode_started,
 )
-from control_plane.gateway.grpc_health import GatewayHealth
-from control_plane.gateway.grpc_refusals import (
+from control_plane.gateway.grpc_front.health import GatewayHealth
+from control_plane.gateway.grpc_front.refusals import (
     GRPC_LOGGER,
     NOT_OF_CLIENTS_THAT_LEFT,
     FrontDoor,

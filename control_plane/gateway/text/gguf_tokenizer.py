@@ -15,8 +15,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from control_plane.gateway.gguf_splits import Split, find_split
-from control_plane.gateway.vocabulary import EndTokens, byte_alphabet
+from control_plane.gateway.text.gguf_splits import Split, find_split
+from control_plane.gateway.text.vocabulary import EndTokens, byte_alphabet
 from phasewise.core.errors import ModelLoadError
 from phasewise.core.gguf_metadata import CONTROL, END_TEXTS, USER_DEFINED
 

@@ -11,7 +11,7 @@ from phasewise.core.placement import WorkerId
 ActorHandle = Any
 
 
-class WorkerMailboxes:
+class WorkerHandles:
     """PeerPort over the handles of worker actors. What is sent to an unknown worker is dropped: it is gone."""
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class WorkerMailboxes:
             handle.post.remote(message)
 
 
-class GatewayMailboxes:
+class GatewayHandles:
     """GatewayPort over the handles of gateway actors."""
 
     def __init__(self) -> None:

@@ -15,11 +15,17 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
-from control_plane.gateway.chat_template import plain_messages
-from control_plane.gateway.openai_errors import ParameterNames
-from control_plane.gateway.openai_shapes import MAX_CHOICES, logit_bias_of, split_prompts, stop_strings, whole_numbers
+from control_plane.gateway.http_front.openai_errors import ParameterNames
+from control_plane.gateway.http_front.openai_shapes import (
+    MAX_CHOICES,
+    logit_bias_of,
+    split_prompts,
+    stop_strings,
+    whole_numbers,
+)
 from control_plane.gateway.quota import MAX_BIASES, check_items
 from control_plane.gateway.service import GenerateInput, SamplingInput
+from control_plane.gateway.text.chat_template import plain_messages
 from control_plane.link_survey import DEFAULT_SIZES, DEFAULT_TIMEOUT_S
 from phasewise.core.errors import InvalidRequest
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from control_plane.gateway.token_places import Place, TokenPlaces, positions
+from control_plane.gateway.text.token_places import Place, TokenPlaces, positions
 from phasewise.core.errors import InvalidRequest
 
 # Letters without upper or lower case, that few texts hold: templates treat them as other letters. First those that

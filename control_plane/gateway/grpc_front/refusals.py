@@ -21,7 +21,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from control_plane.gateway.grpc_codec import malformed
+from control_plane.gateway.grpc_front.codec import malformed
 from control_plane.gateway.quota import Quota, client_of
 from phasewise.core.errors import InternalError, Overloaded, ServingError
 from phasewise.core.shown import clipped

@@ -8,9 +8,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from control_plane.gateway.chat_template import select_template
-from control_plane.gateway.gguf_tokenizer import build_gguf_tokenizer, gguf_special_tokens
-from control_plane.gateway.vocabulary import (
+from control_plane.gateway.text.chat_template import select_template
+from control_plane.gateway.text.gguf_tokenizer import build_gguf_tokenizer, gguf_special_tokens
+from control_plane.gateway.text.vocabulary import (
     ByteVocabulary,
     IdVocabulary,
     TokenizersVocabulary,

@@ -27,16 +27,16 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from control_plane.gateway.bodies import Bodies, Room, is_to_be_closed
-from control_plane.gateway.openai_errors import (
+from control_plane.gateway.http_front.openai_errors import (
     NO_RENAMES,
     BodyTooLarge,
     ParameterNames,
     error_event,
     error_response,
 )
-from control_plane.gateway.openai_generation import Answer, ClientLeft, until_disconnect
-from control_plane.gateway.openai_responses import ChatForm, ChunkWriter, CompletionForm, Envelope, dumps
-from control_plane.gateway.openai_schema import (
+from control_plane.gateway.http_front.openai_generation import Answer, ClientLeft, until_disconnect
+from control_plane.gateway.http_front.openai_responses import ChatForm, ChunkWriter, CompletionForm, Envelope, dumps
+from control_plane.gateway.http_front.openai_schema import (
     Body,
     ChatBody,
     CompletionBody,

@@ -17,8 +17,8 @@ from typing import Any, Literal, Protocol
 
 from tokenizers import Tokenizer
 
-from control_plane.gateway.text_length import length_bound
-from control_plane.gateway.text_slices import SLICE_CHARACTERS, text_slicer
+from control_plane.gateway.text.length import length_bound
+from control_plane.gateway.text.slices import SLICE_CHARACTERS, text_slicer
 from phasewise.core.errors import InvalidRequest, ModelLoadError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")

@@ -23,7 +23,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from control_plane.gateway.text_length import parts
+from control_plane.gateway.text.length import parts
 
 SLICE_CHARACTERS = 131_072
 """A slice ends at the first cut after so many characters."""

@@ -17,8 +17,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from control_plane.gateway.bodies import is_to_be_closed
-from control_plane.gateway.openai_errors import error_response
-from control_plane.gateway.openai_responses import dumps
+from control_plane.gateway.http_front.openai_errors import error_response
+from control_plane.gateway.http_front.openai_responses import dumps
 from control_plane.gateway.preparation import is_request_id
 from phasewise.core.errors import Unavailable
 

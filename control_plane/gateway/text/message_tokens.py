@@ -27,18 +27,18 @@ from typing import Protocol
 
 from tokenizers import AddedToken, Tokenizer
 
-from control_plane.gateway.bounded_encoding import TokenLimit, encode_in_slices, refuse_by_length
-from control_plane.gateway.chat_template import template_strings
-from control_plane.gateway.message_masks import (
+from control_plane.gateway.text.bounded_encoding import TokenLimit, encode_in_slices, refuse_by_length
+from control_plane.gateway.text.chat_template import template_strings
+from control_plane.gateway.text.message_masks import (
     TextMask,
     differ_in_masks_only,
     have_same_frame,
     overlaid,
     unused_mask,
 )
-from control_plane.gateway.text_slices import text_slicer
-from control_plane.gateway.token_places import Place, TokenPlaces, matched
-from control_plane.gateway.vocabulary import TokenizersVocabulary, Vocabulary, encode_with
+from control_plane.gateway.text.slices import text_slicer
+from control_plane.gateway.text.token_places import Place, TokenPlaces, matched
+from control_plane.gateway.text.vocabulary import TokenizersVocabulary, Vocabulary, encode_with
 from phasewise.core.errors import InvalidRequest
 
 Message = Mapping[str, str]

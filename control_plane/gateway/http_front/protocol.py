@@ -27,7 +27,7 @@ import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from control_plane.gateway.openai_responses import dumps
+from control_plane.gateway.http_front.openai_responses import dumps
 from control_plane.gateway.quota import Quota, client_of, share_of
 from phasewise.core.errors import Overloaded
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from starlette.types import Receive
 
-from control_plane.gateway.openai_responses import (
+from control_plane.gateway.http_front.openai_responses import (
     DONE_EVENT,
     ChatForm,
     Choice,

@@ -10,7 +10,7 @@ import codecs
 from collections.abc import Iterable, Sequence
 
 from control_plane.gateway.service import TokenInfo
-from control_plane.gateway.text import TextTokenizer
+from control_plane.gateway.text.tokenizer import TextTokenizer
 from phasewise.core.request import FinishReason, SampledToken
 
 _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
