@@ -24,9 +24,9 @@ from phasewise.core.profile import DeviceProfile
 from phasewise.core.request import Request, SamplingParams
 from workers.assemble import Ports, assemble
 from workers.build import LoadedEngine, prepare_engine, resolve_dtype, worker_info
+from workers.driver import WorkerDriver
 from workers.ranks import Ranks
 from workers.settings import WorkerSettings
-from workers.worker import Worker
 
 
 class WorkerEnd(LinkEnd):
@@ -53,7 +53,7 @@ class WorkerEnd(LinkEnd):
         engine = LoadedEngine(
             prepared.runner, prepared.cache, prepared.port, prepared.max_model_len, profile, dtype, self._ranks
         )
-        self._worker: Worker | None = None
+        self._worker: WorkerDriver | None = None
         super().__init__(name, controls, settings)
         self._spec = engine.port.spec
         self._vocab_size = prepared.vocab_size
@@ -120,7 +120,7 @@ class WorkerEnd(LinkEnd):
             self._worker.post(AbortRequest(request_id))
 
     def num_checksum_failures(self) -> int:
-        return self._worker._parts.receiver.counters.checksum_failures
+        return self._worker.rounds.parts.receiver.counters.checksum_failures
 
     def close(self) -> None:
         self._worker.stop()

@@ -67,7 +67,7 @@ def to_mailbox() -> bool:
 
 
 class Post(Protocol):
-    """A worker's mailbox, from any thread (workers/worker.py)."""
+    """A worker's mailbox, from any thread (workers/driver.py)."""
 
     def __call__(
         self, message: KVPart | KVPartAck | KVCommit | LinkLost, arrived: ArrivedPart | None = None

@@ -1,4 +1,4 @@
-"""The Ray shell of a worker process: builds one plain Worker, runs its loop on a thread, passes messages in.
+"""The Ray shell of a worker process: builds one plain WorkerDriver, runs its loop on a thread, passes messages in.
 
 Life: made → `load` (links, weights, cache, profile; `progress` meanwhile) → `connect` → `open_links` → `start` → … →
 `stop`.
@@ -26,10 +26,10 @@ from phasewise.core.messages import GatewayLost, KVPart, PeerLost, WorkerInfo, W
 from phasewise.core.placement import WorkerId
 from workers.assemble import Ports, assemble
 from workers.build import LoadedEngine, load_engine, worker_info
+from workers.driver import WorkerDriver
 from workers.links import Links
 from workers.probing import probe_link
 from workers.settings import WorkerSettings
-from workers.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class WorkerActor:
         self._control_plane: ActorHandle = None
         self._engine: LoadedEngine | None = None
         self._links: Links | None = None
-        self._worker: Worker | None = None
+        self._worker: WorkerDriver | None = None
         self._loop_task: asyncio.Task[None] | None = None
 
     async def load(self) -> WorkerInfo | ServingError:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
+from decode_workers.joining import JoiningRules
 from decode_workers.phase import DecodePhase
-from decode_workers.reservations import ReservationQueue
 from decode_workers.scheduler import DecodeScheduler
 from engine.block_manager import BlockManager
 from kv_transfer.cache_port import CachePort
@@ -23,9 +23,10 @@ from phasewise.core.ports import GatewayPort, LoadPort, PeerPort
 from prefill_workers.phase import PrefillLimits, PrefillPhase
 from prefill_workers.scheduler import PrefillScheduler
 from workers.build import token_budget
+from workers.driver import Runner, WorkerDriver
 from workers.link_sizes import link_sizes
 from workers.ranked_cache import LeadingCachePort
-from workers.worker import LoopSettings, Runner, Worker, WorkerParts
+from workers.round import RoundLimits, WorkerParts, WorkerRound
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +48,13 @@ def assemble(
     clock: Clock,
     *,
     codec_bytes_per_s: float = 0.0,
-) -> Worker:
+) -> WorkerDriver:
     """Wires a worker around an engine. `codec_bytes_per_s`: as SendLimits has it."""
     spec, scheduler, transfer = info.kv_spec, config.scheduler, config.transfer
     budget = token_budget(config, info.device)
     blocks = BlockManager(info.num_kv_blocks, spec.block_size, prefix_caching=config.cache.prefix_caching)
     outbox, late = Outbox(info.worker_id, ports.gateways, clock), LatePeers(ports.peers)
-    is_alone = not isinstance(port, LeadingCachePort)
-    loop = LoopSettings(
-        budget, transfer.layers_per_part if is_alone else 0, config.health.heartbeat_s, is_alone=is_alone
-    )
+    layers_per_part = None if isinstance(port, LeadingCachePort) else transfer.layers_per_part
     # What has room in slabs must not wait for the window. A part is more than its KV: by less than a hundredth.
     sizes = link_sizes(config)
     slabs_mib = sizes.num_slabs * sizes.slab_mib * 1.01
@@ -64,7 +62,7 @@ def assemble(
         int(max(transfer.window_mib, slabs_mib) * 2**20),
         Codec(transfer.codec),
         codec_bytes_per_s,
-        num_groups=ceil(spec.num_layers / (loop.layers_per_part or spec.num_layers)),
+        num_groups=ceil(spec.num_layers / (layers_per_part or spec.num_layers)),
         chunk_tokens=budget,
         threshold_tokens=transfer.layerwise_threshold_tokens,
     )
@@ -74,7 +72,7 @@ def assemble(
     decode = DecodePhase(
         blocks,
         DecodeScheduler(blocks, scheduler.max_running),
-        ReservationQueue(spec.block_size, scheduler.max_running, scheduler.reserve_headroom),
+        JoiningRules(info.num_kv_blocks, spec.block_size, scheduler.max_running, scheduler.reserve_headroom),
         receiver,
         port.cache,
         ports.peers,
@@ -93,5 +91,7 @@ def assemble(
         decode.has_room,
     )
     prober = LinkProber(info.worker_id, port, ports.link, clock)
-    parts = WorkerParts(runner, blocks, prefill, decode, sender, receiver, prober, outbox, late)
-    return Worker(info, parts, ports.peers, ports.loads, clock, loop)
+    parts = WorkerParts(blocks, prefill, decode, sender, receiver, prober, outbox, late)
+    limits = RoundLimits(budget, config.health.heartbeat_s)
+    rounds = WorkerRound(info, parts, ports.peers, ports.loads, clock, limits)
+    return WorkerDriver(rounds, runner, clock, layers_per_part)

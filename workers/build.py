@@ -27,6 +27,7 @@ from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.messages import WorkerInfo
 from phasewise.core.model_source import ModelSource, config_file, model_facts, resolve_model
 from phasewise.core.profile import DeviceProfile, ProfileFacts
+from workers.driver import Runner
 from workers.memory import CPU_KV_CACHE_GIB, blocks_of_size
 from workers.profiler import (
     PreparedEngine,
@@ -41,7 +42,6 @@ from workers.ranked_cache import LeadingCachePort, LeadingKVCache
 from workers.ranks import Join, Ranks
 from workers.settings import WorkerSettings
 from workers.sizing import CudaMemory, GpuSizer, StepLimits
-from workers.worker import Runner
 
 logger = logging.getLogger(__name__)
 

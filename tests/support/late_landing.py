@@ -21,7 +21,7 @@ class LateLanding:
 
     def __init__(self, box: WorkerBox, worker_id: WorkerId, link: Any = None) -> None:
         """`link`: of the senders; that of a box's own workers, if none is given."""
-        link = link or box.workers[worker_id]._parts.sender._link
+        link = link or box.workers[worker_id].rounds.parts.sender._link
         assert isinstance(link, LoopbackLink) and link.lands, "a box whose parts land"
         self._work: list[Callable[[], None]] = []
         link.lands[worker_id] = late_land(box, worker_id, link.lands[worker_id], self._work.append)
@@ -51,7 +51,7 @@ class LateLanding:
 
 def late_land(box: WorkerBox, worker_id: WorkerId, land: Land, do_later: Callable[[Callable[[], None]], None]) -> Land:
     """`land`, but what it would write is given to `do_later`."""
-    cache: Any = box.workers[worker_id]._parts.receiver._cache
+    cache: Any = box.workers[worker_id].rounds.parts.receiver._cache
     unpacking = cache.unpacking
 
     def late(part: KVPart, wire: torch.Tensor) -> Landing:

@@ -29,7 +29,7 @@ from phasewise.core.profile import DeviceProfile
 from phasewise.core.request import FinishReason, Request, SamplingParams
 from tests.support.scripted_engine import SPEC, ScriptedRunner
 from workers.assemble import Ports, assemble
-from workers.worker import Worker
+from workers.driver import WorkerDriver
 
 
 class WorkerBox:
@@ -49,7 +49,7 @@ class WorkerBox:
         self.clock = ManualClock(100.0)
         self.config = build_config(sections, source="test")
         self.num_swap_blocks = min(int(self.config.cache.swap_gib * 2**30) // SPEC.bytes_per_block, 1024)
-        self.workers: dict[WorkerId, Worker] = {}
+        self.workers: dict[WorkerId, WorkerDriver] = {}
         self.runners: dict[WorkerId, ScriptedRunner] = {}
         self.caches: dict[WorkerId, PagedKVCache] = {}
         self.sent: list[tuple[WorkerId, WorkerMessage]] = []
@@ -167,7 +167,7 @@ class WorkerBox:
             if worker_id in self.lost:
                 continue
             assert not self.holds(worker_id), worker.load()
-            worker._parts.blocks.check()
+            worker.rounds.parts.blocks.check()
 
     def output(self, request_id: str, sample_index: int = 0) -> list[int]:
         tokens = self.tokens[(request_id, sample_index)]

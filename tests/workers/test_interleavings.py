@@ -56,9 +56,9 @@ def hold_first(
 
     box.send = send  # type: ignore[method-assign]
     for worker in box.workers.values():
-        worker._peers = worker._parts.sender._peers = box
-        worker._parts.receiver._peers = worker._parts.decode._peers = box
-    for part in (w._parts for w in box.workers.values()):
+        worker._peers = worker.rounds.parts.sender._peers = box
+        worker.rounds.parts.receiver._peers = worker.rounds.parts.decode._peers = box
+    for part in (w.rounds.parts for w in box.workers.values()):
         assert part.sender._peers.send == send
     return kept, real
 
@@ -124,7 +124,7 @@ def test_a_window_freed_by_a_failure_is_used_at_once() -> None:
         return wire
 
     box = WorkerBox({**PAIR, "decode-1": "decode"}, fault=fault)
-    sender = box.workers["prefill-0"]._parts.sender
+    sender = box.workers["prefill-0"].rounds.parts.sender
     sender._limits = replace(sender._limits, window_bytes=7000)
     box.submit("a", prompt_of(100, 1), "prefill-0", "decode-1", max_tokens=5)
     box.run_until(lambda: lost)
@@ -194,7 +194,7 @@ def test_max_running_bounds_a_mixed_worker() -> None:
     most = 0
     while len(box.finish) < sum(1 + i % 3 for i in range(8)):
         box.round()
-        most = max(most, len(box.workers["mixed-0"]._parts.decode.scheduler.running))
+        most = max(most, len(box.workers["mixed-0"].rounds.parts.decode.scheduler.running))
     assert most <= 4
     box.assert_empty()
 
@@ -207,7 +207,7 @@ def test_max_running_bounds_prompts_that_stay_and_handoffs_together() -> None:
     most = 0
     while len(box.finish) < 12:
         box.round()
-        most = max(most, len(box.workers["mixed-0"]._parts.decode.scheduler.running))
+        most = max(most, len(box.workers["mixed-0"].rounds.parts.decode.scheduler.running))
     assert most == 2
     box.run()
     box.assert_empty()
@@ -222,7 +222,7 @@ def test_a_lease_does_not_outlive_the_request() -> None:
     box.round()
     end_s = box.clock.now_s() + 60
     box.clock.advance(50)
-    receiver = box.workers["decode-0"]._parts.receiver
+    receiver = box.workers["decode-0"].rounds.parts.receiver
     box.run_until(lambda: receiver.reservations)
     (reservation,) = receiver.reservations
     assert reservation.offer.request.request_id == "b"
@@ -263,7 +263,7 @@ def test_a_second_offer_behind_the_commit_in_one_drain() -> None:
 
 def test_small_parts_do_not_keep_a_large_one_out_of_the_window() -> None:
     box = WorkerBox(PAIR, num_blocks=512)
-    sender, decode = box.workers["prefill-0"]._parts.sender, box.workers["decode-0"]
+    sender, decode = box.workers["prefill-0"].rounds.parts.sender, box.workers["decode-0"]
     on_the_way: list[tuple[Any, Any]] = []
     names: list[str] = []
 
@@ -306,7 +306,7 @@ def test_swap_space_is_given_back_and_no_request_fails_twice(seed: int) -> None:
         cache={"swap_gib": num_swap * 1024 / 2**30},
         scheduler={"reserve_headroom": 0.0},
     )
-    decode = box.workers["mixed-0"]._parts.decode
+    decode = box.workers["mixed-0"].rounds.parts.decode
     assert box.caches["mixed-0"].swap.num_free == num_swap
     for i in range(rng.randrange(1, 4)):
         prompt, max_tokens = prompt_of(rng.randrange(5, 60), i), rng.randrange(2, num_blocks * 16 - 60)
@@ -353,7 +353,7 @@ def test_random_order_corruption_and_aborts_leave_nothing_and_change_no_token(se
         scheduler={"reserve_headroom": rng.choice([0.0, 0.05]), "token_budget": rng.choice([16, 64, 128])},
     )
     for worker in box.workers.values():
-        worker._parts.sender._window_bytes = rng.choice([2000, 20000, 1 << 30])
+        worker.rounds.parts.sender._window_bytes = rng.choice([2000, 20000, 1 << 30])
     pairs = [(p, d) for p in ("prefill-0", "prefill-1") for d in ("decode-0", "decode-1", "mixed-0")]
     pairs.append(("mixed-0", "mixed-0"))
     expected: dict[tuple[str, int], list[int]] = {}
@@ -375,9 +375,9 @@ def test_random_order_corruption_and_aborts_leave_nothing_and_change_no_token(se
     box.run(5000)
     box.assert_empty()
     for worker_id, worker in box.workers.items():
-        assert worker._parts.sender._bytes_in_flight == 0
-        assert worker._parts.sender._transfers == {}
-        assert worker._parts.decode._swapped == {}
+        assert worker.rounds.parts.sender._bytes_in_flight == 0
+        assert worker.rounds.parts.sender._transfers == {}
+        assert worker.rounds.parts.decode._swapped == {}
         assert box.caches[worker_id].swap.num_free == box.num_swap_blocks
     for (request_id, sample), tokens in expected.items():
         if request_id not in aborted and request_id not in box.failures:
@@ -395,7 +395,7 @@ def test_a_first_offer_that_becomes_whole_beside_the_second(is_reserved: bool) -
         is_late = isinstance(message, KVCommit | KVAbort) and message.transfer_id.endswith(".1")
         late.append((worker_id, message)) if is_late else real(worker_id, message)
 
-    for part in (w._parts for w in box.workers.values()):
+    for part in (w.rounds.parts for w in box.workers.values()):
         part.sender._peers = part.receiver._peers = part.decode._peers = _Port(send)  # type: ignore[assignment]
     num_blocks = 3 if is_reserved else 5  # of 8: beside the first, there is no room for a second of five
     prompt = prompt_of(16 * num_blocks)

@@ -73,7 +73,7 @@ def test_an_offer_goes_out_inside_the_step_of_its_prompt() -> None:
 def test_a_commit_goes_one_way_and_before_the_first_token_where_it_is_slow(brings_commits: bool) -> None:
     # The offer is answered before the last chunk: a commit does not wait for it.
     box = WorkerBox(PAIR, scheduler={"token_budget": 64})
-    link = box.workers["prefill-0"]._parts.sender._link
+    link = box.workers["prefill-0"].rounds.parts.sender._link
     assert isinstance(link, LoopbackLink)
     link.brings_commits = brings_commits
     seen = watched(box)

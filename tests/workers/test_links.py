@@ -67,7 +67,7 @@ class LinkedBox(WorkerBox):
         self.direct = Direct("prefill-0", mailboxes)
         self.parts_beside = 0
         self.direct.lands = {name: worker.land for name, worker in self.workers.items() if self.has_landing}
-        parts = self.workers["prefill-0"]._parts
+        parts = self.workers["prefill-0"].rounds.parts
         routed = RoutedLink(self.direct, LoopbackLink("prefill-0", mailboxes, self._count))
         parts.sender._link = parts.prober._link = routed
 
@@ -144,7 +144,7 @@ def test_a_commit_lost_with_the_link_is_sent_beside_it(arrives: bool) -> None:
 def test_a_link_that_breaks_with_nothing_on_it_costs_nothing() -> None:
     box = LinkedBox()
     box.submit("a", prompt_of(100), "prefill-0", "decode-0", max_tokens=8)
-    box.run_until(lambda: committed(box) and not box.workers["prefill-0"]._parts.sender._bytes_in_flight)
+    box.run_until(lambda: committed(box) and not box.workers["prefill-0"].rounds.parts.sender._bytes_in_flight)
     box.break_link("prefill-0", "decode-0")
     box.submit("b", prompt_of(90), "prefill-0", "decode-0", max_tokens=8)
     box.run()
@@ -164,7 +164,7 @@ def test_news_of_a_break_that_come_twice_or_late_leave_the_second_attempt_alone(
     box.run_until(lambda: committed(box))
     box.break_link("prefill-0")
     prefill, decode = box.workers["prefill-0"], box.workers["decode-0"]
-    sender = prefill._parts.sender
+    sender = prefill.rounds.parts.sender
     sender._limits = replace(sender._limits, window_bytes=1)  # a part at a time
     for _ in range(10):
         prefill.round()
@@ -186,7 +186,7 @@ def test_parts_that_took_another_road_outlive_the_link() -> None:
     box = LinkedBox()
     box.direct.up = False  # broken, but its end is not told yet
     box.submit("r", prompt_of(100), "prefill-0", "decode-0", max_tokens=8)
-    sender = box.workers["prefill-0"]._parts.sender
+    sender = box.workers["prefill-0"].rounds.parts.sender
     box.run_until(lambda: sender._bytes_in_flight)
     box.break_link("prefill-0", "decode-0")
     box.run()

@@ -29,7 +29,7 @@ class LateDevice:
 
     def __init__(self, box: WorkerBox, worker_id: WorkerId) -> None:
         self._work: list[Callable[[], None]] = []
-        sender: Any = box.workers[worker_id]._parts.sender
+        sender: Any = box.workers[worker_id].rounds.parts.sender
         self._pack = sender._cache.pack
         sender._cache.pack = self._pack_later
         sender._cache.rejoin = self.finish
@@ -119,7 +119,7 @@ def test_the_blocks_of_a_handoff_that_failed_are_nobody_elses_while_a_link_write
     late.finish(landed)
     box.run()
     assert box.output("grows") == expected_tokens(prompt_of(40), 120)
-    receiver = box.workers["decode-0"]._parts.receiver
+    receiver = box.workers["decode-0"].rounds.parts.receiver
     assert receiver.counters.checksum_failures == 0, "nobody waited for it"
     assert (receiver.counters.late_parts > 0) == (landed is not Landed.LOST)
     box.assert_empty()
@@ -137,7 +137,7 @@ def box_with_late_parts() -> tuple[LinkedBox, LateLanding]:
 @pytest.mark.usefixtures("landing")
 def test_a_part_that_was_lost_while_it_was_written_ends_its_handoff_with_its_link() -> None:
     box, late = box_with_late_parts()
-    (reservation,) = box.workers["decode-0"]._parts.receiver.reservations
+    (reservation,) = box.workers["decode-0"].rounds.parts.receiver.reservations
     late.finish(Landed.LOST)
     box.round()
     assert not reservation.landing and not reservation.parts
@@ -155,7 +155,7 @@ def test_a_part_with_a_wrong_sum_fails_its_handoff_though_it_was_written() -> No
     box.direct.up = False
     box.run()
     assert box.output("r") == expected_tokens(prompt_of(100), 8)
-    assert box.workers["decode-0"]._parts.receiver.counters.checksum_failures == 1
+    assert box.workers["decode-0"].rounds.parts.receiver.counters.checksum_failures == 1
     box.assert_empty()
 
 
@@ -163,7 +163,7 @@ def test_a_part_with_a_wrong_sum_fails_its_handoff_though_it_was_written() -> No
 def test_a_link_may_write_from_the_moment_on_that_the_sender_hears_of_the_blocks() -> None:
     """What writing needs is there before: another thread does it."""
     box = WorkerBox(PAIR)
-    receiver = box.workers["decode-0"]._parts.receiver
+    receiver = box.workers["decode-0"].rounds.parts.receiver
     send, seen = box.send, []
 
     def watched(worker_id: WorkerId, message: Any) -> None:
@@ -180,7 +180,7 @@ def test_a_link_may_write_from_the_moment_on_that_the_sender_hears_of_the_blocks
 def reserved_part(box: WorkerBox) -> tuple[Reservation, KVPart, torch.Tensor]:
     """Blocks set aside for request "r", and a part that fits them, of zeros."""
     box.submit("r", prompt_of(60), "prefill-0", "decode-0", max_tokens=5)
-    receiver = box.workers["decode-0"]._parts.receiver
+    receiver = box.workers["decode-0"].rounds.parts.receiver
     box.run_until(lambda: bool(receiver.reservations))
     (reservation,) = receiver.reservations
     layout = receiver._cache.layout(PartSpan(0, 2, 0, 60), "float32", Codec.NONE)
@@ -198,7 +198,7 @@ def test_what_no_reservation_waits_for_is_not_written() -> None:
     reservation.num_cached_tokens = 16
     assert not worker.land(good, wire)(), "it has those tokens"
     reservation.num_cached_tokens = 0
-    cache: Any = worker._parts.receiver._cache
+    cache: Any = worker.rounds.parts.receiver._cache
     cache.can_land = lambda place: place is not reservation.place
     assert not worker.land(good, wire)(), "several ranks must write it, or a step has its blocks"
     del cache.can_land
@@ -238,7 +238,7 @@ def test_a_landing_writes_what_came_since_it_was_made_ready_unless_its_handoff_i
 @pytest.mark.usefixtures("landing")
 def test_a_landing_that_fails_leaves_the_blocks_to_the_handoffs_end() -> None:
     box = WorkerBox(PAIR)
-    cache: Any = box.workers["decode-0"]._parts.receiver._cache
+    cache: Any = box.workers["decode-0"].rounds.parts.receiver._cache
 
     def write() -> None:
         raise RuntimeError("no memory")

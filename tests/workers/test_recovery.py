@@ -95,7 +95,7 @@ async def test_a_worker_lost_before_the_commit_or_the_word_that_it_came(side: in
             real(worker_id, message)  # type: ignore[arg-type]
 
     for worker in box.workers.values():
-        worker._parts.sender._peers = worker._parts.late._port = _Port(send)  # type: ignore[assignment]
+        worker.rounds.parts.sender._peers = worker.rounds.parts.late._port = _Port(send)  # type: ignore[assignment]
     await box.ask("r", prompt_of(50), max_tokens=20)
     await box.until(lambda: bool(lost))
     box.lose(lost[0])
@@ -225,7 +225,7 @@ async def test_a_mixed_worker_takes_over_from_a_pair() -> None:
     helper = GatewayBox({"mixed-0": "mixed"})
     box.workers["mixed-0"] = helper.workers["mixed-0"]
     box.scheduler.worker_joined(helper.workers["mixed-0"].info)
-    helper.workers["mixed-0"]._parts.outbox._port = box
+    helper.workers["mixed-0"].rounds.parts.outbox._port = box
     box.lose("decode-0")
     await box.answer("r")
     assert box.ids[("r", 0)] == expected_tokens(prompt_of(30), 20)
@@ -358,7 +358,7 @@ async def test_a_preempted_request_is_moved() -> None:
     await box.until(lambda: Stage.PREEMPTED in box.stages_of("r1"))
     spare = GatewayBox({"mixed-3": "mixed"}, num_blocks=64)
     box.workers["mixed-3"] = spare.workers["mixed-3"]
-    spare.workers["mixed-3"]._parts.outbox._port = box
+    spare.workers["mixed-3"].rounds.parts.outbox._port = box
     box.scheduler.worker_joined(spare.workers["mixed-3"].info)
     box.lose("mixed-0")
     for i in range(2):

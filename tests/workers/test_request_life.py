@@ -163,13 +163,13 @@ def test_no_token_waits_for_its_prompt_to_be_hashed(roles: dict[str, str], monke
             seen.extend(("submit", len(item.sequence.block_hashes)) for item in batch.items)
             return submit(batch, *arguments)
 
-        def publish(sequence: Sequence, publish: Any = worker._parts.blocks.publish) -> None:
+        def publish(sequence: Sequence, publish: Any = worker.rounds.parts.blocks.publish) -> None:
             seen.append(("publish", len(sequence.block_hashes)))
             publish(sequence)
             assert len(sequence.block_hashes) == seen[-1][1]
 
         monkeypatch.setattr(runner, "submit", submit)
-        monkeypatch.setattr(worker._parts.blocks, "publish", publish)
+        monkeypatch.setattr(worker.rounds.parts.blocks, "publish", publish)
     prefill, decode = next(iter(roles)), list(roles)[-1]
     box.submit("r", prompt_of(100), prefill, decode, max_tokens=3)
     box.run()
@@ -196,7 +196,7 @@ def test_a_worker_without_work_sleeps_until_there_may_be_some(last: str, monkeyp
     box = WorkerBox(PAIR, transfer={"layerwise_threshold_tokens": 1, "layers_per_part": 1})
     prefill, decode = box.workers["prefill-0"], box.workers["decode-0"]
     box.submit("r", prompt_of(60), "prefill-0", "decode-0", max_tokens=4)
-    box.run_until(lambda: bool(decode._parts.receiver.reservations))
+    box.run_until(lambda: bool(decode.rounds.parts.receiver.reservations))
     if last == "abort":
         decode.post(AbortRequest("x"))
     else:
@@ -209,7 +209,7 @@ def test_a_worker_without_work_sleeps_until_there_may_be_some(last: str, monkeyp
         patch.setattr(decode, "_mailbox", _Mailbox(decode._mailbox))
         decode._wait()
     assert decode._mailbox.empty()
-    assert decode._parts.receiver.has_ended == (last != "abort")
+    assert decode.rounds.parts.receiver.has_ended == (last != "abort")
     box.run()
     assert box.output("r") == expected_tokens(prompt_of(60), 4)
 
@@ -218,7 +218,7 @@ def test_a_handoff_is_found_by_the_next_offer_and_when_it_ends_before_its_first_
     box = WorkerBox(PAIR)
     prefill, decode = box.workers["prefill-0"], box.workers["decode-0"]
     box.submit("a", prompt_of(100), "prefill-0", "decode-0", max_tokens=4)
-    box.run_until(lambda: bool(decode._parts.receiver.reservations))
+    box.run_until(lambda: bool(decode.rounds.parts.receiver.reservations))
     for _ in range(6):
         prefill.round()
     box.submit("b", [*prompt_of(100)[:96], 7, 7, 7], "prefill-0", "decode-0", max_tokens=4)
@@ -226,7 +226,7 @@ def test_a_handoff_is_found_by_the_next_offer_and_when_it_ends_before_its_first_
         prefill.round()
     decode.post(AbortRequest("a"))
     decode.round()
-    (reservation,) = decode._parts.receiver.reservations
+    (reservation,) = decode.rounds.parts.receiver.reservations
     assert reservation.num_cached_tokens == 96
 
 
@@ -339,7 +339,7 @@ def test_abort_while_preempted_frees_the_swapped_copy() -> None:
     box.run()
     assert box.output("r0") == expected_tokens(prompt_of(40, seed=0), 60)
     box.assert_empty()
-    assert box.workers["mixed-0"]._parts.decode._swapped == {}
+    assert box.workers["mixed-0"].rounds.parts.decode._swapped == {}
     assert box.caches["mixed-0"].swap.num_free == box.num_swap_blocks
 
 
@@ -430,11 +430,11 @@ def test_window_holds_parts_back_and_drops_none() -> None:
 
     def watch(part: KVPart, wire: torch.Tensor) -> torch.Tensor:
         in_flight.append(part.num_bytes)
-        acks.append(box.workers["prefill-0"]._parts.sender._bytes_in_flight)
+        acks.append(box.workers["prefill-0"].rounds.parts.sender._bytes_in_flight)
         return wire
 
     box = WorkerBox(PAIR, num_blocks=512, fault=watch)
-    sender = box.workers["prefill-0"]._parts.sender
+    sender = box.workers["prefill-0"].rounds.parts.sender
     sender._limits = replace(sender._limits, window_bytes=20_000)
     for i in range(6):
         box.submit(f"r{i}", prompt_of(200, seed=i), "prefill-0", "decode-0", max_tokens=5)

@@ -46,7 +46,7 @@ class SlabLink(LoopbackLink):
 
 def test_small_parts_do_not_keep_a_large_one_out_for_ever() -> None:
     box = WorkerBox(PAIR, num_blocks=1000)
-    sender = box.workers["prefill-0"]._parts.sender
+    sender = box.workers["prefill-0"].rounds.parts.sender
     assert isinstance(sender._link, LoopbackLink)
     link = sender._link = SlabLink(sender._link, 130 * SPEC.bytes_per_token)
     for i in range(2):

@@ -20,7 +20,7 @@ def mixed_box(**sections: object) -> WorkerBox:
 
 def sequences_of(box: WorkerBox, request_id: str, worker_id: str = "mixed-0") -> list[Sequence]:
     """Those that hold blocks on the worker."""
-    parts = box.workers[worker_id]._parts
+    parts = box.workers[worker_id].rounds.parts
     jobs = (*parts.prefill._jobs.values(), *parts.decode.scheduler.jobs())
     found = (job.sequence for job in jobs)
     return [sequence for sequence in found if sequence.request_id == request_id and sequence.block_table]
@@ -156,7 +156,7 @@ def test_a_handoff_that_shares_blocks_with_a_damaged_request_does_not_bring_them
     box.submit("a", prompt_of(100), "prefill-0", "decode-0", max_tokens=60)
     box.run_until(lambda: len(box.tokens[("a", 0)]) >= 3)
     box.submit("b", [*prompt_of(64), *prompt_of(40, 3)], "prefill-0", "decode-0", max_tokens=60)
-    box.run_until(lambda: bool(decode._parts.receiver.reservations))
+    box.run_until(lambda: bool(decode.rounds.parts.receiver.reservations))
     (damaged,) = sequences_of(box, "a", "decode-0")
     for _ in range(6):
         prefill.round()
@@ -165,4 +165,4 @@ def test_a_handoff_that_shares_blocks_with_a_damaged_request_does_not_bring_them
     for _ in range(2 + WorkerBox.num_steps_ahead):
         decode.round()
     assert set(box.failures) == {"a"} and sequences_of(box, "b", "decode-0")
-    assert not shared & set(decode._parts.blocks._hash_by_block)
+    assert not shared & set(decode.rounds.parts.blocks._hash_by_block)
