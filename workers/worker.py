@@ -59,7 +59,7 @@ from phasewise.core.messages import (
     WorkerLoad,
     WorkerMessage,
 )
-from phasewise.core.outbox import LatePeers, Outbox
+from phasewise.core.outbox import Outbox, PeerOutbox
 from phasewise.core.placement import WorkerState
 from phasewise.core.ports import LoadPort, PeerPort
 from phasewise.core.recent import RecentNames
@@ -113,7 +113,7 @@ class WorkerParts:
     receiver: KVReceiver
     prober: LinkProber
     outbox: Outbox
-    late: LatePeers
+    peers: PeerOutbox
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +171,7 @@ class Worker:
 
     def links(self, peers: Sequence[WorkerInfo]) -> WorkerLinks:
         """The ways to other workers, as far as they are known."""
-        facts = tuple(self._parts.sender.facts(peer.worker_id, peer.kv_spec) for peer in peers)
+        facts = tuple(self._parts.sender.paths.facts(peer.worker_id, peer.kv_spec) for peer in peers)
         layers = self._settings.layers_per_part or self.info.kv_spec.num_layers
         return WorkerLinks(self.info.worker_id, WIRE_VERSION, layers, self._settings.token_budget, facts)
 
@@ -203,12 +203,12 @@ class Worker:
         has_work = bool(decodes or prompts)
         # Behind no new step, all are taken: the one after them may not find their newest tokens on the device.
         num_ahead = parts.runner.num_steps_ahead if has_work and self._submit(decodes, prompts) else 0
-        parts.late.flush()
+        parts.peers.flush_deferred()
         while len(self._in_flight) > num_ahead:
             has_work = True
             self._collect(self._in_flight.popleft())
         parts.outbox.flush()
-        parts.late.flush()
+        parts.peers.flush_deferred()
         self._report(idle=False)
         return has_work or parts.decode.has_made_room
 
@@ -245,7 +245,7 @@ class Worker:
                 parts.prefill.on_layers_done(prompts, first_layer, num_layers)
             else:
                 done.append((first_layer, num_layers))
-            parts.late.flush()  # the device has something to do meanwhile
+            parts.peers.flush_deferred()  # the device has something to do meanwhile
 
         try:
             step = parts.runner.submit(ScheduledBatch(items), on_layers_done if prompts else None, layers_per_part)
