@@ -32,13 +32,16 @@ import torch
 
 from benchmarks.offline import local_device
 from engine.kv_cache import PagedKVCache
-from kv_transfer.cache_port import CachePort, KVPlace
-from kv_transfer.codec import CHECKSUM_BYTES, Codec
+from kv_transfer.cache_port import CachePort
+from kv_transfer.cache_protocol import KVPlace
+from kv_transfer.codec import CHECKSUM_BYTES, Codec, part_layout
 from kv_transfer.direct_link import DirectLinks
 from kv_transfer.link import ArrivedPart, Landing, to_mailbox
+from kv_transfer.outgoing import Handoff
+from kv_transfer.paths import SendLimits
 from kv_transfer.plan import PartSpan
 from kv_transfer.receiver import KVReceiver
-from kv_transfer.sender import KVSender, SendLimits
+from kv_transfer.sender import KVSender
 from kv_transfer.staging import check
 from kv_transfer.state import ReceiveStatus, SendStatus
 from kv_transfer.wire import Wire, WireDevice
@@ -314,8 +317,8 @@ class CacheEnd(LinkEnd):
         self._port = CachePort(cache, spec)
         self._table = random.Random(name).sample(range(num_blocks), num_blocks)
         clock = MonotonicClock()
-        self._sender = KVSender(name, self._port, self.links, self, self, clock, SendLimits(window_bytes))
-        self._receiver = KVReceiver(self._port, self, self, clock)
+        self._sender = KVSender(name, self._port, self.links, self, clock, SendLimits(window_bytes))
+        self._receiver = KVReceiver(self._port, self, clock)
         self._num_offers = 0
         self._num_taken = 0
 
@@ -327,16 +330,16 @@ class CacheEnd(LinkEnd):
         return self.give_all(peer, [length] * count)
 
     def give_all(self, peer: str, lengths: Sequence[int]) -> float:
-        offers = [(self._offer(peer, length), length) for length in lengths]
-        self._until(lambda: all(self._sender.status(t) is SendStatus.ACCEPTED for t, _ in offers))
+        handoffs = [self._offer(peer, length) for length in lengths]
+        self._until(lambda: all(handoff.status is SendStatus.ACCEPTED for handoff in handoffs))
         synchronize()
         start_s = time.perf_counter()
-        for transfer_id, length in offers:
-            self._push(transfer_id, length)
-            self._sender.commit(transfer_id, length, (SampledToken(1),), TIMEOUT_S)
-        self._until(lambda: all(self._sender.status(t) is SendStatus.DONE for t, _ in offers))
-        for transfer_id, _ in offers:
-            self._sender.forget(transfer_id)
+        for handoff in handoffs:
+            self._push(handoff)
+            self._sender.commit(handoff, (SampledToken(1),))
+        self._until(lambda: all(handoff.status is SendStatus.DONE for handoff in handoffs))
+        for handoff in handoffs:
+            self._sender.forget(handoff, "it is done")
         return start_s
 
     def take(self, count: int) -> float:
@@ -349,32 +352,32 @@ class CacheEnd(LinkEnd):
     def push_at(self, peer: str, length: int, bytes_per_s: float, duration_s: float) -> tuple[int, float]:
         """Pushes prompts that are given up when they have left, at that rate or as fast as they go: bytes, seconds."""
         period_s = length * self._port.spec.bytes_per_token / bytes_per_s
-        offered: deque[str] = deque()
-        pushed: list[str] = []
+        offered: deque[Handoff] = deque()
+        pushed: list[Handoff] = []
         before, start_s = self._sender.num_bytes_sent, time.perf_counter()
         next_s = start_s
         while (now_s := time.perf_counter()) < start_s + duration_s:
             while len(offered) + len(pushed) < NUM_AHEAD:
                 offered.append(self._offer(peer, length))
-            if offered and now_s >= next_s and self._sender.status(offered[0]) is SendStatus.ACCEPTED:
-                self._push(offered[0], length)
+            if offered and now_s >= next_s and offered[0].status is SendStatus.ACCEPTED:
+                self._push(offered[0])
                 pushed.append(offered.popleft())
                 next_s = max(next_s + period_s, now_s - 10 * period_s)
             self._handle(max(next_s - now_s, 0.001))
-            for transfer_id in [t for t in pushed if not self._is_leaving(t)]:
-                self._give_up(transfer_id)
-                pushed.remove(transfer_id)
+            for handoff in [handoff for handoff in pushed if not handoff.is_leaving]:
+                self._give_up(handoff)
+                pushed.remove(handoff)
         elapsed_s, num_bytes = time.perf_counter() - start_s, self._sender.num_bytes_sent - before
-        self._until(lambda: not any(map(self._is_leaving, pushed)))
-        for transfer_id in (*pushed, *offered):
-            self._give_up(transfer_id)
+        self._until(lambda: not any(handoff.is_leaving for handoff in pushed))
+        for handoff in (*pushed, *offered):
+            self._give_up(handoff)
         return num_bytes, elapsed_s
 
     def content(self, length: int) -> list[int]:
         """The checksum of a prompt's KV in the cache's own dtype."""
         spec = self._port.spec
         span = PartSpan(0, spec.num_layers, 0, length)
-        layout = self._port.layout(span, spec.dtype, Codec.NONE)
+        layout = part_layout(spec, span, spec.dtype, Codec.NONE)
         wire = self._device.allocate(layout.num_bytes)
         self._port.pack(KVPlace(self._table), span, layout, wire)
         return wire[-CHECKSUM_BYTES:].tolist()
@@ -382,21 +385,19 @@ class CacheEnd(LinkEnd):
     def num_checksum_failures(self) -> int:
         return self._receiver.counters.checksum_failures
 
-    def _offer(self, peer: str, length: int) -> str:
+    def _offer(self, peer: str, length: int) -> Handoff:
         self._num_offers += 1
         request = Request(f"{self.name}-{self._num_offers}", (0,) * length, SamplingParams(max_tokens=2))
-        return self._sender.offer(peer, request, "gateway", TIMEOUT_S)
+        handoff = Handoff(peer, request, "gateway", time.monotonic() + TIMEOUT_S)
+        self._sender.offer(handoff)
+        return handoff
 
-    def _push(self, transfer_id: str, length: int) -> None:
-        self._sender.push(transfer_id, PartSpan(0, self._port.spec.num_layers, 0, length), self._table)
+    def _push(self, handoff: Handoff) -> None:
+        self._sender.begin(handoff, self._table, 0)
+        self._sender.on_computed(handoff, handoff.whole)
 
-    def _is_leaving(self, transfer_id: str) -> bool:
-        transfer = self._sender._transfers[transfer_id]
-        return bool(transfer.waiting or transfer.in_flight)
-
-    def _give_up(self, transfer_id: str) -> None:
-        self._sender.abort(transfer_id, "a benchmark's")
-        self._sender.forget(transfer_id)
+    def _give_up(self, handoff: Handoff) -> None:
+        self._sender.forget(handoff, "a benchmark's")
 
     def _until(self, condition: Callable[[], bool]) -> None:
         end_s = time.perf_counter() + TIMEOUT_S

@@ -12,7 +12,7 @@ Sequences of a mixed worker come in through `adopt`, with their blocks. A preemp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
@@ -27,7 +27,7 @@ from kv_transfer.state import ReceiveStatus
 from phasewise.core.clock import Clock
 from phasewise.core.errors import DeadlineExceeded, Overloaded, ServingError
 from phasewise.core.lifecycle import RequestStatus, Stage
-from phasewise.core.messages import KVDone, KVFailed, KVOffer, KVRefused, NewTokens, PrefillTask
+from phasewise.core.messages import KVDone, KVFailed, KVOffer, KVRefused, NewTokens
 from phasewise.core.outbox import Outbox
 from phasewise.core.placement import WorkerId
 from phasewise.core.ports import PeerPort
@@ -58,25 +58,20 @@ class Cache(Protocol):
 
 
 class DecodePhase:
-    """Plans decode steps and takes their results. Used by the step loop's thread alone.
-
-    `num_staying()`: samples of prompts that run on this worker now and will join through `adopt`.
-    """
+    """Plans decode steps and takes their results. Used by the step loop's thread alone."""
 
     def __init__(
         self,
         blocks: BlockManager,
-        scheduler: DecodeScheduler,
         rules: JoiningRules,
         receiver: KVReceiver,
         cache: Cache,
         peers: PeerPort,
         outbox: Outbox,
         clock: Clock,
-        num_staying: Callable[[], int],
     ) -> None:
         self._blocks = blocks
-        self.scheduler = scheduler
+        self.scheduler = DecodeScheduler(blocks, rules.max_running)
         self._rules = rules
         self._offers = ReservationQueue(rules)
         self._receiver = receiver
@@ -84,7 +79,6 @@ class DecodePhase:
         self._peers = peers
         self._outbox = outbox
         self._clock = clock
-        self._num_staying = num_staying
         self._swapped: dict[DecodeJob, list[int]] = {}  # the places of its blocks
         self._first_deadline_s = float("inf")  # no job's is before
         self._handed_in = RecentNames()
@@ -154,15 +148,19 @@ class DecodePhase:
         for job in jobs:
             self._end(job, RequestStatus.FAILED)
 
-    def adopt(self, sequences: list[Sequence], task: PrefillTask, deadline_s: float) -> None:
-        """Sequences whose prompt was computed on this worker; they bring their references to its blocks."""
+    def adopt(self, sequences: Iterable[Sequence], gateway_id: str, deadline_s: float) -> None:
+        """Takes sequences into the running batch. They bring their references to this worker's blocks."""
         for sequence in sequences:
-            self._join(sequence, task.gateway_id, deadline_s)
+            self.scheduler.add(sequence, gateway_id, deadline_s)
+        self._first_deadline_s = min(self._first_deadline_s, deadline_s)
 
     # ---- once a step
 
-    def poll(self) -> None:
-        """Deadlines, leases, ended handoffs, waiting offers: before a step is planned."""
+    def poll(self, num_staying: int) -> None:
+        """Deadlines, leases, ended handoffs, waiting offers: before a step is planned.
+
+        `num_staying`: samples of prompts that run on this worker now and are to be adopted.
+        """
         now_s = self._clock.now_s()
         if self._first_deadline_s <= now_s:
             for job in list(self.scheduler.jobs()):
@@ -173,7 +171,7 @@ class DecodePhase:
             self._peers.send(offer.sender, KVFailed(offer.transfer_id, "no room came free in the request's time"))
         self._receiver.expire()
         self._settle()
-        while self._offers and (waiting := self._offers.next_acceptable(self._occupancy())):
+        while self._offers and (waiting := self._offers.next_acceptable(self._occupancy(num_staying))):
             self._reserve(waiting.offer, waiting.deadline_s)
 
     def plan(self) -> list[ScheduledSequence]:
@@ -207,9 +205,10 @@ class DecodePhase:
                 self._end(job, RequestStatus.FINISHED)
         self.counters["output_tokens"] += num_tokens
 
-    def has_room(self, num_sequences: int) -> bool:
-        """Whether so many more sequences may join: prompts that stay on this worker."""
-        return num_sequences <= self._rules.num_free_seats(self._occupancy())
+    @property
+    def num_free_seats(self) -> int:
+        """How many samples may join the batch: those of prompts that run on this worker now are not taken off."""
+        return self._rules.num_free_seats(self._occupancy(num_staying=0))
 
     @property
     def num_reservations(self) -> int:
@@ -229,18 +228,14 @@ class DecodePhase:
             else:
                 self._blocks.release(reservation.block_table)
 
-    def _occupancy(self) -> Occupancy:
+    def _occupancy(self, num_staying: int) -> Occupancy:
         num_reserved = sum(r.offer.request.sampling.n for r in self._receiver.reservations)
         return Occupancy(
             self._blocks.num_free_blocks,
             len(self.scheduler.running),
             len(self.scheduler.preempted),
-            num_reserved + self._num_staying(),
+            num_reserved + num_staying,
         )
-
-    def _join(self, sequence: Sequence, gateway_id: str, deadline_s: float) -> None:
-        self.scheduler.add(sequence, gateway_id, deadline_s)
-        self._first_deadline_s = min(self._first_deadline_s, deadline_s)
 
     def _reserve(self, offer: KVOffer, lease_end_s: float) -> None:
         """Sets blocks aside; what the prefix cache has of the prompt need not travel."""
@@ -277,6 +272,7 @@ class DecodePhase:
             num_bytes=reservation.num_bytes,
             duration_s=duration_s,
         )
+        sequences = []
         for index, token in enumerate(commit.first_tokens, request.sample_index):
             if token is None or index in reservation.dropped_samples:
                 continue
@@ -294,7 +290,8 @@ class DecodePhase:
             )
             self._blocks.share(sequence.block_table)
             self._blocks.publish(sequence)
-            self._join(sequence, offer.gateway_id, reservation.lease_end_s)
+            sequences.append(sequence)
+        self.adopt(sequences, offer.gateway_id, reservation.lease_end_s)
         self._blocks.release(reservation.block_table)
 
     def _carry_out(self, plan: DecodePlan) -> None:

@@ -18,10 +18,13 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-import torch
-
+from kv_transfer.cache_protocol import WireBuffer
 from phasewise.core.messages import KVCommit, KVPart, KVPartAck, LinkLost
 from phasewise.core.placement import WorkerId
+
+
+class DeviceFull(Exception):
+    """The device has no memory left for a part's buffer."""
 
 
 class Landed(Enum):
@@ -43,7 +46,7 @@ class ArrivedPart:
         landed: None where `wire` is still to be written.
     """
 
-    wire: torch.Tensor | None
+    wire: WireBuffer | None
     release: Callable[[], None]
     landed: Landed | None = None
 
@@ -57,7 +60,7 @@ Every part that it took comes to the mailbox later, as an ArrivedPart with `land
 class Land(Protocol):
     """Writes a part into its blocks as soon as its bytes are in, before anybody knows whether they are right."""
 
-    def __call__(self, part: KVPart, wire: torch.Tensor) -> Landing:
+    def __call__(self, part: KVPart, wire: WireBuffer) -> Landing:
         """What will write from `wire`, made ready, from any thread: nothing has come into the buffer yet."""
 
 
@@ -93,10 +96,10 @@ class Link(Protocol):
     def bytes_per_s(self, peer: WorkerId) -> float:
         """The measured rate; 0.0 when it is not known."""
 
-    def buffer(self, peer: WorkerId, num_bytes: int) -> torch.Tensor | None:
+    def buffer(self, peer: WorkerId, num_bytes: int) -> WireBuffer | None:
         """uint8 [num_bytes] to pack the next part for `peer` into; None when all are in use.
 
-        Ask again after the next KVPartAck. What is given out goes to `send_part` at once.
+        Ask again after the next KVPartAck. What is given out goes to `send_part` at once. Raises DeviceFull.
         """
 
     @property
@@ -107,10 +110,10 @@ class Link(Protocol):
     def uses_store(self) -> bool:
         """Whether the buffer that was given out last goes through the object store."""
 
-    def give_back(self, wire: torch.Tensor) -> None:
+    def give_back(self, wire: WireBuffer) -> None:
         """Takes a buffer back that could not be filled."""
 
-    def send_part(self, peer: WorkerId, part: KVPart, wire: torch.Tensor) -> None:
+    def send_part(self, peer: WorkerId, part: KVPart, wire: WireBuffer) -> None:
         """Takes over a buffer that work on the current stream fills, and returns at once."""
 
     def send_commit(self, peer: WorkerId, commit: KVCommit) -> bool:

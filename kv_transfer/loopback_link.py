@@ -32,7 +32,7 @@ class LoopbackLink:
         part_s: float = 0.0,
     ) -> None:
         self._worker_id = worker_id
-        self._mailboxes = mailboxes
+        self.mailboxes = mailboxes
         self._fault: Fault = fault or (lambda part, wire: wire)
         self._max_part_bytes = max_part_bytes
         self._rate = rate
@@ -68,12 +68,12 @@ class LoopbackLink:
 
     def send_part(self, peer: WorkerId, part: KVPart, wire: torch.Tensor) -> None:
         came = self._fault(part, wire)
-        mailbox = self._mailboxes.get(peer)
+        mailbox = self.mailboxes.get(peer)
         if came is None or mailbox is None:
             return
 
         def release() -> None:
-            ours = self._mailboxes.get(self._worker_id)
+            ours = self.mailboxes.get(self._worker_id)
             if ours is not None:
                 ours(KVPartAck(part.transfer_id, part.part_index))
 
@@ -85,7 +85,7 @@ class LoopbackLink:
 
     def send_commit(self, peer: WorkerId, commit: KVCommit) -> bool:
         if self.brings_commits:
-            self._mailboxes[peer](commit)
+            self.mailboxes[peer](commit)
         return self.brings_commits
 
     def forget(self, peer: WorkerId) -> None:

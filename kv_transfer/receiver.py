@@ -15,10 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
-
-from kv_transfer.cache_port import CachePort, KVPlace
-from kv_transfer.codec import Codec, WireLayout, wire_dtype
+from kv_transfer.cache_protocol import KVPlace, ReceivingCache, WireBuffer
+from kv_transfer.codec import Codec, WireLayout, part_layout, wire_dtype
 from kv_transfer.link import ArrivedPart, Landed, Landing, to_mailbox
 from kv_transfer.plan import WIRE_VERSION, PartSpan
 from kv_transfer.state import ReceiveStatus, check_receive
@@ -60,16 +58,12 @@ class ReceiverCounters:
 
 
 class KVReceiver:
-    """All incoming transfers of one worker. Ended ones stay until their owner takes them with `pop_ended`.
+    """All incoming transfers of one worker. Ended ones stay until their owner takes them with `pop_ended`."""
 
-    `late` brings what the step need not wait for: that a transfer is done.
-    """
-
-    def __init__(self, cache: CachePort, peers: PeerPort, late: PeerPort, clock: Clock) -> None:
+    def __init__(self, cache: ReceivingCache, peers: PeerPort, clock: Clock) -> None:
         self._cache = cache
         self._spec = cache.spec
         self._peers = peers
-        self._late = late
         self._clock = clock
         self._lock = threading.Lock()  # guards which reservations there are, and what lands in them
         self._reservations: dict[str, Reservation] = {}
@@ -107,7 +101,7 @@ class KVReceiver:
         self._peers.send(offer.sender, KVAccepted(offer.transfer_id, num_cached_tokens, self._spec.dtype))
         return reservation
 
-    def land(self, part: KVPart, wire: torch.Tensor) -> Landing:
+    def land(self, part: KVPart, wire: WireBuffer) -> Landing:
         """`Land` (kv_transfer/link.py) of this worker."""
         reservation = self._reservations.get(part.transfer_id)
         if reservation is None:
@@ -196,7 +190,9 @@ class KVReceiver:
         with self._lock:
             if self._reservations.get(reservation.offer.transfer_id) is not reservation:
                 return False
-            if part_index in reservation.landing | reservation.parts or not self._cache.can_land(reservation.place):
+            if part_index in reservation.landing | reservation.parts or not self._cache.can_write_beside(
+                reservation.place
+            ):
                 return False
             reservation.landing.add(part_index)
         try:
@@ -230,7 +226,7 @@ class KVReceiver:
         if reservation.status is ReceiveStatus.RESERVED:
             self._move(reservation, ReceiveStatus.RECEIVING)
         if arrived.wire is not None:
-            self._cache.unpack(reservation.place, _span(part), layout, arrived.wire)
+            self._cache.unpacking(reservation.place, _span(part), layout, arrived.wire)()
         reservation.parts.add(part.part_index)
         reservation.num_cells += part.num_layers * part.num_tokens
         reservation.num_bytes += part.num_bytes
@@ -248,7 +244,7 @@ class KVReceiver:
         dtype = wire_dtype(reservation.offer.spec.dtype, spec.dtype)
         if part.dtype != dtype or part.codec not in list(Codec):
             return f"part {part.part_index} comes as {part.dtype} with codec {part.codec!r}; {dtype} was agreed on"
-        layout = self._cache.layout(_span(part), dtype, Codec(part.codec))
+        layout = part_layout(spec, _span(part), dtype, Codec(part.codec))
         if part.num_bytes != layout.num_bytes:
             return f"part {part.part_index} has {part.num_bytes} bytes where {layout.num_bytes} were due"
         return layout
@@ -262,7 +258,7 @@ class KVReceiver:
             self.fail(commit.transfer_id, f"{reservation.num_cells} layer-token cells came, {wanted} were due")
             return
         self._end(reservation, ReceiveStatus.DONE, "")
-        self._late.send(reservation.offer.sender, KVDone(commit.transfer_id))
+        self._peers.send(reservation.offer.sender, KVDone(commit.transfer_id))
 
     def _end(self, reservation: Reservation, status: ReceiveStatus, reason: str) -> None:
         self._move(reservation, status)

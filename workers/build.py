@@ -20,7 +20,6 @@ from engine.tensor_parallel import Group, OtherRanks
 from kv_transfer.cache_port import CachePort
 from kv_transfer.codec import Codec
 from phasewise.core.clock import Clock
-from phasewise.core.config import ServingConfig
 from phasewise.core.errors import ConfigError
 from phasewise.core.gguf_file import GGUFFile
 from phasewise.core.kv_spec import KVCacheSpec
@@ -40,13 +39,10 @@ from workers.profiler import (
 )
 from workers.ranked_cache import LeadingCachePort, LeadingKVCache
 from workers.ranks import Join, Ranks
-from workers.settings import WorkerSettings
+from workers.settings import WorkerSettings, token_budget
 from workers.sizing import CudaMemory, GpuSizer, StepLimits
 
 logger = logging.getLogger(__name__)
-
-CPU_TOKEN_BUDGET = 128  # a step stays short enough for an abort to be heard within a second
-GPU_TOKEN_BUDGET = 2048  # Splitwise, figure 6: prompt throughput falls beyond
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,11 +222,6 @@ def cache_dtypes(settings: WorkerSettings) -> set[str]:
     pools = (config.pools.prefill, config.pools.decode, config.pools.mixed)
     named = {config.cache.dtype, *(pool.cache_dtype or "auto" for pool in pools)}
     return {resolve_dtype(config.model.dtype, settings.device) if dtype == "auto" else dtype for dtype in named}
-
-
-def token_budget(config: ServingConfig, device: str) -> int:
-    """Most tokens in one step."""
-    return config.scheduler.token_budget or (CPU_TOKEN_BUDGET if device == "cpu" else GPU_TOKEN_BUDGET)
 
 
 def _written_profile(settings: WorkerSettings) -> DeviceProfile | None:

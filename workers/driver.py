@@ -64,7 +64,7 @@ class WorkerDriver:
         self._runner = runner
         self._clock = clock
         self._layers_per_part = layers_per_part
-        self._outbox, self._late = rounds.parts.outbox, rounds.parts.late
+        self._outbox, self._peers = rounds.parts.outbox, rounds.parts.peers
         self._mailbox: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
         self._kept: deque[_Entry] = deque()  # came inside a step
         self._in_flight: deque[tuple[Step, PendingStep]] = deque()
@@ -86,7 +86,7 @@ class WorkerDriver:
 
     def links(self, peers: Sequence[WorkerInfo]) -> WorkerLinks:
         """The ways to other workers, as far as they are known."""
-        facts = tuple(self.rounds.parts.sender.facts(peer.worker_id, peer.kv_spec) for peer in peers)
+        facts = tuple(self.rounds.parts.sender.paths.facts(peer.worker_id, peer.kv_spec) for peer in peers)
         layers = self._layers_per_part or self.info.kv_spec.num_layers
         return WorkerLinks(self.info.worker_id, WIRE_VERSION, layers, self.rounds.limits.token_budget, facts)
 
@@ -113,12 +113,12 @@ class WorkerDriver:
         has_work = step is not None
         # Behind no new step, all are taken: the one after them may not find their newest tokens on the device.
         num_ahead = self._runner.num_steps_ahead if step is not None and self._submit(step) else 0
-        self._late.flush()
+        self._peers.flush_deferred()
         while len(self._in_flight) > num_ahead:
             has_work = True
             self._collect(*self._in_flight.popleft())
         self._outbox.flush()
-        self._late.flush()
+        self._peers.flush_deferred()
         self.rounds.report(idle=False)
         return has_work or self.rounds.has_more
 
@@ -135,7 +135,7 @@ class WorkerDriver:
         def on_layers_done(first_layer: int, num_layers: int) -> None:
             if not is_behind:
                 rounds.layers_done(step, first_layer, num_layers)
-            self._late.flush()  # the device has something to do meanwhile
+            self._peers.flush_deferred()  # the device has something to do meanwhile
 
         hook = on_layers_done if step.prompts else None
         try:

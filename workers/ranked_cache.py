@@ -16,7 +16,8 @@ import torch
 
 from engine.kv_cache import PagedKVCache
 from engine.tensor_parallel import Command, Group
-from kv_transfer.cache_port import CachePort, KVPlace
+from kv_transfer.cache_port import CachePort
+from kv_transfer.cache_protocol import KVPlace
 from kv_transfer.codec import Codec, WireLayout
 from kv_transfer.plan import PartSpan
 from kv_transfer.staging import DTYPES, decode, encode, pack, slots_of, unpack, values_of
@@ -50,6 +51,8 @@ class LeadingKVCache(PagedKVCache):
 class LeadingCachePort(CachePort):
     """Rank 0's port: parts of all heads. `spec` is that of the whole worker; `cache` has rank 0's heads."""
 
+    packs_inside_steps = False  # all ranks take part, and they are not between two layers together
+
     def __init__(self, cache: PagedKVCache, spec: KVCacheSpec, group: Group, ranks: Ranks) -> None:
         super().__init__(cache, spec)
         self._side = None  # all ranks take part, on the stream of their steps
@@ -60,7 +63,7 @@ class LeadingCachePort(CachePort):
     def prepare(self, place: KVPlace) -> None:
         """Each rank does it for itself."""
 
-    def can_land(self, place: KVPlace) -> bool:
+    def can_write_beside(self, place: KVPlace) -> bool:
         return False  # all ranks take part, between their steps
 
     def pack(self, place: KVPlace, span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:

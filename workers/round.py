@@ -49,9 +49,9 @@ from phasewise.core.messages import (
     WorkerLoad,
     WorkerMessage,
 )
-from phasewise.core.outbox import LatePeers, Outbox
+from phasewise.core.outbox import Outbox, PeerOutbox
 from phasewise.core.placement import WorkerState
-from phasewise.core.ports import LoadPort, PeerPort
+from phasewise.core.ports import LoadPort
 from phasewise.core.recent import RecentNames
 from prefill_workers.phase import PrefillPhase
 from workers.roles import may_prefill, may_reserve
@@ -80,7 +80,7 @@ class WorkerParts:
     receiver: KVReceiver
     prober: LinkProber
     outbox: Outbox
-    late: LatePeers
+    peers: PeerOutbox
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,6 @@ class WorkerRound:
         self,
         info: WorkerInfo,
         parts: WorkerParts,
-        peers: PeerPort,
         loads: LoadPort,
         clock: Clock,
         limits: RoundLimits,
@@ -121,7 +120,6 @@ class WorkerRound:
         self.parts = parts
         self.limits = limits
         self.state = WorkerState.READY
-        self._peers = peers
         self._loads = loads
         self._clock = clock
         self._over = _Over()
@@ -155,7 +153,7 @@ class WorkerRound:
             case KVRefused():
                 parts.prefill.on_refused(message)
             case KVFailed():
-                parts.prefill.on_failed(message)
+                parts.sender.on_failed(message.transfer_id, message.reason)  # another attempt may succeed
             case KVPart():
                 assert arrived is not None
                 parts.receiver.on_part(message, arrived)
@@ -194,10 +192,10 @@ class WorkerRound:
         """Ends what is over, offers and reserves, and plans the next step; None when there is nothing to compute."""
         parts = self.parts
         parts.prefill.poll()
-        parts.decode.poll()
+        parts.decode.poll(parts.prefill.scheduler.num_staying)
         parts.prober.poll()  # behind the parts of handoffs
         decodes = parts.decode.plan()
-        prompts = parts.prefill.plan(self.limits.token_budget - len(decodes))
+        prompts = parts.prefill.plan(self.limits.token_budget - len(decodes), parts.decode.num_free_seats)
         return Step(decodes, prompts) if decodes or prompts else None
 
     def layers_done(self, step: Step, first_layer: int, num_layers: int) -> None:
@@ -224,8 +222,9 @@ class WorkerRound:
         for item, tokens, prompt_logprobs in zip(
             step.prompts, of_prompts, result.prompt_logprobs[num_decodes:], strict=True
         ):
-            if tokens is not None:
-                parts.prefill.take(item, tokens, prompt_logprobs)
+            staying = None if tokens is None else parts.prefill.take(item, tokens, prompt_logprobs)
+            if staying is not None:
+                parts.decode.adopt(staying.sequences, staying.gateway_id, staying.deadline_s)
 
     def failed(self, step: Step) -> None:
         """The engine broke on the step: its requests end, the worker lives on."""
@@ -269,17 +268,17 @@ class WorkerRound:
 
     def load(self) -> WorkerLoad:
         """What this worker holds, right now."""
-        parts = self.parts
+        parts, prompts, decodes = self.parts, self.parts.prefill.scheduler, self.parts.decode.scheduler
         return WorkerLoad(
             worker_id=self.info.worker_id,
             role=self.info.role,
             state=self.state,
-            num_waiting=len(parts.prefill.scheduler.waiting),
-            num_running=len(parts.prefill.scheduler.running) + len(parts.decode.scheduler.running),
-            num_preempted=len(parts.decode.scheduler.preempted),
+            num_waiting=len(prompts.waiting),
+            num_running=len(prompts.running) + len(decodes.running),
+            num_preempted=len(decodes.preempted),
             num_reservations=parts.decode.num_reservations,
-            num_handoffs_out=parts.prefill.num_handoffs,
-            waiting_prompt_tokens=parts.prefill.waiting_prompt_tokens,
+            num_handoffs_out=len(prompts.handing_off),
+            waiting_prompt_tokens=prompts.num_waiting_tokens,
             num_kv_blocks=parts.blocks.num_blocks,
             num_used_blocks=parts.blocks.num_used_blocks,
             num_cached_blocks=parts.blocks.num_cached_blocks,
@@ -305,12 +304,12 @@ class WorkerRound:
             or offer.sender in over.workers
             or offer.gateway_id in over.gateways
         ):
-            self._peers.send(offer.sender, KVFailed(offer.transfer_id, "it was cancelled"))
+            self.parts.peers.send(offer.sender, KVFailed(offer.transfer_id, "it was cancelled"))
         elif may_reserve(self.info.role, self.state):
             self.parts.decode.on_offer(offer)
         else:
             reason = f"worker {self.info.worker_id} ({self.info.role.value}) takes no handoffs now"
-            self._peers.send(offer.sender, KVFailed(offer.transfer_id, reason))
+            self.parts.peers.send(offer.sender, KVFailed(offer.transfer_id, reason))
 
     def _fail(self, items: Collection[ScheduledSequence], reason: str) -> None:
         """Ends the items' requests with InternalError, if they are here still.

@@ -21,11 +21,11 @@ class LateLanding:
 
     def __init__(self, box: WorkerBox, worker_id: WorkerId, link: Any = None) -> None:
         """`link`: of the senders; that of a box's own workers, if none is given."""
-        link = link or box.workers[worker_id].rounds.parts.sender._link
+        link = link or box.links[worker_id]
         assert isinstance(link, LoopbackLink) and link.lands, "a box whose parts land"
         self._work: list[Callable[[], None]] = []
         link.lands[worker_id] = late_land(box, worker_id, link.lands[worker_id], self._work.append)
-        link._mailboxes[worker_id] = self._late_post(link._mailboxes[worker_id])
+        link.mailboxes[worker_id] = self._late_post(link.mailboxes[worker_id])
 
     @property
     def num_parts(self) -> int:

@@ -9,7 +9,7 @@ import torch
 
 from engine.kv_cache import PagedKVCache
 from kv_transfer.cache_port import CachePort
-from kv_transfer.link import ArrivedPart, Land
+from kv_transfer.link import ArrivedPart, Land, Link
 from kv_transfer.loopback_link import Fault, LoopbackLink
 from kv_transfer.staging import is_intact
 from phasewise.core.clock import ManualClock
@@ -52,6 +52,7 @@ class WorkerBox:
         self.workers: dict[WorkerId, WorkerDriver] = {}
         self.runners: dict[WorkerId, ScriptedRunner] = {}
         self.caches: dict[WorkerId, PagedKVCache] = {}
+        self.links: dict[WorkerId, LoopbackLink] = {}
         self.sent: list[tuple[WorkerId, WorkerMessage]] = []
         self.lost: set[WorkerId] = set()
         self.tokens: defaultdict[tuple[str, int], dict[int, int]] = defaultdict(dict)
@@ -80,15 +81,19 @@ class WorkerBox:
                 num_blocks * SPEC.block_size,
                 DeviceProfile.linear(0.0, 0.001, 0.0, 0.001),
             )
-            link = LoopbackLink(worker_id, mailboxes, fault)
+            link = self.links[worker_id] = LoopbackLink(worker_id, mailboxes, fault)
             link.lands = lands
-            ports = Ports(self, self, self, link)
+            ports = Ports(self, self, self, self.link_of(worker_id, link))
             port = CachePort(cache, SPEC)
             worker = assemble(info, self.runners[worker_id], port, self.config, ports, self.clock)
             self.workers[worker_id] = worker
             mailboxes[worker_id] = worker.post
             if self.has_landing:
                 lands[worker_id] = worker.land
+
+    def link_of(self, worker_id: WorkerId, link: LoopbackLink) -> Link:
+        """What the worker sends parts over: another one than `link`, if a test wants that."""
+        return link
 
     # ---- ports
 

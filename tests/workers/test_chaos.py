@@ -39,14 +39,14 @@ class ChaosBox(GatewayBox):
         self._writing: list[Callable[[], None]] = []  # of the part that is on its way into the mailbox
         self._under_way: list[tuple[WorkerId | None, WorkerId | None, Callable[[], None]]] = []  # (to, from, arrival)
         super().__init__(roles, fault=self._fault, **options)
-        mailboxes = next(iter(self.workers.values())).rounds.parts.sender._link._mailboxes  # type: ignore[attr-defined]
+        mailboxes = next(iter(self.links.values())).mailboxes
         for name, worker in self.workers.items():
             mailboxes[name] = self._late(name, worker.post)
             if rng.random() < 0.5:
-                worker.rounds.parts.sender._link.send_commit = self._commits_of(name, mailboxes)  # type: ignore[method-assign]
+                self.links[name].send_commit = self._commits_of(name, mailboxes)  # type: ignore[method-assign]
             self.runners[name].on_look = lambda: rng.random() < 0.7
         if self.has_landing:
-            lands = next(iter(self.workers.values())).rounds.parts.sender._link.lands  # type: ignore[attr-defined]
+            lands = next(iter(self.links.values())).lands
             for name in self.workers:
                 lands[name] = late_land(self, name, lands[name], self._writing.append)
 
@@ -116,7 +116,7 @@ class ChaosBox(GatewayBox):
 
     def break_link(self, worker_id: WorkerId, peer: WorkerId) -> None:
         """The news alone, which may be wrong: as if it were late."""
-        transfers = self.workers[worker_id].rounds.parts.sender._transfers
+        transfers = self.workers[worker_id].rounds.parts.sender.outgoing.transfer_ids
         named = frozenset(name for name in transfers if self._rng.random() < 0.5)
         self.workers[worker_id].post(LinkLost(peer, "chaos", named))
 
@@ -237,7 +237,7 @@ async def run(seed: int) -> int:
     await box.assert_nothing_left()
     for worker_id in box.workers.keys() - box.lost:
         parts = box.workers[worker_id].rounds.parts
-        assert not parts.sender._transfers and not parts.prefill._jobs and not parts.decode._swapped
+        assert not parts.sender.outgoing.transfer_ids and not parts.prefill._jobs and not parts.decode._swapped
     return sum(box.metrics._recoveries.values())
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from phasewise.core.lifecycle import Stage
@@ -121,7 +119,7 @@ def test_parts_go_on_leaving_while_a_step_computes() -> None:
     prefill, decode, runner = box.workers["prefill-0"], box.workers["decode-0"], box.runners["prefill-0"]
     runner.num_steps_ahead = 1
     sender = prefill.rounds.parts.sender
-    sender._limits = replace(sender._limits, window_bytes=1)  # a part at a time
+    sender.outgoing.window_bytes = 1  # a part at a time
     box.submit("r", prompt_of(100), "prefill-0", "decode-0", max_tokens=8)
     sent_inside: list[int] = []
 

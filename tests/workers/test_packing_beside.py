@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from kv_transfer.codec import Codec
+from kv_transfer.codec import Codec, part_layout
 from kv_transfer.link import ArrivedPart, Landed
 from kv_transfer.plan import PartSpan
 from kv_transfer.receiver import Reservation
@@ -17,7 +17,7 @@ from kv_transfer.staging import is_intact
 from phasewise.core.messages import AbortRequest, KVAbort, KVAccepted, KVPart, KVPartAck
 from phasewise.core.placement import WorkerId
 from tests.support.late_landing import LateLanding
-from tests.support.scripted_engine import expected_tokens
+from tests.support.scripted_engine import SPEC, expected_tokens
 from tests.support.worker_box import WorkerBox
 from tests.workers.test_interleavings import hold_first
 from tests.workers.test_links import LAYERWISE, LinkedBox
@@ -33,8 +33,9 @@ class LateDevice:
         self._pack = sender._cache.pack
         sender._cache.pack = self._pack_later
         sender._cache.rejoin = self.finish
-        self._mailboxes = sender._link._mailboxes
-        sender._link.send_part = self._send_later
+        link: Any = box.links[worker_id]
+        self._mailboxes = link.mailboxes
+        link.send_part = self._send_later
         self._worker_id = worker_id
 
     def finish(self) -> None:
@@ -183,7 +184,7 @@ def reserved_part(box: WorkerBox) -> tuple[Reservation, KVPart, torch.Tensor]:
     receiver = box.workers["decode-0"].rounds.parts.receiver
     box.run_until(lambda: bool(receiver.reservations))
     (reservation,) = receiver.reservations
-    layout = receiver._cache.layout(PartSpan(0, 2, 0, 60), "float32", Codec.NONE)
+    layout = part_layout(SPEC, PartSpan(0, 2, 0, 60), "float32", Codec.NONE)
     part = KVPart(reservation.offer.transfer_id, 7, 0, 2, 0, 60, layout.num_bytes, "float32", "none")
     return reservation, part, torch.zeros(layout.num_bytes, dtype=torch.uint8)
 
@@ -199,9 +200,9 @@ def test_what_no_reservation_waits_for_is_not_written() -> None:
     assert not worker.land(good, wire)(), "it has those tokens"
     reservation.num_cached_tokens = 0
     cache: Any = worker.rounds.parts.receiver._cache
-    cache.can_land = lambda place: place is not reservation.place
+    cache.can_write_beside = lambda place: place is not reservation.place
     assert not worker.land(good, wire)(), "several ranks must write it, or a step has its blocks"
-    del cache.can_land
+    del cache.can_write_beside
     assert not reservation.landing
     unpacking, landing = cache.unpacking, []
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from kv_transfer.link import DeviceFull
 from kv_transfer.prober import ProbeLink
 from kv_transfer.staging import is_intact
 from phasewise.core.links import LinkProbe
@@ -100,7 +101,7 @@ def test_a_full_device_fails_the_probe_and_not_the_worker(monkeypatch: pytest.Mo
     box = LinkedBox()
 
     def buffer(*_: Any) -> None:
-        raise torch.OutOfMemoryError
+        raise DeviceFull
 
     with monkeypatch.context() as patched:
         patched.setattr(box.direct, "buffer", buffer)

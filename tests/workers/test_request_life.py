@@ -430,19 +430,19 @@ def test_window_holds_parts_back_and_drops_none() -> None:
 
     def watch(part: KVPart, wire: torch.Tensor) -> torch.Tensor:
         in_flight.append(part.num_bytes)
-        acks.append(box.workers["prefill-0"].rounds.parts.sender._bytes_in_flight)
+        acks.append(box.workers["prefill-0"].rounds.parts.sender.outgoing.num_bytes_in_flight)
         return wire
 
     box = WorkerBox(PAIR, num_blocks=512, fault=watch)
     sender = box.workers["prefill-0"].rounds.parts.sender
-    sender._limits = replace(sender._limits, window_bytes=20_000)
+    sender.outgoing.window_bytes = 20_000
     for i in range(6):
         box.submit(f"r{i}", prompt_of(200, seed=i), "prefill-0", "decode-0", max_tokens=5)
     box.run()
     assert max(acks) <= 20_000
     for i in range(6):
         assert box.output(f"r{i}") == expected_tokens(prompt_of(200, seed=i), 5)
-    assert sender._bytes_in_flight == 0
+    assert sender.outgoing.num_bytes_in_flight == 0
     box.assert_empty()
 
 
@@ -507,7 +507,6 @@ def test_roles_refuse_what_is_not_theirs() -> None:
 
 def test_an_offer_of_other_weights_is_refused_saying_what_differs() -> None:
     box = WorkerBox(PAIR)
-    from dataclasses import replace
 
     box.submit("r", prompt_of(10), "prefill-0", "decode-0", max_tokens=3)
     real_send = box.send
