@@ -27,7 +27,6 @@ from kv_transfer.prober import ProbeLink
 from phasewise.core.clock import Clock
 from phasewise.core.links import WorkerLinks
 from phasewise.core.messages import KVPart, KVPartAck, WorkerInfo, WorkerLoad, WorkerMessage
-from phasewise.core.placement import WorkerState
 from workers.round import Step, WorkerRound
 
 logger = logging.getLogger(__name__)
@@ -102,9 +101,8 @@ class WorkerDriver:
         while not self._stopping:
             if not self.round():
                 self.rounds.report(idle=True)
-                self._wait()
-        self.rounds.state = WorkerState.STOPPED
-        self.rounds.report(idle=True)
+                self.wait()
+        self.rounds.stop()
 
     def round(self) -> bool:
         """One round without waiting. True when there may be more to do at once."""
@@ -121,6 +119,20 @@ class WorkerDriver:
         self._peers.flush_deferred()
         self.rounds.report(idle=False)
         return has_work or self.rounds.has_more
+
+    def wait(self) -> None:
+        """Sleeps until a message comes that may lead to a step, or a deadline is due.
+
+        A round for each part of a handoff would keep the interpreter from the link's threads.
+        """
+        due_s = self.rounds.next_deadline_s()
+        while (left_s := due_s - self._clock.now_s()) > 0:
+            try:
+                entry = self._mailbox.get(timeout=left_s)
+            except queue.Empty:
+                return
+            if entry is None or self.rounds.take(*entry):
+                return
 
     def load(self) -> WorkerLoad:
         """What this worker holds, right now."""
@@ -190,17 +202,3 @@ class WorkerDriver:
                 return
             if entry is not None:
                 self.rounds.take(*entry)
-
-    def _wait(self) -> None:
-        """Sleeps until a message comes that may lead to a step, or a deadline is due.
-
-        A round for each part of a handoff would keep the interpreter from the link's threads.
-        """
-        due_s = self.rounds.next_deadline_s()
-        while (left_s := due_s - self._clock.now_s()) > 0:
-            try:
-                entry = self._mailbox.get(timeout=left_s)
-            except queue.Empty:
-                return
-            if entry is None or self.rounds.take(*entry):
-                return

@@ -119,7 +119,7 @@ class WorkerRound:
         self.info = info
         self.parts = parts
         self.limits = limits
-        self.state = WorkerState.READY
+        self._state = WorkerState.READY
         self._loads = loads
         self._clock = clock
         self._over = _Over()
@@ -251,6 +251,11 @@ class WorkerRound:
             self._clock.now_s() + self.limits.heartbeat_s,
         )
 
+    def stop(self) -> None:
+        """Reports that no round follows."""
+        self._state = WorkerState.STOPPED
+        self.report(idle=True)
+
     # ---- the load
 
     def report(self, *, idle: bool) -> None:
@@ -272,7 +277,7 @@ class WorkerRound:
         return WorkerLoad(
             worker_id=self.info.worker_id,
             role=self.info.role,
-            state=self.state,
+            state=self._state,
             num_waiting=len(prompts.waiting),
             num_running=len(prompts.running) + len(decodes.running),
             num_preempted=len(decodes.preempted),
@@ -290,7 +295,7 @@ class WorkerRound:
     def _on_task(self, task: PrefillTask) -> None:
         if task.request.request_id in self._over.requests or task.gateway_id in self._over.gateways:
             return  # its abort overtook it
-        if may_prefill(self.info.role, self.state):
+        if may_prefill(self.info.role, self._state):
             self.parts.prefill.on_task(task)
         else:
             error = Unavailable(f"worker {self.info.worker_id} ({self.info.role.value}) takes no prompts now")
@@ -305,7 +310,7 @@ class WorkerRound:
             or offer.gateway_id in over.gateways
         ):
             self.parts.peers.send(offer.sender, KVFailed(offer.transfer_id, "it was cancelled"))
-        elif may_reserve(self.info.role, self.state):
+        elif may_reserve(self.info.role, self._state):
             self.parts.decode.on_offer(offer)
         else:
             reason = f"worker {self.info.worker_id} ({self.info.role.value}) takes no handoffs now"

@@ -237,7 +237,9 @@ async def run(seed: int) -> int:
     await box.assert_nothing_left()
     for worker_id in box.workers.keys() - box.lost:
         parts = box.workers[worker_id].rounds.parts
-        assert not parts.sender.outgoing.transfer_ids and not parts.prefill._jobs and not parts.decode._swapped
+        assert not parts.sender.outgoing.transfer_ids and not parts.decode.scheduler.job_of
+        assert parts.prefill.next_deadline_s() == float("inf"), "a prompt that is in no queue"
+        assert box.caches[worker_id].swap.num_free == box.num_swap_blocks
     return sum(box.metrics._recoveries.values())
 
 

@@ -24,6 +24,7 @@ from phasewise.core.messages import (
     KVPartAck,
     PeerLost,
 )
+from phasewise.core.placement import WorkerState
 from phasewise.core.request import FinishReason, Request, SampledToken, SamplingParams
 from tests.support.pure_worker import SPEC, PureWorker
 from workers.round import Step
@@ -318,6 +319,15 @@ def test_the_load_is_reported_when_it_changed_not_too_often_and_as_a_heartbeat()
     worker.clock.advance(rounds.limits.heartbeat_s)
     assert reports(idle=False) == 1
     assert [load.number for load in worker.loads] == [1, 2, 3, 4, 5]
+
+
+def test_a_worker_that_stops_says_so_and_takes_nothing_more() -> None:
+    worker = PureWorker()
+    worker.rounds.stop()
+    assert worker.loads[-1].state is WorkerState.STOPPED
+    worker.ask("r", 6)
+    assert worker.begin() is None
+    assert [failure.code for failure in worker.failures] == ["unavailable"]
 
 
 # ---- what it needs

@@ -21,8 +21,9 @@ def mixed_box(**sections: object) -> WorkerBox:
 def sequences_of(box: WorkerBox, request_id: str, worker_id: str = "mixed-0") -> list[Sequence]:
     """Those that hold blocks on the worker."""
     parts = box.workers[worker_id].rounds.parts
-    jobs = (*parts.prefill._jobs.values(), *parts.decode.scheduler.jobs())
-    found = (job.sequence for job in jobs)
+    prompts, decodes = parts.prefill.scheduler, parts.decode.scheduler
+    found = [job.sequence for job in (*prompts.waiting, *prompts.running, *prompts.handing_off)]
+    found += decodes.job_of
     return [sequence for sequence in found if sequence.request_id == request_id and sequence.block_table]
 
 
