@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.link_nodes import TIMEOUT_S, LinkEnd, LinkSettings, link_device
 from benchmarks.offline import local_device
+from engine.loader import resolve_dtype
 from kv_transfer.link import ArrivedPart, Landing, to_mailbox
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.config import build_config
@@ -23,7 +24,8 @@ from phasewise.core.placement import Placement, WorkerRole
 from phasewise.core.profile import DeviceProfile
 from phasewise.core.request import Request, SamplingParams
 from workers.assemble import Ports, assemble
-from workers.build import LoadedEngine, prepare_engine, resolve_dtype, worker_info
+from workers.build import LoadedEngine, worker_info
+from workers.prepare import prepare_engine
 from workers.ranks import Ranks
 from workers.settings import WorkerSettings
 from workers.worker import Worker

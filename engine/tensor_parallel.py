@@ -7,7 +7,10 @@ engine/cuda/all_reduce.py.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -17,11 +20,13 @@ import torch.nn.functional as F
 
 from engine.sharding import Shard
 
+logger = logging.getLogger(__name__)
+
 _LOW_32 = 2**32 - 1
 _NAN = 2**63 - 1
 
 Command = tuple[Any, ...]
-"""What rank 0 tells the other ranks: a name, then values that can be pickled (ModelRunner.follow)."""
+"""What rank 0 tells the other ranks: a name, then values that can be pickled (ModelRunner.carry_out)."""
 
 
 class OtherRanks(Protocol):
@@ -32,6 +37,25 @@ class OtherRanks(Protocol):
 
     def broken(self, reason: str) -> None:
         """This rank failed at what it told: the others wait for it in vain, and the group cannot go on."""
+
+
+@contextlib.contextmanager
+def together(others: OtherRanks | None, command: Command, work: str) -> Iterator[None]:
+    """Around what all ranks compute at `command`, which it tells the others first; does nothing on a single rank.
+
+    When this rank fails inside, the others wait for it in vain, and what they wait for would be taken from the next
+    command: the group is reported as broken, and the exception goes on. `work` names the work in that report.
+    """
+    if others is None:
+        yield
+        return
+    others.tell(command)
+    try:
+        yield
+    except Exception as error:
+        logger.exception("%s failed on one rank of several", work)
+        others.broken(f"{type(error).__name__} in {work}: {error}")
+        raise
 
 
 class Group:

@@ -22,7 +22,7 @@ from phasewise.core.outbox import LatePeers, Outbox
 from phasewise.core.ports import GatewayPort, LoadPort, PeerPort
 from prefill_workers.phase import PrefillLimits, PrefillPhase
 from prefill_workers.scheduler import PrefillScheduler
-from workers.build import token_budget
+from workers.engine_facts import token_budget
 from workers.link_sizes import link_sizes
 from workers.ranked_cache import LeadingCachePort
 from workers.worker import LoopSettings, Runner, Worker, WorkerParts

@@ -26,7 +26,7 @@ from engine.cuda.fp8 import Fp8Product
 from engine.cuda.products import gate_up_silu, gemv, has_gate_up_silu, skinny_product, skinny_tile
 from engine.cuda.sampling import greedy
 from engine.layers.linear import Linear
-from engine.layers.rotary import rope_frequencies
+from engine.layers.rotary import rope_tables
 from engine.models.llama import DecoderLayer, LlamaModel
 from engine.tensor_parallel import ids_of, sortable
 
@@ -54,18 +54,20 @@ class CudaDecoder:
     """Runs layers of `model` over rows of tokens. Folds the model's norms on construction: the model stays valid.
 
     With several ranks every method is called by all of them together, and `config` is this rank's part.
+
+    Raises:
+        ConfigError: as `rope_tables`.
     """
 
     def __init__(self, model: LlamaModel, max_model_len: int) -> None:
         config = model.config
+        cos, sin = rope_tables(config, max_model_len)
         self.config = config
         self._model = model
         self._eps = config.rms_norm_eps
         self._reduce = FastReduce.connect(model.group, model.device) if model.group.size > 1 else None
         self._layers = [_fold(layer) for layer in model.layers]
-        frequencies, factor = rope_frequencies(config.rope, config.head_dim)
-        angles = torch.arange(max_model_len, dtype=torch.float32).unsqueeze(1) * frequencies
-        self._rope = ((angles.cos() * factor).to(model.device), (angles.sin() * factor).to(model.device))
+        self._rope = cos.to(model.device), sin.to(model.device)
 
     @property
     def num_ranks(self) -> int:

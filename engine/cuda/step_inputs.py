@@ -11,6 +11,8 @@ import torch
 from engine.batch import ScheduledSequence
 from engine.sequence import Sequence
 
+PROMPT_CHUNKS = 8  # most chunks of prompts in a step that a captured graph computes
+
 _ALIGNMENT = 16  # bytes; Triton compiles faster loads for aligned pointers
 
 

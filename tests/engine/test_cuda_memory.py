@@ -17,7 +17,8 @@ from phasewise.core.config import build_config
 from phasewise.core.errors import ConfigError
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.placement import WorkerRole
-from workers.build import load_engine, prepare_engine
+from workers.build import load_engine
+from workers.prepare import prepare_engine
 from workers.profiler import full_grid, made_up_step, measure_profile, measure_rates
 from workers.settings import WorkerSettings
 from workers.sizing import CudaMemory, GpuSizer, StepLimits, largest_steps
