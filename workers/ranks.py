@@ -105,7 +105,11 @@ class Ranks:
         self._is_up = True
 
     def tell(self, command: Command) -> None:
-        """Sends a command to all ranks, before rank 0 does the same. Raises InternalError when one cannot be reached."""
+        """Sends a command to all ranks, before rank 0 does the same.
+
+        Raises:
+            InternalError: a rank cannot be reached.
+        """
         self._send(command)
 
     def broken(self, reason: str) -> None:
