@@ -80,6 +80,11 @@ class SwapSpace:
     def num_free(self) -> int:
         return len(self._free)
 
+    @property
+    def is_pinned(self) -> bool:
+        """Whether copies between host and device go on without the host."""
+        return self._host.is_pinned()
+
     def take(self, count: int) -> list[int]:
         """That many free places. Raises ValueError when there are fewer."""
         if count > len(self._free):

@@ -159,7 +159,7 @@ def _draw(logits: torch.Tensor, rows: list[SampleRow]) -> list[int]:
     scaled = logits.double()
     scaled -= scaled.max(dim=-1, keepdim=True).values  # before the division, which would overflow near temperature 0
     scaled /= temperature.unsqueeze(1)
-    cutoffs = [_cutoff(values, params) for values, params in zip(scaled, sampling, strict=True)]
+    cutoffs = [draw_cutoff(values, params) for values, params in zip(scaled, sampling, strict=True)]
     if any(cutoff > -math.inf for cutoff in cutoffs):
         limit = torch.tensor(cutoffs, dtype=torch.float64, device=logits.device).unsqueeze(1)
         scaled = scaled.masked_fill_(scaled < limit, -math.inf)
@@ -177,7 +177,7 @@ def _draw(logits: torch.Tensor, rows: list[SampleRow]) -> list[int]:
     return torch.minimum(tokens, last).squeeze(1).tolist()
 
 
-def _cutoff(values: torch.Tensor, sampling: SamplingParams) -> float:
+def draw_cutoff(values: torch.Tensor, sampling: SamplingParams) -> float:
     """The smallest scaled logit that may be drawn; tokens that tie with it may be too.
 
     values: [vocab_size] float64, the largest of them 0.
