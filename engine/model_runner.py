@@ -56,7 +56,7 @@ class ModelRunner:
         return 0
 
     def warm_up(self, token_budget: int) -> None:
-        """Does what would hold up the first steps of up to `token_budget` tokens. Call it before the cache is used."""
+        """Does what the first steps of up to `token_budget` tokens would wait for. Call it before the cache is used."""
 
     def submit(
         self,
@@ -123,6 +123,7 @@ class ModelRunner:
     def _forward_inputs(
         self, inputs: ForwardInputs, on_layers_done: Callable[[int, int], None] | None, layers_per_group: int
     ) -> torch.Tensor:
+        """As `_forward`, on one rank."""
         self._backend.plan(inputs)
         rope = self._rotary.plan(inputs.positions)
         hidden = self._model.embed(inputs.input_ids)
@@ -136,6 +137,7 @@ class ModelRunner:
     def _sample(
         self, batch: ScheduledBatch, hidden: torch.Tensor, last_rows: list[int]
     ) -> tuple[tuple[SampledToken, ...] | None, ...]:
+        """As StepResult.tokens; hidden: [num_tokens, hidden_size], item i's last token in row `last_rows[i]`."""
         sampled_rows = [row for row, item in zip(last_rows, batch.items, strict=True) if item.num_samples]
         if not sampled_rows:
             return ((),) * len(batch.items)
@@ -143,7 +145,7 @@ class ModelRunner:
         return self._sample_rows(batch, self._head.logits(hidden, sampled_rows))
 
     def _sample_rows(self, batch: ScheduledBatch, logits: torch.Tensor) -> tuple[tuple[SampledToken, ...] | None, ...]:
-        """As StepResult.tokens; logits: one row per item that samples, in order."""
+        """As StepResult.tokens; logits: [number of items that sample, vocab_size], in their order."""
         rows: list[SampleRow] = []
         logits_row = 0
         for item in batch.items:

@@ -50,7 +50,7 @@ def sample(logits: torch.Tensor, rows: list[SampleRow]) -> list[SampledToken | N
 
 
 def _with_logprobs(logits: torch.Tensor, rows: list[SampleRow], tokens: list[int | None]) -> list[SampledToken | None]:
-    """The tokens chosen for these rows; with log-probabilities where asked for."""
+    """The tokens chosen for these rows; with log-probabilities where asked for. logits: as in `sample`."""
     wanted = [row.sequence.sampling.logprobs for row in rows]
     if all(count is None for count in wanted):
         return [None if token is None else SampledToken(token) for token in tokens]
@@ -195,7 +195,10 @@ def draw_cutoff(values: torch.Tensor, sampling: SamplingParams) -> float:
 
 
 def _top_p_cutoff(values: torch.Tensor, top_k_cutoff: float, top_p: float) -> float:
-    """Nucleus sampling (Holtzman et al. 2020): the fewest most probable tokens whose probabilities reach `top_p`."""
+    """Nucleus sampling (Holtzman et al. 2020): the fewest most probable tokens whose probabilities reach `top_p`.
+
+    values: as in `draw_cutoff`; `top_k_cutoff` is what top-k leaves of them. -inf where rounding leaves no cutoff.
+    """
     kept = torch.where(values >= top_k_cutoff, values.exp(), 0.0)
     goal = top_p * kept.sum()
     num_candidates = _FIRST_CANDIDATES

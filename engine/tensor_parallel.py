@@ -1,4 +1,4 @@
-"""The ranks of one host that compute a model together, and what they say to each other while they do.
+"""The ranks of one host that compute a model together, and what they tell each other meanwhile.
 
 Every rank calls the same methods in the same order with tensors of the same shape: each call waits for the others.
 This is the plain form, on torch.distributed: gloo on CPUs, NCCL on GPUs. What a decode step needs 64 times is in
@@ -105,26 +105,26 @@ class Group:
         return dist.group.WORLD
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, in place; returned too."""
+        """The sum of x, of any shape, over all ranks, in place; returned too."""
         if self.size > 1:
             dist.all_reduce(x)
         return x
 
     def all_max(self, x: torch.Tensor) -> torch.Tensor:
-        """The largest over all ranks, element by element, in place; returned too."""
+        """The largest x, of any shape, over all ranks, element by element, in place; returned too."""
         if self.size > 1:
             dist.all_reduce(x, op=dist.ReduceOp.MAX)
         return x
 
     def gather(self, part: torch.Tensor) -> list[torch.Tensor] | None:
-        """Every rank's `part`, by rank, on rank 0; None on the others. All parts have one shape."""
+        """Every rank's `part`, by rank, on rank 0; None on the others. All parts have one shape, whichever."""
         part = part.contiguous()
         parts = [torch.empty_like(part) for _ in range(self.size)] if self.rank == 0 else None
         dist.gather(part.view(torch.uint8), [p.view(torch.uint8) for p in parts] if parts else None, dst=0)
         return parts
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
-        """Rank 0's `x`, in place on the others, which give a tensor of its shape; returned too."""
+        """Rank 0's `x`, of any shape, in place on the others, which give a tensor of that shape; returned too."""
         dist.broadcast(x.view(torch.uint8), src=0)
         return x
 
@@ -159,5 +159,5 @@ def sortable(part: torch.Tensor, first_id: int) -> torch.Tensor:
 
 
 def ids_of(keys: torch.Tensor) -> torch.Tensor:
-    """The ids in what `sortable` gives; -1 for a row that nothing can be chosen from."""
+    """The ids in what `sortable` gives, [num_rows] int64; -1 for a row without a choice."""
     return (_LOW_32 - (keys & _LOW_32)).masked_fill_(keys == _NAN, -1)

@@ -48,7 +48,7 @@ def load_engine(settings: WorkerSettings, progress: Callable[[float], None], clo
             cannot be split over the ranks; or fp8 is wanted where it cannot be computed.
     """
     config = settings.config
-    written = written_profile(settings)  # a wrong one is said before the wait for the weights
+    written = written_profile(settings)  # before the weights, so that a wrong one is reported at once
     ranks = Ranks(settings) if settings.tensor_parallel > 1 else None
     try:
         engine = prepare_engine(settings, lambda share: progress(0.95 * share), ranks)
@@ -73,7 +73,7 @@ def load_engine(settings: WorkerSettings, progress: Callable[[float], None], clo
 
 
 def worker_info(settings: WorkerSettings, engine: LoadedEngine, link_address: str = "") -> WorkerInfo:
-    """What the others may know of this worker."""
+    """What gateways, control plane and other workers are told of this worker."""
     return WorkerInfo(
         worker_id=settings.worker_id,
         role=settings.role,

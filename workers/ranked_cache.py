@@ -1,4 +1,4 @@
-"""The KV cache of a worker of several ranks: each holds its heads, and rank 0 speaks for all.
+"""The KV cache of a worker of several ranks: each has the KV of its heads, and rank 0 acts for all.
 
 Swaps and copies are told to the other ranks, which do them at the same place between their steps. A handoff's parts
 hold all heads, so the two ends may have different numbers of ranks: rank 0 gathers what it sends and distributes what
@@ -23,7 +23,7 @@ from workers.ranks import Ranks
 
 
 class LeadingKVCache(PagedKVCache):
-    """Rank 0's cache: what moves in it moves in the other ranks' caches, too (`CacheCommands`)."""
+    """Rank 0's cache: copies and swaps are done in the other ranks' caches, too (`CacheCommands`)."""
 
     def __init__(self, spec: KVCacheSpec, num_blocks: int, device: str, num_swap_blocks: int, ranks: Ranks) -> None:
         super().__init__(spec, num_blocks, device, num_swap_blocks)
@@ -54,12 +54,13 @@ class LeadingCachePort(CachePort):
         self._ranks = ranks
 
     def prepare(self, place: KVPlace) -> None:
-        """Each rank does it for itself."""
+        """Does nothing: each rank prepares its own part when it is packed."""
 
     def can_land(self, place: KVPlace) -> bool:
         return False  # all ranks take part, between their steps
 
     def pack(self, place: KVPlace, span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:
+        """wire: [layout.num_bytes] uint8, filled."""
         block_table = list(place.block_table)
         with together(self._ranks, ("pack", block_table, span, layout.dtype), "a handoff"):
             parts = self._heads.gather(block_table, span, layout.dtype)
@@ -72,6 +73,7 @@ class LeadingCachePort(CachePort):
         return partial(self._unpack, place, span, layout, wire)
 
     def _unpack(self, place: KVPlace, span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:
+        """wire: [layout.num_bytes] uint8."""
         block_table = list(place.block_table)
         with together(self._ranks, ("unpack", block_table, span, layout), "a handoff"):
             values = decode(wire.to(self.device), layout, DTYPES[layout.dtype])
@@ -95,7 +97,10 @@ class RankHeads:
     def scatter(
         self, block_table: Sequence[int], span: PartSpan, layout: WireLayout, values: torch.Tensor | None
     ) -> None:
-        """Writes this rank's heads of what rank 0 has, `values` of the shape and dtype that `layout` says."""
+        """Writes this rank's heads of `values`, which rank 0 has and the others get; None on the others.
+
+        values: [num_layers, 2, num_tokens, heads of all ranks, head_dim], in the dtype of `layout`.
+        """
         device = self._cache.device
         if values is None:
             values = torch.empty(layout.shape, dtype=DTYPES[layout.dtype], device=device)
@@ -111,6 +116,7 @@ class RankHeads:
         return WireLayout(span.num_layers, span.num_tokens, spec.num_kv_heads, spec.head_dim, dtype, Codec.NONE)
 
     def _slots(self, block_table: Sequence[int], span: PartSpan) -> torch.Tensor:
+        """Of the tokens of the span, [num_tokens] int64."""
         cache = self._cache
         return slots_of(block_table, cache.block_size, span.first_token, span.num_tokens, cache.device)
 

@@ -147,6 +147,7 @@ class Ranks:
             self._on_lost(f"rank {rank} of {self._worker_id} ended (exit code {code}); so the whole worker ends")
 
     def _answer(self, rank: int, pipe: Connection, expected: type) -> None:
+        """Raises as `wait_loaded`."""
         try:
             if not pipe.poll(_START_TIMEOUT_S):
                 raise InternalError(f"rank {rank} of {self._worker_id} was not ready after {_START_TIMEOUT_S:.0f} s")
@@ -161,6 +162,7 @@ class Ranks:
         assert isinstance(answer, expected), answer
 
     def _send(self, message: Any) -> None:
+        """Raises as `tell`."""
         data = pickle.dumps(message, protocol=5)
         for pipe in self._pipes:
             try:

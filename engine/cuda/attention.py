@@ -51,8 +51,8 @@ class RaggedAttention:
     context attends to itself and to a gathered copy of its context, and the two are merged. All others, and models with
     windows, take the paged kernel.
 
-    Decodes are rows 0 to len(contexts), with their block tables in `tables`; the arrays that chunks need go with
-    `upload`, which has room for `upload_bytes(chunks)`.
+    Decodes are rows 0 to num_decodes, with `tables` [num_decodes, max_blocks] and `contexts` [num_decodes], both int32;
+    the arrays that chunks need go with `upload`, which has room for `upload_bytes(chunks)`.
 
     Attributes:
         paged: the chunks that the paged kernel computes; None without any.
@@ -176,6 +176,7 @@ class PagedChunks:
     def attend(
         self, qkv: torch.Tensor, storage: torch.Tensor, out: torch.Tensor, block_size: int, window: int | None
     ) -> None:
+        """Fills the chunks' rows of `out`, as `prompt_attention`, from a layer's `storage` [2, num_slots, …]."""
         arguments = (self.tables, self.work, self.spans, self.workspace, self.tile)
         prompt_attention(qkv, storage, *arguments, out, block_size, window=window)
 
@@ -189,7 +190,7 @@ def _is_regular(chunk: PromptChunk) -> bool:
 
 
 def _earlier_blocks(chunk: PromptChunk, block_size: int) -> np.ndarray:
-    """The blocks before the chunk, which begins with a block of its own: both lengths are regular."""
+    """[num_blocks] int32: those before the chunk, which begins with a block of its own, as both lengths are regular."""
     return chunk.table[: chunk.num_earlier // block_size]
 
 

@@ -74,6 +74,7 @@ class CudaDecoder:
         return self._model.group.size
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[num_tokens] int64 → [num_tokens, hidden]"""
         return self._model.embed(input_ids)
 
     def run_layers(
@@ -139,25 +140,26 @@ class CudaDecoder:
         return ids_of(self._reduce.max_(sortable(partial_logits, first_id)))
 
     def share_ids(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rank 0's sampled ids, on every rank.  # [num_rows] int64, what other ranks give is not looked at"""
+        """Rank 0's sampled ids, on every rank.  # [num_rows] int64; of the others only the shape counts"""
         if self._reduce is None:
             return ids
         return self._reduce.max_(ids.clone() if self._model.group.rank == 0 else torch.full_like(ids, -1))
 
     def _activate(self, x: torch.Tensor, scales: torch.Tensor | None, weight: Weight, act: torch.Tensor) -> None:
-        """The MLP up to its activation, into `act`."""
+        """The MLP up to its activation: x [num_tokens, hidden] → `act` [num_tokens, intermediate_size]."""
         if scales is not None and isinstance(weight, torch.Tensor) and has_gate_up_silu(len(x), weight):
             gate_up_silu(x, weight, scales, act)
         else:
             silu_mul(_product(x, weight), x, scales, self._eps, act)
 
     def _scales(self, x: torch.Tensor) -> torch.Tensor | None:
+        """1 / rms of each row, [num_tokens] float32; None where the kernels compute it themselves."""
         return row_scales(x, self._eps) if len(x) >= _ROWS_FOR_SCALES else None
 
     def _add_product(
         self, x: torch.Tensor, inputs: torch.Tensor, weight: Weight, bias: torch.Tensor | None, turn: int
     ) -> torch.Tensor | None:
-        """x += inputs · Wᵀ + bias, over all ranks; the new `_scales`."""
+        """x += inputs · Wᵀ + bias, over all ranks; the new `_scales`. Shapes as in the function `_add_product`."""
         if self._reduce is None:
             _add_product(x, inputs, weight)
             if bias is not None:
@@ -170,7 +172,7 @@ class CudaDecoder:
 
 
 def _product(x: torch.Tensor, weight: Weight, out: torch.Tensor | None = None) -> torch.Tensor:
-    """x · Wᵀ by the kernel that is fastest for so many rows, into `out` or a new tensor."""
+    """x [num_tokens, columns] · Wᵀ → [num_tokens, rows], `out` or a new tensor, by the kernel that is fastest."""
     if isinstance(weight, Fp8Product):
         return weight(x) if out is None else out.copy_(weight(x))
     num_tokens, (rows, columns) = x.shape[0], weight.shape
@@ -185,7 +187,7 @@ def _product(x: torch.Tensor, weight: Weight, out: torch.Tensor | None = None) -
 
 
 def _add_product(x: torch.Tensor, inputs: torch.Tensor, weight: Weight) -> None:
-    """x += inputs · Wᵀ, in one kernel where there is one."""
+    """x [num_tokens, rows] += inputs [num_tokens, columns] · Wᵀ, in one kernel where there is one."""
     if isinstance(weight, Fp8Product):
         return weight.add_to(x, inputs)
     num_tokens, (rows, columns) = x.shape[0], weight.shape

@@ -81,13 +81,14 @@ class _Graph(ABC):
             self._outputs = self._step()
 
     def _places(self, arrays: Iterable[np.ndarray]) -> tuple[torch.Tensor, ...]:
-        """Where arrays of these shapes are on the device, with these values."""
+        """A place in the static buffer for each array, of its shape and with its values."""
         upload = Upload(self._static)
         places = tuple(upload.add(array) for array in arrays)
         upload.send()
         return places
 
     def _send(self, arrays: Iterable[np.ndarray]) -> None:
+        """Copies arrays of the same shapes and order to the places that `_places` gave."""
         upload = Upload(self._static)
         for array in arrays:
             upload.put(array)
@@ -112,6 +113,7 @@ class DecodeGraph(_Graph):
         self._capture(capture)
 
     def submit(self, tokens: TokenRows, contexts: np.ndarray) -> StepOutputs:
+        """tokens: `batch` rows; contexts: [batch] int32, 0 for padding."""
         self._send(self._arrays(tokens, contexts))
         return self._replay()
 

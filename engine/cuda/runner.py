@@ -148,7 +148,7 @@ class CudaModelRunner:
         for count, length in [(1, 1), (1, 1023), *planned_shapes(token_budget)]:
             if length > capacity:
                 continue
-            table = list(range(-(-length // size)))  # the same blocks for all: nobody reads what they write
+            table = list(range(-(-length // size)))  # the same blocks for all: what they write is not read
             prompts = [Sequence("warm-up", SamplingParams(temperature=0.0), [0] * length, length) for _ in range(count)]
             decode = Sequence("warm-up", SamplingParams(temperature=0.0), [0, 0], 1, num_computed_tokens=1)
             for sequence in (*prompts, decode):

@@ -69,7 +69,10 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[torch.Tensor, flo
 
 
 def _llama3(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
-    """Long wavelengths are stretched by `factor`, short ones kept, those between interpolated (Llama 3.1)."""
+    """Long wavelengths are stretched by `factor`, short ones kept, those between interpolated (Llama 3.1).
+
+    frequencies: [head_dim / 2], as what is returned.
+    """
     wavelengths = 2 * math.pi / frequencies
     longest, shortest = rope.original_context / rope.low_freq_factor, rope.original_context / rope.high_freq_factor
     smooth = (rope.original_context / wavelengths - rope.low_freq_factor) / (
@@ -81,7 +84,10 @@ def _llama3(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
 
 
 def _yarn(rope: RopeConfig, head_dim: int) -> torch.Tensor:
-    """Interpolation for slow dimensions, extrapolation for fast ones, a ramp between (Peng et al. 2023, "YaRN")."""
+    """Interpolation for slow dimensions, extrapolation for fast ones, a ramp between (Peng et al. 2023, "YaRN").
+
+    Returns [head_dim / 2] float32.
+    """
 
     def dimension_of(num_rotations: float) -> float:
         return head_dim * math.log(rope.original_context / (num_rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
