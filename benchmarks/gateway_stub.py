@@ -2,6 +2,7 @@
 
 For benchmarks/gateway.py: prints one line with its addresses, then answers each line of its input with one of JSON,
 `{request id: when the workers were told to drop it}` (seconds of the monotonic clock, which processes of a host share).
+It wires a whole gateway, so it imports more than 15 of our modules.
 """
 
 from __future__ import annotations

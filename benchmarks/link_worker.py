@@ -1,4 +1,7 @@
-"""A process of the handoff's benchmarks with a whole worker: its engine, its loop, its direct links."""
+"""A process of the handoff's benchmarks with a whole worker: its engine, its loop, its direct links.
+
+It wires them by hand, so it imports more than 15 of our modules.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.link_nodes import TIMEOUT_S, LinkEnd, LinkSettings, link_device
+from benchmarks.link_nodes import LinkEnd, LinkSettings, link_device
+from benchmarks.nodes import TIMEOUT_S
 from benchmarks.offline import local_device
 from engine.loader import resolve_dtype
 from kv_transfer.link import ArrivedPart, Landing, to_mailbox

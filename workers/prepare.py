@@ -12,7 +12,6 @@ from engine.loader import LoadedModel, check_fp8, resolve_dtype
 from engine.model_config import ModelConfig
 from engine.sharding import Shard
 from engine.tensor_parallel import Group
-from kv_transfer.cache_port import CachePort
 from phasewise.core.context_length import ContextLength
 from phasewise.core.errors import ConfigError
 from phasewise.core.kv_spec import KVCacheSpec
@@ -20,8 +19,7 @@ from phasewise.core.model_source import model_facts, resolve_model
 from workers.engine_facts import profile_facts, read_config, token_budget
 from workers.memory import CPU_KV_CACHE_GIB, blocks_of_size
 from workers.profiler import PreparedEngine
-from workers.rank_parts import load_part, make_part, make_runner
-from workers.ranked_cache import LeadingCachePort
+from workers.rank_parts import load_part, make_part, make_port, make_runner
 from workers.ranks import Join, Ranks
 from workers.settings import WorkerSettings
 from workers.sizing import CudaMemory, GpuSizer, StepLimits
@@ -116,10 +114,9 @@ class _Preparation:
         store_path = ranks.store_path if ranks is not None else ""
         cache, runner = make_part(loaded, settings, self.group, join, store_path, ranks)
         whole = replace(spec, num_kv_heads=self.model.num_kv_heads)
-        port = CachePort(cache, whole)
         if ranks is not None:
             ranks.wait_ready()
-            port = LeadingCachePort(cache, whole, self.group, ranks)
+        port = make_port(cache, whole, self.group, ranks)
         runner.warm_up(token_budget(config, settings.device))
         facts = profile_facts(settings, self.model, spec, num_blocks)
         return PreparedEngine(runner, cache, port, max_model_len, self.model.vocab_size, facts)

@@ -10,8 +10,10 @@ from engine.kv_cache import PagedKVCache
 from engine.loader import LoadedModel, load_model, resolve_dtype
 from engine.model_runner import ModelRunner
 from engine.tensor_parallel import Command, Group, OtherRanks
+from kv_transfer.cache_port import CachePort
+from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.model_source import resolve_model
-from workers.ranked_cache import LeadingKVCache
+from workers.ranked_cache import LeadingCachePort, LeadingKVCache
 from workers.ranks import Join, Ranks
 from workers.settings import WorkerSettings
 from workers.worker import Runner
@@ -66,6 +68,11 @@ def make_part(
         return cache, make_runner(loaded, cache, join.max_model_len, join.max_batch, ranks)
     cache = PagedKVCache(spec, join.num_blocks, device, join.num_swap_blocks)
     return cache, make_runner(loaded, cache, join.max_model_len, join.max_batch)
+
+
+def make_port(cache: PagedKVCache, whole: KVCacheSpec, group: Group, ranks: Ranks | None) -> CachePort:
+    """Rank 0's port to the KV of the `whole` worker. `ranks` when there are others, which must take commands."""
+    return CachePort(cache, whole) if ranks is None else LeadingCachePort(cache, whole, group, ranks)
 
 
 def make_runner(
