@@ -36,7 +36,8 @@ from kv_transfer.cache_port import CachePort
 from kv_transfer.cache_protocol import KVPlace
 from kv_transfer.codec import CHECKSUM_BYTES, Codec, part_layout
 from kv_transfer.direct_link import DirectLinks
-from kv_transfer.link import ArrivedPart, Landing, to_mailbox
+from kv_transfer.incoming import refusal
+from kv_transfer.link import ArrivedPart, WriteReceived, write_nothing
 from kv_transfer.outgoing import Handoff
 from kv_transfer.paths import SendLimits
 from kv_transfer.plan import PartSpan
@@ -211,7 +212,7 @@ class LinkEnd:
             self._device,
             self.post,
             check,
-            self.land,
+            self.prepare_write,
             fingerprint="benchmark",
             host="127.0.0.1",
             num_slabs_out=settings.num_slabs_out,
@@ -243,9 +244,9 @@ class LinkEnd:
     def post(self, message: Any, arrived: ArrivedPart | None = None) -> None:
         self.mailbox.put((message, arrived))
 
-    def land(self, part: KVPart, wire: torch.Tensor) -> Landing:
+    def prepare_write(self, part: KVPart, wire: torch.Tensor) -> WriteReceived:
         """Writes a part where it belongs, if this end has a cache."""
-        return to_mailbox
+        return write_nothing
 
     def send(self, worker_id: str, message: Any) -> None:
         """PeerPort."""
@@ -322,8 +323,8 @@ class CacheEnd(LinkEnd):
         self._num_offers = 0
         self._num_taken = 0
 
-    def land(self, part: KVPart, wire: torch.Tensor) -> Landing:
-        return self._receiver.land(part, wire)
+    def prepare_write(self, part: KVPart, wire: torch.Tensor) -> WriteReceived:
+        return self._receiver.prepare_write(part, wire)
 
     def give(self, peer: str, length: int, count: int) -> float:
         """Hands a prompt over so often, all at once; the moment at which the first push began."""
@@ -383,7 +384,7 @@ class CacheEnd(LinkEnd):
         return wire[-CHECKSUM_BYTES:].tolist()
 
     def num_checksum_failures(self) -> int:
-        return self._receiver.counters.checksum_failures
+        return self._receiver.incoming.counters.checksum_failures
 
     def _offer(self, peer: str, length: int) -> Handoff:
         self._num_offers += 1
@@ -415,8 +416,8 @@ class CacheEnd(LinkEnd):
         sender, receiver = self._sender, self._receiver
         match message:
             case KVOffer():
-                refusal = receiver.refusal(message)
-                assert not refusal, refusal
+                problem = refusal(message, self._port.spec)
+                assert not problem, problem
                 receiver.accept(message, self._table, 0, float("inf"))
             case KVAccepted():
                 sender.on_accepted(message)
@@ -426,14 +427,14 @@ class CacheEnd(LinkEnd):
             case KVPartAck(transfer_id, part_index):
                 sender.on_part_ack(transfer_id, part_index)
             case KVCommit():
-                receiver.on_commit(message)
+                receiver.incoming.on_commit(message)
             case KVDone(transfer_id):
                 sender.on_done(transfer_id)
             case KVAbort(transfer_id, reason):
-                receiver.on_abort(transfer_id, reason)
+                receiver.incoming.on_abort(transfer_id, reason)
             case KVRefused() | KVFailed() | LinkLost():
                 raise RuntimeError(f"{self.name}: {message}")
-        for ended in receiver.pop_ended():
+        for ended in receiver.incoming.pop_ended():
             if ended.status is not ReceiveStatus.DONE:
                 raise RuntimeError(f"{self.name}: {ended.reason}")
             self._num_taken += 1

@@ -1,7 +1,7 @@
 """The control messages of a direct link, and the TCP connection that carries them between two workers' processes.
 
 One connection is one epoch of one link: nothing of an older epoch can come out of it. A frame is a length (four bytes)
-and JSON: plain data, so that a stranger on the port can break a connection but not run code.
+and JSON: plain data, so that anybody else on the port can break a connection but not run code.
 
     sender → receiver     Hello, Token, Announce, Go, Commit
     receiver → sender     Hello or Refused, Ready, Grant, Left
@@ -44,6 +44,21 @@ class Hello:
     epoch: int = 0
     time_left_s: float = 0.0
     secret: str = field(default="", repr=False)
+
+
+@dataclass(slots=True)
+class LinkIdentity:
+    """What one worker says of itself in each Hello. `fingerprint` may be set later, before any link is opened."""
+
+    worker_id: WorkerId
+    kind: str
+    fingerprint: str
+    secret: str = field(default="", repr=False)
+    version: int = WIRE_VERSION
+
+    def hello(self, sender: WorkerId, receiver: WorkerId, process: str, epoch: int, time_left_s: float) -> Hello:
+        kind, fingerprint, secret = self.kind, self.fingerprint, self.secret
+        return Hello(self.version, kind, fingerprint, sender, receiver, process, epoch, time_left_s, secret)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ import torch
 from kv_transfer.wire import Check, Mark, WireError
 
 _SECRET_BYTES = 32
-_STRANGER_S = 2.0  # for whoever connects to say the secret
+_SECRET_S = 2.0  # within it whoever connects must say the secret
 _RETRY_S = 0.05
 
 
@@ -112,6 +112,12 @@ class TcpWire:
         self._is_idle.set()
         self._broken = ""
 
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where the sending end waits for the other: host and port."""
+        host, _, port = self._token[_SECRET_BYTES:].decode().rpartition(":")
+        return host, int(port)
+
     def connect(self) -> None:
         with self._lock:
             if self._is_aborted:
@@ -161,7 +167,7 @@ class TcpWire:
         while True:
             connection, _ = listener.accept()
             self._use(connection)
-            connection.settimeout(_STRANGER_S)
+            connection.settimeout(_SECRET_S)
             said = bytearray(_SECRET_BYTES)
             with contextlib.suppress(OSError):
                 self._fill(memoryview(said))
@@ -173,10 +179,9 @@ class TcpWire:
         listener.close()
 
     def _reach(self) -> None:
-        host, _, port = self._token[_SECRET_BYTES:].decode().rpartition(":")
         connection = socket.socket()
         self._use(connection)
-        connection.connect((host, int(port)))
+        connection.connect(self.address)
         connection.sendall(self._token[:_SECRET_BYTES])
 
     def _use(self, connection: socket.socket) -> None:

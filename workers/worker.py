@@ -32,7 +32,7 @@ import torch
 from decode_workers.phase import DecodePhase
 from engine.batch import DeviceLost, PendingStep, ScheduledBatch, ScheduledSequence
 from engine.block_manager import BlockManager
-from kv_transfer.link import ArrivedPart, Landing
+from kv_transfer.link import ArrivedPart, WriteReceived
 from kv_transfer.plan import WIRE_VERSION
 from kv_transfer.prober import LinkProber, ProbeLink
 from kv_transfer.receiver import KVReceiver
@@ -165,9 +165,9 @@ class Worker:
         """Puts a message, and what came with the header of a part, into the mailbox."""
         self._mailbox.put((message, arrived))
 
-    def land(self, part: KVPart, wire: torch.Tensor) -> Landing:
-        """`Land` (kv_transfer/link.py), for links."""
-        return self._parts.receiver.land(part, wire)
+    def prepare_write(self, part: KVPart, wire: torch.Tensor) -> WriteReceived:
+        """`PrepareWrite` (kv_transfer/link.py), for links."""
+        return self._parts.receiver.prepare_write(part, wire)
 
     def links(self, peers: Sequence[WorkerInfo]) -> WorkerLinks:
         """The ways to other workers, as far as they are known."""
@@ -345,7 +345,7 @@ class Worker:
             if entry is None:
                 return
             self._dispatch(*entry)
-            if parts.receiver.has_ended or not isinstance(entry[0], KVPart | KVCommit):
+            if parts.receiver.incoming.has_ended or not isinstance(entry[0], KVPart | KVCommit):
                 return
 
     def _dispatch(self, message: WorkerMessage | ProbeLink, arrived: ArrivedPart | None) -> None:
@@ -374,7 +374,7 @@ class Worker:
                 parts.prober.on_part_ack(transfer_id)
                 parts.sender.on_part_ack(transfer_id, part_index)  # even a probe's: its buffer has come back
             case KVCommit():
-                parts.receiver.on_commit(message)
+                parts.receiver.incoming.on_commit(message)
             case KVAbort(transfer_id, reason):
                 self._gone.add(transfer_id)
                 parts.decode.on_transfer_abort(transfer_id, reason)
@@ -387,7 +387,7 @@ class Worker:
                 parts.prober.on_peer_lost(worker_id)
             case LinkLost():
                 parts.sender.on_link_lost(message)
-                parts.receiver.on_link_lost(message)
+                parts.receiver.incoming.on_link_lost(message)
                 parts.prober.on_link_lost(message)
             case ProbeLink():
                 parts.prober.start(message)
@@ -429,7 +429,7 @@ class Worker:
             self._loads.report(replace(load, number=self._num_reports))
 
     def _counters(self) -> dict[str, float]:
-        receiver = self._parts.receiver.counters
+        receiver = self._parts.receiver.incoming.counters
         return {
             **self._parts.prefill.counters,
             **self._parts.decode.counters,
