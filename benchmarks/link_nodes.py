@@ -175,13 +175,13 @@ class LinkSettings:
     slab_bytes: int = sizes_for(1).slab_mib * MIB
 
 
-def link_device(channels: int, *, is_alone: bool = True) -> WireDevice:
-    """The GPU, or the host where there is none. `is_alone`: nothing else in the process uses NCCL."""
+def link_device(channels: int, *, is_only_user: bool = True) -> WireDevice:
+    """The GPU, or the host where there is none. `is_only_user`: nothing else in the process uses NCCL."""
     if torch.cuda.is_available():
         from kv_transfer.nccl_wire import NcclDevice
 
         torch.cuda.init()
-        return NcclDevice(0, channels, is_alone=is_alone)
+        return NcclDevice(0, channels, is_only_user=is_only_user)
     from kv_transfer.tcp_wire import TcpDevice
 
     return TcpDevice("127.0.0.1")

@@ -41,7 +41,7 @@ class WorkerEnd(LinkEnd):
         tensor_parallel: int = 1,
     ) -> None:
         # First: NCCL reads its channels once, before the ranks' communicator.
-        link_device(settings.channels, is_alone=tensor_parallel == 1)
+        link_device(settings.channels, is_only_user=tensor_parallel == 1)
         config = build_config(values, source="benchmark")
         worker_settings = WorkerSettings(
             name, WorkerRole.MIXED, local_device(), 1, config, tensor_parallel=tensor_parallel

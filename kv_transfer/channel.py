@@ -145,7 +145,7 @@ def differences(ours: Hello, theirs: Hello) -> str:
 
 
 class Channel:
-    """One end of a connection. `send` from any thread, `receive` from one; `shutdown` makes both raise OSError."""
+    """One end of a connection. `write` from any thread, `read` from one; `shutdown` makes both raise OSError."""
 
     def __init__(self, connection: socket.socket, clock: Clock | None = None) -> None:
         self._clock = clock or MonotonicClock()
@@ -163,25 +163,25 @@ class Channel:
         host, _, port = address.rpartition(":")
         return Channel(socket.create_connection((host, int(port)), timeout_s))
 
-    def send(self, message: ChannelMessage) -> None:
+    def write(self, message: ChannelMessage) -> None:
         """Raises OSError when the peer is gone."""
         body = json.dumps([type(message).__name__, _plain(message)]).encode()
         with self._lock:
             self._socket.sendall(_LENGTH.pack(len(body)) + body)
 
-    def receive(self) -> ChannelMessage:
+    def read(self) -> ChannelMessage:
         """The next message but pings. Raises OSError (EOFError never) when there will be none, or it is no message."""
         while True:
-            (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
+            (length,) = _LENGTH.unpack(self._read_bytes(_LENGTH.size))
             if length > _MAX_FRAME_BYTES:
                 raise ConnectionError(f"a frame of {length} bytes is none of this protocol")
-            message = _decode(self._read(length))
+            message = _decode(self._read_bytes(length))
             self.last_heard_s = self._clock.now_s()
             if not isinstance(message, Ping):
                 return message
 
     def is_over(self) -> bool:
-        """Whether the peer has closed the connection; for a thread that is not the one in `receive`."""
+        """Whether the peer has closed the connection; for a thread that is not the one in `read`."""
         try:
             return not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -199,7 +199,7 @@ class Channel:
         self._file.close()
         self._socket.close()
 
-    def _read(self, num_bytes: int) -> bytes:
+    def _read_bytes(self, num_bytes: int) -> bytes:
         data = self._file.read(num_bytes)
         if len(data) < num_bytes:
             raise ConnectionError("the peer closed the connection")

@@ -131,7 +131,7 @@ class Epoch:
             self.break_(problem)
         elif self.is_up:
             try:
-                self.channel.send(Ping())
+                self.channel.write(Ping())
             except OSError as error:
                 self.break_(str(error))
 

@@ -44,7 +44,7 @@ class ReceivingEnd:
 
     def greet(self) -> Hello:
         """The peer's first message. Raises OSError."""
-        hello = self._channel.receive()
+        hello = self._channel.read()
         if not isinstance(hello, Hello):
             raise ConnectionError(f"{hello} where a greeting was due")
         self.epoch.peer, self.process, self.number = hello.sender, hello.process, hello.epoch
@@ -52,7 +52,7 @@ class ReceivingEnd:
         return hello
 
     def refuse(self, reason: str) -> None:
-        self._channel.send(Refused(reason))
+        self._channel.write(Refused(reason))
 
     def open(self, answer: Hello) -> None:
         """Answers the greeting, makes the wire and tries it. Raises OSError or WireError."""
@@ -61,8 +61,8 @@ class ReceivingEnd:
         trial = epoch.trial = resources.device.allocate(resources.trial_bytes)
         resources.check(trial, torch.empty(1, dtype=torch.bool, device=trial.device))  # compiles what it needs
         resources.device.mark().wait()  # the wire's stream must not write to what the last owner's kernels still use
-        channel.send(answer)
-        token = channel.receive()
+        channel.write(answer)
+        token = channel.read()
         if not isinstance(token, Token):
             raise ConnectionError(f"{token} where a token was due")
         wire = epoch.make_wire(bytes.fromhex(token.data), 1)
@@ -76,22 +76,22 @@ class ReceivingEnd:
         sizes = [small, large, small] + [large] * NUM_TRIALS
         receipts = [wire.receive(trial[:size], None, matches) for size in sizes]
         for _ in range(NUM_ROUND_TRIPS):  # all receives are posted: they are not what the sender measures
-            go = channel.receive()
+            go = channel.read()
             if not isinstance(go, Go):
                 raise ConnectionError(f"{go} where Go was due")
-            channel.send(Grant(go.seq))
+            channel.write(Grant(go.seq))
         if not all(receipt.wait() for receipt in receipts):
             self.refuse("a trial message came with wrong content")
             raise WireError("a trial message came with wrong content")
         epoch.set_up()
         self._finisher.start()
-        channel.send(Ready())
+        channel.write(Ready())
 
     def serve(self) -> None:
         """Takes announcements and posts receives until the epoch ends. Raises OSError or WireError."""
         pool = self._resources.pool
         while True:
-            message = self._channel.receive()
+            message = self._channel.read()
             if isinstance(message, Announce) and 0 < message.part.num_bytes <= pool.slab_bytes:
                 entry = _IncomingPart(message.seq, message.part)
                 pool.ask(self, message.part.num_bytes, partial(self._grant, entry))
@@ -133,7 +133,7 @@ class ReceivingEnd:
             entry.slab = slab
             self._parts[entry.seq] = entry
             try:
-                self._channel.send(Grant(entry.seq))
+                self._channel.write(Grant(entry.seq))
             except OSError as error:
                 self.epoch.break_(str(error))
         return True
@@ -176,7 +176,7 @@ class ReceivingEnd:
                     outcome = WriteOutcome.RIGHT if is_right else WriteOutcome.WRONG
                     arrived = ArrivedPart(None, _nothing, outcome if entry.is_written else None)
                 resources.post(entry.part, arrived)
-                self._channel.send(Left(entry.seq))
+                self._channel.write(Left(entry.seq))
         except Exception as error:  # whatever it is, such as one of the device: nobody else would notice
             epoch.break_(str(error) or type(error).__name__)
 

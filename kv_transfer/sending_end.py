@@ -50,8 +50,8 @@ class SendingEnd:
     def open(self, hello: Hello) -> Trial:
         """Greets, makes the wire and tries it; gives what the trial measured. Raises OSError or WireError."""
         channel, epoch, resources = self._channel, self.epoch, self._resources
-        channel.send(hello)
-        answer = channel.receive()
+        channel.write(hello)
+        answer = channel.read()
         if isinstance(answer, Refused):
             raise WireError(f"refused: {answer.reason}")
         if not isinstance(answer, Hello):
@@ -62,7 +62,7 @@ class SendingEnd:
         trial = epoch.trial = resources.pattern()
         token = resources.device.token()
         wire = epoch.make_wire(token, 0)
-        channel.send(Token(token.hex()))
+        channel.write(Token(token.hex()))
         wire.connect()
         wire.send(trial[:SMALL_TRIAL_BYTES]).wait()
         wire.send(trial).wait()
@@ -96,7 +96,7 @@ class SendingEnd:
             self._parts[entry.seq] = entry
             self._unsent.append(entry)
             try:
-                self._channel.send(Announce(entry.seq, part))
+                self._channel.write(Announce(entry.seq, part))
             except OSError as error:
                 self.epoch.break_(str(error))
         return True
@@ -106,7 +106,7 @@ class SendingEnd:
         if len(commit.first_tokens) != 1 or any(token and token.top_logprobs for token in commit.first_tokens):
             return False
         try:
-            self._channel.send(Commit(commit))
+            self._channel.write(Commit(commit))
         except OSError as error:
             self.epoch.break_(str(error))
             return False
@@ -116,7 +116,7 @@ class SendingEnd:
         """Takes the receiver's answers until the epoch ends. Raises OSError."""
         epoch = self.epoch
         while True:
-            message = self._channel.receive()
+            message = self._channel.read()
             if isinstance(message, Grant) and message.seq in self._parts:
                 with epoch.changed:
                     self._parts[message.seq].is_granted = True
@@ -149,13 +149,13 @@ class SendingEnd:
 
     def _round_trip_s(self, seq: int) -> float:
         start_s = self._resources.clock.now_s()
-        self._channel.send(Go(seq))
+        self._channel.write(Go(seq))
         self._expect(Grant(seq))
         return self._resources.clock.now_s() - start_s
 
     def _expect(self, due: Grant | Ready) -> None:
         """Raises WireError when the receiver's next message is another one."""
-        answer = self._channel.receive()
+        answer = self._channel.read()
         if answer != due:
             what = f"{answer} where {type(due).__name__} was due"
             raise WireError(answer.reason if isinstance(answer, Refused) else what)
@@ -172,7 +172,7 @@ class SendingEnd:
                     entry = self._unsent.popleft()
                 entry.ready.wait()
                 epoch.start_part(entry.seq)
-                self._channel.send(Go(entry.seq))
+                self._channel.write(Go(entry.seq))
                 assert epoch.wire is not None
                 epoch.wire.send(entry.slab.buffer, entry.packed)
         except Exception as error:  # whatever it is, such as one of the device: nobody else would notice

@@ -135,7 +135,7 @@ class TcpWire:
             self._is_idle.set()
 
     def send(self, data: torch.Tensor, after: Mark | None = None) -> _Sent:
-        sent = _Sent(lambda: self._send_after(data, after))
+        sent = _Sent(lambda: self._write_after(data, after))
         self._enqueue(sent)
         return sent
 
@@ -212,12 +212,12 @@ class TcpWire:
                 self._broken = operation.error
                 self._shut_down()  # a message is torn: nothing that follows can be right
 
-    def _send_after(self, data: torch.Tensor, after: Mark | None) -> bool:
+    def _write_after(self, data: torch.Tensor, after: Mark | None) -> bool:
         if after is not None:
             after.wait()
-        return self._send(data)
+        return self._write(data)
 
-    def _send(self, data: torch.Tensor) -> bool:
+    def _write(self, data: torch.Tensor) -> bool:
         assert self._socket is not None
         self._socket.sendall(data.numpy().data)
         return True

@@ -128,7 +128,7 @@ def _wire_device(settings: WorkerSettings, link: str, host: str) -> WireDevice:
         from kv_transfer.nccl_wire import NcclDevice  # needs CuPy, which CPU machines do not have
 
         channels = link_sizes(settings.config).channels
-        return NcclDevice(torch.cuda.current_device(), channels, is_alone=settings.tensor_parallel == 1)
+        return NcclDevice(torch.cuda.current_device(), channels, is_only_user=settings.tensor_parallel == 1)
     except (ImportError, ConfigError) as error:
         remedy = "install phasewise[gpu], or use transfer.link object_store, which is slower"
         raise ConfigError(f"transfer.link nccl: {error}; {remedy}", field="transfer.link") from None

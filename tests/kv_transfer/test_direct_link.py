@@ -374,21 +374,21 @@ def test_a_sender_hears_that_a_part_has_left_when_its_receiver_has_it(
 ) -> None:
     sender, receiver = node("prefill-0"), node("decode-0")
     connect(sender, receiver)
-    send, had_it = Channel.send, []
+    write, had_it = Channel.write, []
 
     def watched(channel: Channel, message: Any) -> None:
         if isinstance(message, Left):
             had_it.append(not receiver.mailbox.empty())
-        send(channel, message)
+        write(channel, message)
 
-    monkeypatch.setattr(Channel, "send", watched)
+    monkeypatch.setattr(Channel, "write", watched)
     assert sender.try_send("decode-0", 0, 4096)
     sender.next(KVPartAck)
     receiver.take(0, 4096)
     assert had_it == [True]
 
 
-def test_a_landing_is_made_ready_before_the_bytes_are_on_their_way(node: Make) -> None:
+def test_a_write_is_made_ready_before_the_bytes_are_on_their_way(node: Make) -> None:
     ready: list[tuple[int, int]] = []
     device = HostDevice()
 
@@ -409,7 +409,7 @@ def test_a_landing_is_made_ready_before_the_bytes_are_on_their_way(node: Make) -
     assert [index for index, _ in ready] == [0, 1], "once for each"
 
 
-def test_a_landing_that_fails_breaks_the_link(node: Make) -> None:
+def test_a_write_that_fails_breaks_the_link(node: Make) -> None:
     def write() -> bool:
         raise RuntimeError("no memory")
 
@@ -470,9 +470,9 @@ def test_a_receiver_that_dies_while_the_wire_connects_is_noticed_at_once(node: M
         opener = threading.Thread(target=open_link)
         opener.start()
         receiver = Channel(listener.accept()[0])
-        hello = receiver.receive()
-        receiver.send(hello)
-        assert isinstance(receiver.receive(), Token)
+        hello = receiver.read()
+        receiver.write(hello)
+        assert isinstance(receiver.read(), Token)
         receiver.close()
         opener.join(CLEAN_WITHIN_S)
         assert failures

@@ -65,18 +65,18 @@ class HostWire(TcpWire):
         self.aborted.set()
         super().abort()
 
-    def _send(self, data: torch.Tensor) -> bool:
+    def _write(self, data: torch.Tensor) -> bool:
         content = bytearray(data.numpy().data)
         half = len(content) // 2
         with self._Message(self) as message:
             if message >= 0:
                 self.device.alter(message, content)
-            super()._send(torch.frombuffer(content[:half], dtype=torch.uint8))
+            super()._write(torch.frombuffer(content[:half], dtype=torch.uint8))
             if message >= 0:
                 self.device.hook("sending", message, self)
             if self.aborted.is_set():  # a kernel sends nothing more then
                 raise ConnectionError("aborted")
-            super()._send(torch.frombuffer(content[half:], dtype=torch.uint8))
+            super()._write(torch.frombuffer(content[half:], dtype=torch.uint8))
         return True
 
     def _receive(self, data: torch.Tensor, after: Mark | None, check: Check) -> bool:

@@ -279,7 +279,7 @@ def test_channels_become_fewer_with_peers_and_are_the_same_at_all_workers(monkey
     made: list[int] = []
 
     class Device(HostDevice):
-        def __init__(self, index: int, channels: int, *, is_alone: bool) -> None:
+        def __init__(self, index: int, channels: int, *, is_only_user: bool) -> None:
             super().__init__()
             made.append(channels)
 
