@@ -19,7 +19,7 @@ from benchmarks.link_nodes import LinkEnd, LinkSettings, link_device
 from benchmarks.nodes import TIMEOUT_S
 from benchmarks.offline import local_device
 from engine.loader import resolve_dtype
-from kv_transfer.link import ArrivedPart, Landing, to_mailbox
+from kv_transfer.link import ArrivedPart, WriteReceived, write_nothing
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.config import build_config
 from phasewise.core.kv_spec import KVCacheSpec
@@ -47,7 +47,7 @@ class WorkerEnd(LinkEnd):
         tensor_parallel: int = 1,
     ) -> None:
         # First: NCCL reads its channels once, before the ranks' communicator.
-        link_device(settings.channels, is_alone=tensor_parallel == 1)
+        link_device(settings.channels, is_only_user=tensor_parallel == 1)
         config = build_config(values, source="benchmark")
         worker_settings = WorkerSettings(
             name, WorkerRole.MIXED, local_device(), 1, config, tensor_parallel=tensor_parallel
@@ -78,8 +78,8 @@ class WorkerEnd(LinkEnd):
         assert self._worker is not None, "nobody sends before all processes are up"
         self._worker.post(message, arrived)
 
-    def land(self, part: KVPart, wire: torch.Tensor) -> Landing:
-        return to_mailbox if self._worker is None else self._worker.land(part, wire)
+    def prepare_write(self, part: KVPart, wire: torch.Tensor) -> WriteReceived:
+        return write_nothing if self._worker is None else self._worker.prepare_write(part, wire)
 
     def spec(self) -> KVCacheSpec:
         return self._spec
@@ -126,7 +126,7 @@ class WorkerEnd(LinkEnd):
             self._worker.post(AbortRequest(request_id))
 
     def num_checksum_failures(self) -> int:
-        return self._worker._parts.receiver.counters.checksum_failures
+        return self._worker._parts.receiver.incoming.counters.checksum_failures
 
     def close(self) -> None:
         self._worker.stop()

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from kv_transfer.link import ArrivedPart, Landing, to_mailbox
+from kv_transfer.link import ArrivedPart, WriteReceived, write_nothing
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.collector import freeze_collector
 from phasewise.core.errors import ServingError
@@ -64,7 +64,7 @@ class WorkerActor:
         return self._info()
 
     def _load(self) -> None:
-        self._links = Links(self._settings, self._peers, self._post_from_link, self._land)
+        self._links = Links(self._settings, self._peers, self._post_from_link, self._prepare_write)
         self._engine = load_engine(self._settings, self._set_progress, MonotonicClock())
         self._links.agree_on(self._engine.port.spec)
 
@@ -159,8 +159,8 @@ class WorkerActor:
         if self._worker is not None:
             self._worker.post(message, arrived)
 
-    def _land(self, part: KVPart, wire: torch.Tensor) -> Landing:
-        return to_mailbox if self._worker is None else self._worker.land(part, wire)
+    def _prepare_write(self, part: KVPart, wire: torch.Tensor) -> WriteReceived:
+        return write_nothing if self._worker is None else self._worker.prepare_write(part, wire)
 
     def _set_progress(self, share: float) -> None:
         self._progress = share

@@ -16,8 +16,9 @@ from engine.batch import ScheduledBatch, ScheduledSequence
 from engine.kv_cache import PagedKVCache
 from engine.model_config import ModelConfig
 from engine.sequence import Sequence
-from kv_transfer.cache_port import CachePort, KVPlace
-from kv_transfer.codec import Codec
+from kv_transfer.cache_port import CachePort
+from kv_transfer.cache_protocol import KVPlace
+from kv_transfer.codec import Codec, part_layout
 from kv_transfer.plan import PartSpan
 from phasewise.core.clock import Clock
 from phasewise.core.profile import DeviceProfile, Point, ProfileFacts, StepTimes
@@ -137,7 +138,7 @@ def measure_codec(port: CachePort, codec: Codec, clock: Clock) -> float:
         return 0.0
     spec = port.spec
     span = PartSpan(0, spec.num_layers, 0, max(min(_HOST_COPY_BYTES // spec.bytes_per_token, spec.block_size), 1))
-    layout = port.layout(span, spec.dtype, codec)
+    layout = part_layout(spec, span, spec.dtype, codec)
     wire = torch.empty(layout.num_bytes, dtype=torch.uint8, device=port.device)
 
     def pack() -> None:

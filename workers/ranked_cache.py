@@ -14,7 +14,8 @@ import torch
 
 from engine.kv_cache import PagedKVCache
 from engine.tensor_parallel import Command, Group, together
-from kv_transfer.cache_port import CachePort, KVPlace
+from kv_transfer.cache_port import CachePort
+from kv_transfer.cache_protocol import KVPlace
 from kv_transfer.codec import Codec, WireLayout
 from kv_transfer.plan import PartSpan
 from kv_transfer.staging import DTYPES, decode, encode, pack, slots_of, unpack, values_of
@@ -56,7 +57,7 @@ class LeadingCachePort(CachePort):
     def prepare(self, place: KVPlace) -> None:
         """Does nothing: each rank prepares its own part when it is packed."""
 
-    def can_land(self, place: KVPlace) -> bool:
+    def can_write_beside(self, place: KVPlace) -> bool:
         return False  # all ranks take part, between their steps
 
     def pack(self, place: KVPlace, span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from engine.batch import ScheduledBatch, ScheduledSequence
 from engine.models.llama import LlamaModel
 from engine.sequence import Sequence
-from kv_transfer.cache_port import KVPlace
-from kv_transfer.codec import Codec
+from kv_transfer.cache_protocol import KVPlace
+from kv_transfer.codec import Codec, part_layout
 from kv_transfer.plan import PartSpan
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.config import build_config
@@ -150,7 +150,7 @@ def test_a_part_that_fails_on_rank_0_ends_the_worker(
         raise torch.OutOfMemoryError("no memory for a part")
 
     port, span = started.engine.port, PartSpan(0, 1, 0, 16)
-    layout = port.layout(span, port.spec.dtype, Codec.NONE)
+    layout = part_layout(port.spec, span, port.spec.dtype, Codec.NONE)
     monkeypatch.setattr("workers.ranked_cache.pack" if does == "pack" else "workers.ranked_cache.decode", fail)
     with pytest.raises(torch.OutOfMemoryError):
         getattr(port, does)(KVPlace([0]), span, layout, torch.zeros(layout.num_bytes, dtype=torch.uint8))
