@@ -1,6 +1,6 @@
 """Looks at the links between all workers that hand over to each other, and measures them one after the other.
 
-How workers are asked is the asker's matter (control_plane/actors.py).
+How workers are asked is the asker's matter (control_plane/remote_members.py).
 """
 
 from __future__ import annotations
