@@ -61,8 +61,8 @@ class ClusterScheduler:
     def __init__(self, clock: Clock, *, max_waiting: int, overdue_s: float, heartbeat_s: float) -> None:
         self.listened = ListenedTime(clock, heartbeat_s)
         self.registry = WorkerRegistry(self.listened, overdue_s)
-        self._max_waiting = max_waiting
         self.candidates: dict[WorkerId, Candidate] = {}
+        self._max_waiting = max_waiting
         self._entries: dict[str, _Entry] = {}  # by the id of the attempt
         self._profiles: dict[_Kind, DeviceProfile] = {}
         self._ended_early = RecentNames()  # ids of attempts whose end came before they were placed
