@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from control_plane.control_plane import ControlPlane
-from phasewise.core.clock import ManualClock
-from phasewise.core.config import ServingConfig
+from phasewise.core.clock import ManualClock, MonotonicClock
+from phasewise.core.config import ServingConfig, build_config
 from phasewise.core.errors import Overloaded, Unavailable
 from phasewise.core.messages import GatewayLost, PeerLost
 from tests.control_plane.test_link_survey import Workers
@@ -97,6 +97,19 @@ async def test_workers_that_load_for_long_are_not_silent_and_no_pause(started: S
     started.clock.advance(started.config.health.heartbeat_s)
     assert started.plane.scheduler.tick() == []
     assert not started.plane.scheduler.listened.is_behind_pause, "a warning would be logged"
+
+
+async def test_workers_that_never_report_are_found_by_the_health_checks() -> None:
+    config = build_config({"health": {"heartbeat_s": 0.005, "overdue_s": 0.02}}, source="test")
+    members = EndingMembers()
+    plane = ControlPlane(config, members, Workers(), MonotonicClock())
+    for worker_id in ("prefill-0", "decode-0"):
+        plane.join(worker_info(worker_id))
+    unservable = asyncio.create_task(plane.wait_unservable())
+    plane.start_health_checks()
+    assert "silent for 0.02 s" in await asyncio.wait_for(unservable, 10)
+    assert members.killed == ["prefill-0", "decode-0"]
+    plane.stop()
 
 
 async def test_the_links_are_probed_by_one_at_a_time() -> None:
