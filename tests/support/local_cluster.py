@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cli.launch import worker_settings
 from cli.model_check import check_model
+from cli.worker_plan import worker_settings
 from control_plane.cluster_scheduler import ClusterScheduler
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
 from control_plane.gateway.request_loop import RequestLoop
