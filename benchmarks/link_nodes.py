@@ -1,5 +1,4 @@
-"""Processes for the benchmarks of handoffs: each has a device of its own and one end of direct links, and does what its
-parent says.
+"""What the processes of the benchmarks of handoffs hold (benchmarks/nodes.py): a device and one end of direct links.
 
     LinkEnd     links, and a bare wire to compare them with
     CacheEnd    a KV cache with both halves of a handoff, without an engine
@@ -7,21 +6,19 @@ parent says.
 One with an engine is in benchmarks/link_worker.py.
 
 Where there is no GPU the device is the host, and wires are sockets. Control messages of handoffs go through pipes.
-Times are those of `time.perf_counter`, which on Linux is one clock for all processes of a host.
+Times are those of `time.perf_counter`, which on Linux is one clock for all processes of a host. The imports are more
+than 15 of our own: an end does by hand what a whole worker is wired for.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import queue
 import random
-import sys
 import threading
 import time
-import traceback
 import zlib
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -30,13 +27,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.nodes import TIMEOUT_S
 from benchmarks.offline import local_device
 from engine.kv_cache import PagedKVCache
 from kv_transfer.cache_port import CachePort
 from kv_transfer.cache_protocol import KVPlace
 from kv_transfer.codec import CHECKSUM_BYTES, Codec, part_layout
 from kv_transfer.direct_link import DirectLinks
-from kv_transfer.link import ArrivedPart, Landing, to_mailbox
+from kv_transfer.incoming import refusal
+from kv_transfer.link import ArrivedPart, WriteReceived, write_nothing
 from kv_transfer.outgoing import Handoff
 from kv_transfer.paths import SendLimits
 from kv_transfer.plan import PartSpan
@@ -60,108 +59,11 @@ from phasewise.core.messages import (
     LinkLost,
 )
 from phasewise.core.request import Request, SampledToken, SamplingParams
-from workers.actor import SWITCH_S
 from workers.link_sizes import sizes_for
 
 MIB = 2**20
-TIMEOUT_S = 120.0  # of whatever a process was told to do
 OPEN_S = 60.0
 NUM_AHEAD = 16  # offers of pushes that are paced
-
-
-# ---- in the parent
-
-
-class Node:
-    """A process that holds `kind(*arguments)`; `call` runs a method there. `begin` and `end` are its two halves.
-
-    `gpus` count among those that this process sees. The first `end` returns when it is up.
-    """
-
-    def __init__(self, kind: type, gpus: Sequence[int], *arguments: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, kind, arguments), daemon=True)
-        before = os.environ.get("CUDA_VISIBLE_DEVICES")
-        seen = [str(gpu) if before is None else before.split(",")[gpu] for gpu in gpus]
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(seen)  # the process has it from the start
-        try:
-            self._process.start()
-        finally:
-            if before is None:
-                del os.environ["CUDA_VISIBLE_DEVICES"]
-            else:
-                os.environ["CUDA_VISIBLE_DEVICES"] = before
-        theirs.close()
-
-    def begin(self, name: str, *arguments: Any) -> None:
-        self._pipe.send((name, arguments))
-
-    def end(self) -> Any:
-        """Raises RuntimeError with what the process raised, or that it says nothing."""
-        if not self._pipe.poll(TIMEOUT_S):
-            raise RuntimeError(f"a process says nothing for {TIMEOUT_S:.0f} s")
-        try:
-            is_right, result = self._pipe.recv()
-        except EOFError:
-            raise RuntimeError("a process is gone") from None
-        if not is_right:
-            raise RuntimeError(result)
-        return result
-
-    def call(self, name: str, *arguments: Any) -> Any:
-        self.begin(name, *arguments)
-        return self.end()
-
-    def leave(self) -> None:
-        """Lets the process end."""
-        self._pipe.close()
-
-    def close(self) -> None:
-        """Waits for its end; kills it when it takes long."""
-        self.leave()
-        self._process.join(20.0)
-        self._process.kill()
-        self._process.join()
-
-
-def _serve(pipe: Connection, kind: type, arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    sys.setswitchinterval(SWITCH_S)
-    try:
-        end = kind(*arguments)
-    except Exception:
-        pipe.send((False, traceback.format_exc()))
-        return
-    pipe.send((True, None))
-    while True:
-        try:
-            name, arguments = pipe.recv()
-        except EOFError:
-            end.close()
-            return
-        try:
-            answer = (True, getattr(end, name)(*arguments))
-        except Exception:
-            answer = (False, traceback.format_exc())
-        pipe.send(answer)
-
-
-def pipes(*pairs: tuple[str, str]) -> dict[str, dict[str, Connection]]:
-    """Control connections between ends: name → peer → connection."""
-    found: dict[str, dict[str, Connection]] = defaultdict(dict)
-    for one, other in pairs:
-        found[one][other], found[other][one] = multiprocessing.get_context("spawn").Pipe()
-    return found
-
-
-def open_links(nodes: Mapping[str, Node], *links: tuple[str, str]) -> dict[tuple[str, str], float]:
-    """From the first to the second of each; their rates in bytes/s."""
-    addresses = {name: node.call("address") for name, node in nodes.items()}
-    return {(one, other): nodes[one].call("open", other, addresses[other]) for one, other in links}
-
-
-# ---- in a node's process
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,13 +76,13 @@ class LinkSettings:
     slab_bytes: int = sizes_for(1).slab_mib * MIB
 
 
-def link_device(channels: int, *, is_alone: bool = True) -> WireDevice:
-    """The GPU, or the host where there is none. `is_alone`: nothing else in the process uses NCCL."""
+def link_device(channels: int, *, is_only_user: bool = True) -> WireDevice:
+    """The GPU, or the host where there is none. `is_only_user`: nothing else in the process uses NCCL."""
     if torch.cuda.is_available():
         from kv_transfer.nccl_wire import NcclDevice
 
         torch.cuda.init()
-        return NcclDevice(0, channels, is_alone=is_alone)
+        return NcclDevice(0, channels, is_only_user=is_only_user)
     from kv_transfer.tcp_wire import TcpDevice
 
     return TcpDevice("127.0.0.1")
@@ -211,7 +113,7 @@ class LinkEnd:
             self._device,
             self.post,
             check,
-            self.land,
+            self.prepare_write,
             fingerprint="benchmark",
             host="127.0.0.1",
             num_slabs_out=settings.num_slabs_out,
@@ -243,15 +145,13 @@ class LinkEnd:
     def post(self, message: Any, arrived: ArrivedPart | None = None) -> None:
         self.mailbox.put((message, arrived))
 
-    def land(self, part: KVPart, wire: torch.Tensor) -> Landing:
+    def prepare_write(self, part: KVPart, wire: torch.Tensor) -> WriteReceived:
         """Writes a part where it belongs, if this end has a cache."""
-        return to_mailbox
+        return write_nothing
 
     def send(self, worker_id: str, message: Any) -> None:
         """PeerPort."""
         self._controls[worker_id].send(message)
-
-    # ---- the bare wire
 
     def raw_token(self) -> bytes:
         return self._device.token()
@@ -322,8 +222,8 @@ class CacheEnd(LinkEnd):
         self._num_offers = 0
         self._num_taken = 0
 
-    def land(self, part: KVPart, wire: torch.Tensor) -> Landing:
-        return self._receiver.land(part, wire)
+    def prepare_write(self, part: KVPart, wire: torch.Tensor) -> WriteReceived:
+        return self._receiver.prepare_write(part, wire)
 
     def give(self, peer: str, length: int, count: int) -> float:
         """Hands a prompt over so often, all at once; the moment at which the first push began."""
@@ -383,7 +283,7 @@ class CacheEnd(LinkEnd):
         return wire[-CHECKSUM_BYTES:].tolist()
 
     def num_checksum_failures(self) -> int:
-        return self._receiver.counters.checksum_failures
+        return self._receiver.incoming.counters.checksum_failures
 
     def _offer(self, peer: str, length: int) -> Handoff:
         self._num_offers += 1
@@ -415,8 +315,8 @@ class CacheEnd(LinkEnd):
         sender, receiver = self._sender, self._receiver
         match message:
             case KVOffer():
-                refusal = receiver.refusal(message)
-                assert not refusal, refusal
+                problem = refusal(message, self._port.spec)
+                assert not problem, problem
                 receiver.accept(message, self._table, 0, float("inf"))
             case KVAccepted():
                 sender.on_accepted(message)
@@ -426,14 +326,14 @@ class CacheEnd(LinkEnd):
             case KVPartAck(transfer_id, part_index):
                 sender.on_part_ack(transfer_id, part_index)
             case KVCommit():
-                receiver.on_commit(message)
+                receiver.incoming.on_commit(message)
             case KVDone(transfer_id):
                 sender.on_done(transfer_id)
             case KVAbort(transfer_id, reason):
-                receiver.on_abort(transfer_id, reason)
+                receiver.incoming.on_abort(transfer_id, reason)
             case KVRefused() | KVFailed() | LinkLost():
                 raise RuntimeError(f"{self.name}: {message}")
-        for ended in receiver.pop_ended():
+        for ended in receiver.incoming.pop_ended():
             if ended.status is not ReceiveStatus.DONE:
                 raise RuntimeError(f"{self.name}: {ended.reason}")
             self._num_taken += 1

@@ -68,6 +68,51 @@ class Attempt:
         check_send(self.status, status)
         self.status = status
 
+    def queue(self, computed: ComputedKV, spec: KVCacheSpec, clock: Clock) -> None:
+        """Cuts accepted KV into parts that the link takes; tokens that the receiver has are left out."""
+        if self.status is SendStatus.ACCEPTED:
+            self.move(SendStatus.SENDING)
+            self.started_unix_s = clock.unix_s()
+        span = clip_tokens(computed.span, self.num_cached_tokens)
+        if span is not None:
+            cell = part_layout(spec, PartSpan(0, 1, 0, 1), self.dtype, Codec.NONE)
+            seal_bytes = cell.num_bytes - cell.content_bytes  # at most: padding and checksum
+            max_cells = (self.max_part_bytes - seal_bytes - ALIGNMENT) // cell.content_bytes
+            self.waiting.extend(replace(computed, span=part) for part in cut(span, max_cells))
+
+
+class SendWindow:
+    """Bounds what is in flight for a whole worker to `num_bytes`; one part may always go."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        self.num_bytes_in_flight = 0
+        self.is_held = False  # nothing may pass the part that was given out last
+
+    def fits(self, part_bytes: int) -> bool:
+        """Whether there is room for a part. Nothing passes one that does not fit: smaller ones would keep it out for
+        ever."""
+        in_flight = self.num_bytes_in_flight
+        self.is_held = in_flight > 0 and in_flight + part_bytes > self.num_bytes
+        return not self.is_held
+
+    def sent(self, attempt: Attempt, part_bytes: int) -> int:
+        """The attempt's first waiting part is on its way. Returns its index among the attempt's parts."""
+        attempt.waiting.popleft()
+        part_index = attempt.num_parts
+        attempt.in_flight[part_index] = part_bytes
+        attempt.num_parts += 1
+        self.num_bytes_in_flight += part_bytes
+        return part_index
+
+    def arrived(self, attempt: Attempt, part_index: int) -> None:
+        self.num_bytes_in_flight -= attempt.in_flight.pop(part_index, 0)
+
+    def release(self, attempt: Attempt) -> None:
+        """The attempt is over: nothing waits for its parts."""
+        self.num_bytes_in_flight -= sum(attempt.in_flight.values())
+        attempt.in_flight.clear()
+
 
 class Handoff:
     """A sequence that its owner hands to another worker. The owner makes it, gives it to the sender's methods, and
@@ -134,6 +179,19 @@ class Handoff:
         is_last = (computed.end_layer, computed.end_token) == (self.whole.end_layer, self.whole.end_token)
         return self.whole if is_last else None
 
+    def make_commit(self, clock: Clock) -> KVCommit:
+        """All parts of the newest attempt are out."""
+        attempt = self.attempt
+        assert self.first_tokens is not None
+        attempt.move(SendStatus.COMMITTED)
+        started_unix_s = attempt.started_unix_s or clock.unix_s()
+        num_tokens = self.request.num_prompt_tokens
+        return KVCommit(attempt.transfer_id, attempt.num_parts, num_tokens, self.first_tokens, started_unix_s)
+
+    def bound(self, deadline_s: float) -> None:
+        """The newest attempt ends no later."""
+        self.attempt.deadline_s = min(self.attempt.deadline_s, deadline_s)
+
     def end_sample(self, sample_index: int) -> None:
         """A sample was cancelled: a commit that has not gone out yet does not begin it."""
         if self.first_tokens is not None:
@@ -160,12 +218,10 @@ class OutgoingHandoffs:
         self._spec = spec
         self._peers = peers
         self._clock = clock
-        self.window_bytes = window_bytes
+        self.window = SendWindow(window_bytes)
         self._timeout_s = timeout_s
         self._handoffs: dict[str, Handoff] = {}  # by the id of their newest attempt, in the order of the offers
         self._num_offers = 0
-        self._is_held = False  # nothing may pass the part that was given out last
-        self.num_bytes_in_flight = 0
 
     @property
     def transfer_ids(self) -> list[str]:
@@ -183,7 +239,7 @@ class OutgoingHandoffs:
         handoff.attempt = Attempt(transfer_id, handoff.deadline_s, max_part_bytes)
         handoff.attempt.move(SendStatus.OFFERED)
         if handoff.is_computed:  # other prompts ask for nothing while it is offered again: that may not last
-            self._bound(handoff.attempt)
+            handoff.bound(self._clock.now_s() + self._timeout_s)
         self._handoffs[transfer_id] = handoff
         offer = KVOffer(
             transfer_id,
@@ -202,13 +258,13 @@ class OutgoingHandoffs:
         if attempt.status is SendStatus.OFFERED:
             attempt.unanswered.append(computed)
         elif attempt.status is not SendStatus.FAILED:
-            self._queue(attempt, computed)
+            attempt.queue(computed, self._spec, self._clock)
 
     def commit(self, handoff: Handoff, first_tokens: tuple[SampledToken | None, ...]) -> None:
         """Everything is computed and added: the commit goes out behind the last part."""
         handoff.first_tokens = first_tokens
         if handoff.status in (SendStatus.ACCEPTED, SendStatus.SENDING):
-            self._bound(handoff.attempt)
+            handoff.bound(self._clock.now_s() + self._timeout_s)
 
     def withdraw(self, handoff: Handoff, reason: str) -> None:
         """Gives the reservation back before the prompt runs, as if it had not been asked for."""
@@ -263,46 +319,24 @@ class OutgoingHandoffs:
     def due(self) -> Iterator[tuple[Handoff, ComputedKV | KVCommit]]:
         """What may go out now: parts in the order in which the attempts began, each attempt's commit behind its parts.
 
-        The caller says `sent` of a part before it takes the next. Where it does not, the link has no room for that part
-        now, and other handoffs are asked; with `hold` none is.
+        The caller tells `window` of a part that was sent before it takes the next. Where it was not, the link has no
+        room for it now; the parts of other handoffs follow, unless `window.is_held`.
         """
-        self._is_held = False
+        self.window.is_held = False
         for handoff in self._handoffs.values():
             waiting = handoff.attempt.waiting
-            while waiting and not self._is_held:
+            while waiting and not self.window.is_held:
                 part = waiting[0]
                 yield handoff, part
                 if waiting and waiting[0] is part:
                     break
             if handoff.is_computed and not waiting and handoff.status in (SendStatus.ACCEPTED, SendStatus.SENDING):
-                yield handoff, self._commit_of(handoff)
-
-    def fits(self, num_bytes: int) -> bool:
-        """Whether the window has room for a part. Nobody passes one that it is too full for: smaller ones would keep it
-        out for ever."""
-        in_flight = self.num_bytes_in_flight
-        self._is_held = in_flight > 0 and in_flight + num_bytes > self.window_bytes
-        return not self._is_held
-
-    def hold(self) -> None:
-        """Nobody passes the part that was given out last."""
-        self._is_held = True
-
-    def sent(self, handoff: Handoff, num_bytes: int) -> int:
-        """The part that was given out last is on its way. Returns its index among the attempt's parts."""
-        attempt = handoff.attempt
-        attempt.waiting.popleft()
-        part_index = attempt.num_parts
-        attempt.in_flight[part_index] = num_bytes
-        attempt.num_parts += 1
-        handoff.has_sent_parts = True
-        self.num_bytes_in_flight += num_bytes
-        return part_index
+                yield handoff, handoff.make_commit(self._clock)
 
     @property
     def is_held_back(self) -> bool:
         """Whether computed KV waits for what is under way to arrive."""
-        return self.num_bytes_in_flight > 0 and any(h.attempt.waiting for h in self._handoffs.values())
+        return self.window.num_bytes_in_flight > 0 and any(h.attempt.waiting for h in self._handoffs.values())
 
     # ---- what the receiver and the link say
 
@@ -315,20 +349,20 @@ class OutgoingHandoffs:
         attempt.dtype = wire_dtype(self._spec.dtype, message.dtype)
         attempt.move(SendStatus.ACCEPTED)
         if handoff.is_computed:
-            self._bound(attempt)
+            handoff.bound(self._clock.now_s() + self._timeout_s)
         for computed in attempt.unanswered:
-            self._queue(attempt, computed)
+            attempt.queue(computed, self._spec, self._clock)
         attempt.unanswered.clear()
 
     def on_part_ack(self, transfer_id: str, part_index: int) -> None:
         handoff = self._handoffs.get(transfer_id)
         if handoff is not None:
-            self.num_bytes_in_flight -= handoff.attempt.in_flight.pop(part_index, 0)
+            self.window.arrived(handoff.attempt, part_index)
 
     def on_done(self, transfer_id: str) -> None:
         handoff = self._handoffs.get(transfer_id)
         if handoff is not None and handoff.status in (SendStatus.OFFERED, SendStatus.COMMITTED):
-            self._release_window(handoff.attempt)
+            self.window.release(handoff.attempt)
             handoff.attempt.move(SendStatus.DONE)
 
     def on_failed(self, transfer_id: str, reason: str) -> None:
@@ -358,35 +392,9 @@ class OutgoingHandoffs:
 
     # ---- inside
 
-    def _queue(self, attempt: Attempt, computed: ComputedKV) -> None:
-        if attempt.status is SendStatus.ACCEPTED:
-            attempt.move(SendStatus.SENDING)
-            attempt.started_unix_s = self._clock.unix_s()
-        span = clip_tokens(computed.span, attempt.num_cached_tokens)
-        if span is not None:
-            cell = part_layout(self._spec, PartSpan(0, 1, 0, 1), attempt.dtype, Codec.NONE)
-            seal_bytes = cell.num_bytes - cell.content_bytes  # at most: padding and checksum
-            max_cells = (attempt.max_part_bytes - seal_bytes - ALIGNMENT) // cell.content_bytes
-            attempt.waiting.extend(replace(computed, span=part) for part in cut(span, max_cells))
-
-    def _commit_of(self, handoff: Handoff) -> KVCommit:
-        attempt = handoff.attempt
-        assert handoff.first_tokens is not None
-        attempt.move(SendStatus.COMMITTED)
-        started_unix_s = attempt.started_unix_s or self._clock.unix_s()
-        num_tokens = handoff.request.num_prompt_tokens
-        return KVCommit(attempt.transfer_id, attempt.num_parts, num_tokens, handoff.first_tokens, started_unix_s)
-
-    def _bound(self, attempt: Attempt) -> None:
-        attempt.deadline_s = min(attempt.deadline_s, self._clock.now_s() + self._timeout_s)
-
     def _fail(self, attempt: Attempt, reason: str) -> None:
         attempt.move(SendStatus.FAILED)
         attempt.reason = reason
         attempt.unanswered.clear()
         attempt.waiting.clear()
-        self._release_window(attempt)
-
-    def _release_window(self, attempt: Attempt) -> None:
-        self.num_bytes_in_flight -= sum(attempt.in_flight.values())
-        attempt.in_flight.clear()
+        self.window.release(attempt)

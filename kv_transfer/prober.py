@@ -70,7 +70,7 @@ class LinkProber:
         self.poll()
 
     def poll(self) -> None:
-        """Sends what waits for a buffer, and gives up what is too late: once a round."""
+        """Sends what waits for a buffer, and gives up what takes too long: once a round."""
         if not self._probes:
             return
         now_s = self._clock.now_s()
@@ -79,7 +79,7 @@ class LinkProber:
                 what = "every buffer of the link was in use" if probe.started_s is None else "it did not arrive"
                 self._end(probe_id, None, f"{what} for {probe.order.timeout_s:g} s")
             elif probe.started_s is None:
-                self._send(probe_id, probe)
+                self._try_to_send(probe_id, probe)
 
     def on_part_ack(self, probe_id: str) -> None:
         """Acknowledgements of other parts are ignored."""
@@ -101,8 +101,8 @@ class LinkProber:
         """When `poll` has something to give up next; infinity when never."""
         return min((probe.deadline_s for probe in self._probes.values()), default=float("inf"))
 
-    def _send(self, probe_id: str, probe: _Probe) -> None:
-        with self._cache.aside():  # a slab may come back before it is filled: its next writer must come behind
+    def _try_to_send(self, probe_id: str, probe: _Probe) -> None:
+        with self._cache.aside():  # a buffer may come back before it is filled: its next writer must come behind
             self._fill_and_send(probe_id, probe)
 
     def _fill_and_send(self, probe_id: str, probe: _Probe) -> None:

@@ -146,13 +146,9 @@ class KVSender:
                 else:
                     self._peers.send(handoff.peer, due)
                 continue
-            layout = self.paths.layout(handoff.peer, due.span, handoff.attempt.dtype)
-            if (
-                self.outgoing.fits(layout.num_bytes)
-                and not self._send_part(handoff, due, layout)
-                and self._link.is_full
-            ):
-                self.outgoing.hold()
+            layout, window = self.paths.layout(handoff.peer, due.span, handoff.attempt.dtype), self.outgoing.window
+            if window.fits(layout.num_bytes) and not self._send_part(handoff, due, layout):
+                window.is_held = self._link.is_full
 
     def _send_part(self, handoff: Handoff, computed: ComputedKV, layout: WireLayout) -> bool:
         """False when the link has no room for the part now."""
@@ -161,7 +157,7 @@ class KVSender:
             try:
                 wire = self._link.buffer(peer, num_bytes)
             except DeviceFull:  # a full device must not end the worker
-                if not self.outgoing.num_bytes_in_flight:  # else memory comes back with what is on its way
+                if not self.outgoing.window.num_bytes_in_flight:  # else memory comes back with what is on its way
                     remedy = "lower transfer.window_mib or cache.gpu_memory_utilization"
                     self.outgoing.abort(handoff, f"the device has no {num_bytes} bytes left for a part; {remedy}")
                 return False
@@ -172,7 +168,8 @@ class KVSender:
             except Exception:
                 self._link.give_back(wire)
                 raise
-            part_index = self.outgoing.sent(handoff, num_bytes)
+            part_index = self.outgoing.window.sent(handoff.attempt, num_bytes)
+            handoff.has_sent_parts = True
             part = KVPart(
                 handoff.transfer_id,
                 part_index,

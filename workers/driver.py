@@ -18,10 +18,11 @@ import logging
 import queue
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from engine.batch import DeviceLost, PendingStep, ScheduledBatch
-from kv_transfer.link import ArrivedPart, Landing
+from kv_transfer.cache_protocol import WireBuffer
+from kv_transfer.link import ArrivedPart, WriteReceived
 from kv_transfer.plan import WIRE_VERSION
 from kv_transfer.prober import ProbeLink
 from phasewise.core.clock import Clock
@@ -52,7 +53,7 @@ _Entry = tuple[WorkerMessage | ProbeLink, ArrivedPart | None]
 
 
 class WorkerDriver:
-    """One worker. `post`, `land` and `links` may be called from any thread; all else belongs to that of `run`.
+    """One worker. `post`, `prepare_write` and `links` may be called from any thread; all else belongs to that of `run`.
 
     With `layers_per_part` KV leaves behind each such group of layers, while later ones compute. None: it leaves behind
     the step, for several ranks take part in packing, and they are not between two layers together.
@@ -79,9 +80,9 @@ class WorkerDriver:
         """Puts a message, and what came with the header of a part, into the mailbox."""
         self._mailbox.put((message, arrived))
 
-    def land(self, part: KVPart, wire: Any) -> Landing:
-        """`Land` (kv_transfer/link.py), for links."""
-        return self.rounds.parts.receiver.land(part, wire)
+    def prepare_write(self, part: KVPart, wire: WireBuffer) -> WriteReceived:
+        """`PrepareWrite` (kv_transfer/link.py), for links."""
+        return self.rounds.parts.receiver.prepare_write(part, wire)
 
     def links(self, peers: Sequence[WorkerInfo]) -> WorkerLinks:
         """The ways to other workers, as far as they are known."""

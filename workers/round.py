@@ -157,13 +157,13 @@ class WorkerRound:
             case KVPart():
                 assert arrived is not None
                 parts.receiver.on_part(message, arrived)
-                return parts.receiver.has_ended
+                return parts.receiver.incoming.has_ended
             case KVPartAck(transfer_id, part_index):
                 parts.prober.on_part_ack(transfer_id)
                 parts.sender.on_part_ack(transfer_id, part_index)  # even a probe's: its buffer has come back
             case KVCommit():
-                parts.receiver.on_commit(message)
-                return parts.receiver.has_ended
+                parts.receiver.incoming.on_commit(message)
+                return parts.receiver.incoming.has_ended
             case KVAbort(transfer_id, reason):
                 self._over.transfers.add(transfer_id)
                 parts.decode.on_transfer_abort(transfer_id, reason)
@@ -176,7 +176,7 @@ class WorkerRound:
                 parts.prober.on_peer_lost(worker_id)
             case LinkLost():
                 parts.sender.on_link_lost(message)
-                parts.receiver.on_link_lost(message)
+                parts.receiver.incoming.on_link_lost(message)
                 parts.prober.on_link_lost(message)
             case ProbeLink():
                 parts.prober.start(message)
@@ -329,7 +329,7 @@ class WorkerRound:
             self.parts.decode.fail(request_id, error)
 
     def _counters(self) -> dict[str, float]:
-        receiver, sender = self.parts.receiver.counters, self.parts.sender
+        receiver, sender = self.parts.receiver.incoming.counters, self.parts.sender
         return {
             **self.parts.prefill.counters,
             **self.parts.decode.counters,

@@ -55,7 +55,9 @@ def part_of_ones(port: CachePort) -> torch.Tensor:
     return wire
 
 
-def land(port: CachePort, place: KVPlace, wire: torch.Tensor, wires_stream: torch.cuda.Stream) -> torch.cuda.Event:
+def write_beside(
+    port: CachePort, place: KVPlace, wire: torch.Tensor, wires_stream: torch.cuda.Stream
+) -> torch.cuda.Event:
     with torch.cuda.stream(wires_stream):
         port.unpack(place, SPAN, part_layout(port.spec, SPAN, "bfloat16", Codec.NONE), wire)
         done = torch.cuda.Event()
@@ -69,8 +71,8 @@ def test_what_comes_in_waits_for_the_step_that_had_its_blocks(port: CachePort) -
     step_of(storage, 7.0)
     port.prepare(place)
     assert not port.can_write_beside(place), "a link's stream must not wait for a step"
-    land(port, place, zeros, torch.cuda.Stream())
-    land(port, place, wire, other := torch.cuda.Stream()).synchronize()  # not only the first one waits
+    write_beside(port, place, zeros, torch.cuda.Stream())
+    write_beside(port, place, wire, other := torch.cuda.Stream()).synchronize()  # not only the first one waits
     other.synchronize()
     assert port.can_write_beside(place)
     found = storage[:, :, [b * 16 + i for b in BLOCKS for i in range(16)]].clone()
@@ -92,7 +94,7 @@ def test_what_comes_in_does_not_wait_for_later_steps(port: CachePort) -> None:
     torch.cuda._sleep(LONG)
     step = torch.cuda.Event()
     step.record()
-    land(port, place, wire, torch.cuda.Stream()).synchronize()
+    write_beside(port, place, wire, torch.cuda.Stream()).synchronize()
     assert not step.query(), "the step computes still"
     read = storage[:, :, BLOCKS[0] * 16].clone()
     assert torch.equal(read, torch.ones_like(read))

@@ -65,8 +65,8 @@ class Box:
             name = handoff.request.request_id
             if isinstance(due, KVCommit):
                 sent.append((name, due))
-            elif self.outgoing.fits(self.part_bytes) and handoff.peer not in self.full_peers:
-                self.outgoing.sent(handoff, self.part_bytes)
+            elif self.outgoing.window.fits(self.part_bytes) and handoff.peer not in self.full_peers:
+                self.outgoing.window.sent(handoff.attempt, self.part_bytes)
                 sent.append((name, due.span))
         return sent
 
@@ -84,7 +84,7 @@ def test_computed_kv_and_the_commit_wait_for_the_answer_and_leave_out_what_the_r
     assert handoff.status is SendStatus.COMMITTED
     assert box.send_due() == []
     box.outgoing.on_done(handoff.transfer_id)
-    assert handoff.status is SendStatus.DONE and box.outgoing.num_bytes_in_flight == 0
+    assert handoff.status is SendStatus.DONE and box.outgoing.window.num_bytes_in_flight == 0
     box.outgoing.forget(handoff)
     assert box.outgoing.transfer_ids == []
 
@@ -140,7 +140,7 @@ def test_a_failure_is_offered_again_once_everything_is_computed_and_sent_again()
     box.send_due()
     box.outgoing.on_failed(handoff.transfer_id, "a checksum")
     assert (handoff.status, handoff.reason) == (SendStatus.FAILED, "a checksum")
-    assert box.outgoing.num_bytes_in_flight == 0
+    assert box.outgoing.window.num_bytes_in_flight == 0
     assert box.outgoing.take_failures() == [], "it is computed to its end first"
     box.outgoing.commit(handoff, (FIRST, FIRST))
     handoff.end_sample(1)

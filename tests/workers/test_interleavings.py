@@ -117,8 +117,8 @@ def test_a_window_freed_by_a_failure_is_used_at_once() -> None:
         return wire
 
     box = WorkerBox({**PAIR, "decode-1": "decode"}, fault=fault)
-    sender = box.workers["prefill-0"].rounds.parts.sender
-    sender.outgoing.window_bytes = 7000
+    outgoing = box.outgoing("prefill-0")
+    outgoing.window.num_bytes = 7000
     box.submit("a", prompt_of(100, 1), "prefill-0", "decode-1", max_tokens=5)
     box.run_until(lambda: lost)
     box.submit("b", prompt_of(100, 2), "prefill-0", "decode-0", max_tokens=5)
@@ -126,7 +126,7 @@ def test_a_window_freed_by_a_failure_is_used_at_once() -> None:
         box.round()
     box.abort("a")
     box.run()
-    assert sender.outgoing.num_bytes_in_flight == 0
+    assert outgoing.window.num_bytes_in_flight == 0
     assert box.output("b") == expected_tokens(prompt_of(100, 2), 5)
 
 
@@ -215,9 +215,9 @@ def test_a_lease_does_not_outlive_the_request() -> None:
     box.round()
     end_s = box.clock.now_s() + 60
     box.clock.advance(50)
-    receiver = box.workers["decode-0"].rounds.parts.receiver
-    box.run_until(lambda: receiver.reservations)
-    (reservation,) = receiver.reservations
+    incoming = box.incoming("decode-0")
+    box.run_until(lambda: incoming.reservations)
+    (reservation,) = incoming.reservations
     assert reservation.offer.request.request_id == "b"
     assert reservation.lease_end_s <= end_s + 0.1
     box.run()
@@ -256,7 +256,7 @@ def test_a_second_offer_behind_the_commit_in_one_drain() -> None:
 
 def test_small_parts_do_not_keep_a_large_one_out_of_the_window() -> None:
     box = WorkerBox(PAIR, num_blocks=512)
-    sender, decode = box.workers["prefill-0"].rounds.parts.sender, box.workers["decode-0"]
+    outgoing, decode = box.outgoing("prefill-0"), box.workers["decode-0"]
     on_the_way: list[tuple[Any, Any]] = []
     names: list[str] = []
 
@@ -265,7 +265,7 @@ def test_small_parts_do_not_keep_a_large_one_out_of_the_window() -> None:
         names.append(part.transfer_id.partition("#")[0])
 
     box.links["prefill-0"].mailboxes["decode-0"] = post  # type: ignore[assignment]
-    sender.outgoing.window_bytes = 130 * box.workers["prefill-0"].info.kv_spec.bytes_per_token
+    outgoing.window.num_bytes = 130 * box.workers["prefill-0"].info.kv_spec.bytes_per_token
 
     def submit(name: str, length: int) -> None:
         box.submit(name, prompt_of(length, len(names)), "prefill-0", "decode-0", max_tokens=2)
@@ -342,8 +342,8 @@ def test_random_order_corruption_and_aborts_leave_nothing_and_change_no_token(se
         transfer={"layerwise_threshold_tokens": 60, "layers_per_part": rng.choice([1, 3])},
         scheduler={"reserve_headroom": rng.choice([0.0, 0.05]), "token_budget": rng.choice([16, 64, 128])},
     )
-    for worker in box.workers.values():
-        worker.rounds.parts.sender.outgoing.window_bytes = rng.choice([2000, 20000, 1 << 30])
+    for worker_id in box.workers:
+        box.outgoing(worker_id).window.num_bytes = rng.choice([2000, 20000, 1 << 30])
     pairs = [(p, d) for p in ("prefill-0", "prefill-1") for d in ("decode-0", "decode-1", "mixed-0")]
     pairs.append(("mixed-0", "mixed-0"))
     expected: dict[tuple[str, int], list[int]] = {}
@@ -364,9 +364,9 @@ def test_random_order_corruption_and_aborts_leave_nothing_and_change_no_token(se
         box.workers[rng.choice(list(roles))].round()
     box.run(5000)
     box.assert_empty()
-    for worker_id, worker in box.workers.items():
-        assert worker.rounds.parts.sender.outgoing.num_bytes_in_flight == 0
-        assert worker.rounds.parts.sender.outgoing.transfer_ids == []
+    for worker_id in box.workers:
+        assert box.outgoing(worker_id).window.num_bytes_in_flight == 0
+        assert box.outgoing(worker_id).transfer_ids == []
         assert box.caches[worker_id].swap.num_free == box.num_swap_blocks
     for (request_id, sample), tokens in expected.items():
         if request_id not in aborted and request_id not in box.failures:

@@ -68,7 +68,7 @@ class LinkedBox(WorkerBox):
         self.parts_beside = 0
         super().__init__(PAIR, **sections)
         mailboxes |= {name: worker.post for name, worker in self.workers.items()}
-        self.direct.lands = {name: worker.land for name, worker in self.workers.items() if self.has_landing}
+        self.direct.writers = {name: worker.prepare_write for name, worker in self.workers.items() if self.links_write}
 
         def post(message: Any, arrived: Any = None) -> None:
             if isinstance(message, KVPartAck):
@@ -146,9 +146,7 @@ def test_a_commit_lost_with_the_link_is_sent_beside_it(arrives: bool) -> None:
 def test_a_link_that_breaks_with_nothing_on_it_costs_nothing() -> None:
     box = LinkedBox()
     box.submit("a", prompt_of(100), "prefill-0", "decode-0", max_tokens=8)
-    box.run_until(
-        lambda: committed(box) and not box.workers["prefill-0"].rounds.parts.sender.outgoing.num_bytes_in_flight
-    )
+    box.run_until(lambda: committed(box) and not box.outgoing("prefill-0").window.num_bytes_in_flight)
     box.break_link("prefill-0", "decode-0")
     box.submit("b", prompt_of(90), "prefill-0", "decode-0", max_tokens=8)
     box.run()
@@ -168,14 +166,14 @@ def test_news_of_a_break_that_come_twice_or_late_leave_the_second_attempt_alone(
     box.run_until(lambda: committed(box))
     box.break_link("prefill-0")
     prefill, decode = box.workers["prefill-0"], box.workers["decode-0"]
-    sender = prefill.rounds.parts.sender
-    sender.outgoing.window_bytes = 1  # a part at a time
+    outgoing = box.outgoing("prefill-0")
+    outgoing.window.num_bytes = 1  # a part at a time
     for _ in range(10):
         prefill.round()
         if box.parts_beside:
             break
         decode.round()
-    assert sender.outgoing.num_bytes_in_flight
+    assert outgoing.window.num_bytes_in_flight
     for _ in range(3):
         box.break_link(late)
         box.round()
@@ -190,8 +188,8 @@ def test_parts_that_took_another_road_outlive_the_link() -> None:
     box = LinkedBox()
     box.direct.up = False  # broken, but its end is not told yet
     box.submit("r", prompt_of(100), "prefill-0", "decode-0", max_tokens=8)
-    sender = box.workers["prefill-0"].rounds.parts.sender
-    box.run_until(lambda: sender.outgoing.num_bytes_in_flight)
+    outgoing = box.outgoing("prefill-0")
+    box.run_until(lambda: outgoing.window.num_bytes_in_flight)
     box.break_link("prefill-0", "decode-0")
     box.run()
     assert box.output("r") == expected_tokens(prompt_of(100), 8)
@@ -253,7 +251,7 @@ def test_a_full_device_fails_a_handoff_and_not_the_worker(
 
 def test_large_parts_are_cut_to_what_the_link_takes() -> None:
     box = LinkedBox(num_blocks=512)
-    box.direct._max_part_bytes = 1000
+    box.direct.largest_part_bytes = 1000
     box.submit("r", prompt_of(300), "prefill-0", "decode-0", max_tokens=5)
     box.run()
     assert box.output("r") == expected_tokens(prompt_of(300), 5)
@@ -281,7 +279,7 @@ def test_channels_become_fewer_with_peers_and_are_the_same_at_all_workers(monkey
     made: list[int] = []
 
     class Device(HostDevice):
-        def __init__(self, index: int, channels: int, *, is_alone: bool) -> None:
+        def __init__(self, index: int, channels: int, *, is_only_user: bool) -> None:
             super().__init__()
             made.append(channels)
 

@@ -184,7 +184,7 @@ def test_a_worker_without_work_sleeps_until_there_may_be_some(last: str) -> None
     box = WorkerBox(PAIR, transfer={"layerwise_threshold_tokens": 1, "layers_per_part": 1}, health=hours)
     prefill, decode = box.workers["prefill-0"], box.workers["decode-0"]
     box.submit("r", prompt_of(60), "prefill-0", "decode-0", max_tokens=4, time_left_s=7200.0)
-    box.run_until(lambda: bool(decode.rounds.parts.receiver.reservations))
+    box.run_until(lambda: bool(box.incoming("decode-0").reservations))
     came: list[tuple[Any, ...]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(box.links["prefill-0"].mailboxes, "decode-0", lambda *entry: came.append(entry))
@@ -201,7 +201,7 @@ def test_a_worker_without_work_sleeps_until_there_may_be_some(last: str) -> None
     sleeper.start()
     sleeper.join(20.0)
     assert not sleeper.is_alive(), "it sleeps although there may be work"
-    assert decode.rounds.parts.receiver.has_ended == (last != "abort")
+    assert box.incoming("decode-0").has_ended == (last != "abort")
     if last == "abort":
         for entry in came:
             decode.post(*entry)
@@ -213,7 +213,7 @@ def test_a_handoff_is_found_by_the_next_offer_and_when_it_ends_before_its_first_
     box = WorkerBox(PAIR)
     prefill, decode = box.workers["prefill-0"], box.workers["decode-0"]
     box.submit("a", prompt_of(100), "prefill-0", "decode-0", max_tokens=4)
-    box.run_until(lambda: bool(decode.rounds.parts.receiver.reservations))
+    box.run_until(lambda: bool(box.incoming("decode-0").reservations))
     for _ in range(6):
         prefill.round()
     box.submit("b", [*prompt_of(100)[:96], 7, 7, 7], "prefill-0", "decode-0", max_tokens=4)
@@ -221,7 +221,7 @@ def test_a_handoff_is_found_by_the_next_offer_and_when_it_ends_before_its_first_
         prefill.round()
     decode.post(AbortRequest("a"))
     decode.round()
-    (reservation,) = decode.rounds.parts.receiver.reservations
+    (reservation,) = box.incoming("decode-0").reservations
     assert reservation.num_cached_tokens == 96
 
 
@@ -425,19 +425,19 @@ def test_window_holds_parts_back_and_drops_none() -> None:
 
     def watch(part: KVPart, wire: torch.Tensor) -> torch.Tensor:
         in_flight.append(part.num_bytes)
-        acks.append(box.workers["prefill-0"].rounds.parts.sender.outgoing.num_bytes_in_flight)
+        acks.append(box.outgoing("prefill-0").window.num_bytes_in_flight)
         return wire
 
     box = WorkerBox(PAIR, num_blocks=512, fault=watch)
-    sender = box.workers["prefill-0"].rounds.parts.sender
-    sender.outgoing.window_bytes = 20_000
+    outgoing = box.outgoing("prefill-0")
+    outgoing.window.num_bytes = 20_000
     for i in range(6):
         box.submit(f"r{i}", prompt_of(200, seed=i), "prefill-0", "decode-0", max_tokens=5)
     box.run()
     assert max(acks) <= 20_000
     for i in range(6):
         assert box.output(f"r{i}") == expected_tokens(prompt_of(200, seed=i), 5)
-    assert sender.outgoing.num_bytes_in_flight == 0
+    assert outgoing.window.num_bytes_in_flight == 0
     box.assert_empty()
 
 
