@@ -93,7 +93,10 @@ class Sender:
 
 
 def action_of(kind: str, sender: Sender, max_bytes: int) -> Callable[[], None]:
-    """What one request of a kind does. Sizes are cut to the largest body that is accepted at all."""
+    """What one request of a kind does: a table of the kinds, longer than other functions may be.
+
+    Sizes are cut to the largest body that is accepted at all. Raises ValueError for an unknown kind.
+    """
     size = max_bytes - 4096
     words = b"hello world " * (min(5_160_000, size) // 12)
     ids = b",".join([b"17"] * (size // 3))

@@ -2,6 +2,7 @@
 
 For benchmarks/gateway.py: prints one line with its addresses, then answers each line of its input with one of JSON,
 `{request id: when the workers were told to drop it}` (seconds of the monotonic clock, which processes of a host share).
+It wires a whole gateway, so it imports more than 15 of our modules.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import Any
 
 import uvloop
 
-from control_plane.actors import SWITCH_INTERVAL_S, bind_http, format_address
+from control_plane.actors import SWITCH_INTERVAL_S
 from control_plane.gateway.bodies import Bodies, largest_body
 from control_plane.gateway.grpc_front.server import start_grpc_server
 from control_plane.gateway.http_front.openai_server import build_app
 from control_plane.gateway.http_front.protocol import make_http_server
+from control_plane.gateway.listening import bind_http, format_address
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
 from control_plane.gateway.request_loop import RequestLoop
 from control_plane.gateway.service import ModelCard

@@ -34,8 +34,9 @@ from typing import Any
 import torch
 
 from benchmarks.link_kernels import CASES, Kernels
-from benchmarks.link_nodes import MIB, CacheEnd, LinkEnd, LinkSettings, Node, open_links, pipes
+from benchmarks.link_nodes import MIB, CacheEnd, LinkEnd, LinkSettings
 from benchmarks.link_worker import WorkerEnd
+from benchmarks.nodes import Node, open_links, pipes
 from benchmarks.offline import Rows, device_name, local_device, model_path
 from phasewise.core.kv_spec import FP8, KVCacheSpec
 from workers.link_sizes import sizes_for

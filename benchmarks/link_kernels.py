@@ -12,8 +12,9 @@ import torch
 
 from benchmarks.offline import local_device
 from engine.kv_cache import PagedKVCache
-from kv_transfer.cache_port import CachePort, KVPlace
-from kv_transfer.codec import Codec, wire_dtype
+from kv_transfer.cache_port import CachePort
+from kv_transfer.cache_protocol import KVPlace
+from kv_transfer.codec import Codec, part_layout, wire_dtype
 from kv_transfer.plan import PartSpan
 from kv_transfer.staging import is_intact
 from phasewise.core.kv_spec import FP8, KVCacheSpec
@@ -57,7 +58,7 @@ class Kernels:
     def rates(self, case: str) -> list[Rate]:
         source, target, codec = CASES[case]
         sender, receiver = self._port(source), self._port(target)
-        layout = sender.layout(self._span, wire_dtype(source, target), codec)
+        layout = part_layout(sender.spec, self._span, wire_dtype(source, target), codec)
         wire = torch.empty(layout.num_bytes, dtype=torch.uint8, device=local_device())
         place, target_place = KVPlace(self._table), KVPlace(self._table)
         sender.pack(place, self._span, layout, wire)

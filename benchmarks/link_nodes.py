@@ -1,5 +1,4 @@
-"""Processes for the benchmarks of handoffs: each has a device of its own and one end of direct links, and does what its
-parent says.
+"""What the processes of the benchmarks of handoffs hold (benchmarks/nodes.py): a device and one end of direct links.
 
     LinkEnd     links, and a bare wire to compare them with
     CacheEnd    a KV cache with both halves of a handoff, without an engine
@@ -7,21 +6,19 @@ parent says.
 One with an engine is in benchmarks/link_worker.py.
 
 Where there is no GPU the device is the host, and wires are sockets. Control messages of handoffs go through pipes.
-Times are those of `time.perf_counter`, which on Linux is one clock for all processes of a host.
+Times are those of `time.perf_counter`, which on Linux is one clock for all processes of a host. The imports are more
+than 15 of our own: an end does by hand what a whole worker is wired for.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import queue
 import random
-import sys
 import threading
 import time
-import traceback
 import zlib
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -30,15 +27,20 @@ from typing import Any
 
 import torch
 
+from benchmarks.nodes import TIMEOUT_S
 from benchmarks.offline import local_device
 from engine.kv_cache import PagedKVCache
-from kv_transfer.cache_port import CachePort, KVPlace
-from kv_transfer.codec import CHECKSUM_BYTES, Codec
+from kv_transfer.cache_port import CachePort
+from kv_transfer.cache_protocol import KVPlace
+from kv_transfer.codec import CHECKSUM_BYTES, Codec, part_layout
 from kv_transfer.direct_link import DirectLinks
-from kv_transfer.link import ArrivedPart, Landing, to_mailbox
+from kv_transfer.incoming import refusal
+from kv_transfer.link import ArrivedPart, WriteReceived, write_nothing
+from kv_transfer.outgoing import Handoff
+from kv_transfer.paths import SendLimits
 from kv_transfer.plan import PartSpan
 from kv_transfer.receiver import KVReceiver
-from kv_transfer.sender import KVSender, SendLimits
+from kv_transfer.sender import KVSender
 from kv_transfer.staging import check
 from kv_transfer.state import ReceiveStatus, SendStatus
 from kv_transfer.wire import Wire, WireDevice
@@ -57,108 +59,11 @@ from phasewise.core.messages import (
     LinkLost,
 )
 from phasewise.core.request import Request, SampledToken, SamplingParams
-from workers.actor import SWITCH_S
 from workers.link_sizes import sizes_for
 
 MIB = 2**20
-TIMEOUT_S = 120.0  # of whatever a process was told to do
 OPEN_S = 60.0
 NUM_AHEAD = 16  # offers of pushes that are paced
-
-
-# ---- in the parent
-
-
-class Node:
-    """A process that holds `kind(*arguments)`; `call` runs a method there. `begin` and `end` are its two halves.
-
-    `gpus` count among those that this process sees. The first `end` returns when it is up.
-    """
-
-    def __init__(self, kind: type, gpus: Sequence[int], *arguments: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, kind, arguments), daemon=True)
-        before = os.environ.get("CUDA_VISIBLE_DEVICES")
-        seen = [str(gpu) if before is None else before.split(",")[gpu] for gpu in gpus]
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(seen)  # the process has it from the start
-        try:
-            self._process.start()
-        finally:
-            if before is None:
-                del os.environ["CUDA_VISIBLE_DEVICES"]
-            else:
-                os.environ["CUDA_VISIBLE_DEVICES"] = before
-        theirs.close()
-
-    def begin(self, name: str, *arguments: Any) -> None:
-        self._pipe.send((name, arguments))
-
-    def end(self) -> Any:
-        """Raises RuntimeError with what the process raised, or that it says nothing."""
-        if not self._pipe.poll(TIMEOUT_S):
-            raise RuntimeError(f"a process says nothing for {TIMEOUT_S:.0f} s")
-        try:
-            is_right, result = self._pipe.recv()
-        except EOFError:
-            raise RuntimeError("a process is gone") from None
-        if not is_right:
-            raise RuntimeError(result)
-        return result
-
-    def call(self, name: str, *arguments: Any) -> Any:
-        self.begin(name, *arguments)
-        return self.end()
-
-    def leave(self) -> None:
-        """Lets the process end."""
-        self._pipe.close()
-
-    def close(self) -> None:
-        """Waits for its end; kills it when it takes long."""
-        self.leave()
-        self._process.join(20.0)
-        self._process.kill()
-        self._process.join()
-
-
-def _serve(pipe: Connection, kind: type, arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    sys.setswitchinterval(SWITCH_S)
-    try:
-        end = kind(*arguments)
-    except Exception:
-        pipe.send((False, traceback.format_exc()))
-        return
-    pipe.send((True, None))
-    while True:
-        try:
-            name, arguments = pipe.recv()
-        except EOFError:
-            end.close()
-            return
-        try:
-            answer = (True, getattr(end, name)(*arguments))
-        except Exception:
-            answer = (False, traceback.format_exc())
-        pipe.send(answer)
-
-
-def pipes(*pairs: tuple[str, str]) -> dict[str, dict[str, Connection]]:
-    """Control connections between ends: name → peer → connection."""
-    found: dict[str, dict[str, Connection]] = defaultdict(dict)
-    for one, other in pairs:
-        found[one][other], found[other][one] = multiprocessing.get_context("spawn").Pipe()
-    return found
-
-
-def open_links(nodes: Mapping[str, Node], *links: tuple[str, str]) -> dict[tuple[str, str], float]:
-    """From the first to the second of each; their rates in bytes/s."""
-    addresses = {name: node.call("address") for name, node in nodes.items()}
-    return {(one, other): nodes[one].call("open", other, addresses[other]) for one, other in links}
-
-
-# ---- in a node's process
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,13 +76,13 @@ class LinkSettings:
     slab_bytes: int = sizes_for(1).slab_mib * MIB
 
 
-def link_device(channels: int, *, is_alone: bool = True) -> WireDevice:
-    """The GPU, or the host where there is none. `is_alone`: nothing else in the process uses NCCL."""
+def link_device(channels: int, *, is_only_user: bool = True) -> WireDevice:
+    """The GPU, or the host where there is none. `is_only_user`: nothing else in the process uses NCCL."""
     if torch.cuda.is_available():
         from kv_transfer.nccl_wire import NcclDevice
 
         torch.cuda.init()
-        return NcclDevice(0, channels, is_alone=is_alone)
+        return NcclDevice(0, channels, is_only_user=is_only_user)
     from kv_transfer.tcp_wire import TcpDevice
 
     return TcpDevice("127.0.0.1")
@@ -208,7 +113,7 @@ class LinkEnd:
             self._device,
             self.post,
             check,
-            self.land,
+            self.prepare_write,
             fingerprint="benchmark",
             host="127.0.0.1",
             num_slabs_out=settings.num_slabs_out,
@@ -240,15 +145,13 @@ class LinkEnd:
     def post(self, message: Any, arrived: ArrivedPart | None = None) -> None:
         self.mailbox.put((message, arrived))
 
-    def land(self, part: KVPart, wire: torch.Tensor) -> Landing:
+    def prepare_write(self, part: KVPart, wire: torch.Tensor) -> WriteReceived:
         """Writes a part where it belongs, if this end has a cache."""
-        return to_mailbox
+        return write_nothing
 
     def send(self, worker_id: str, message: Any) -> None:
         """PeerPort."""
         self._controls[worker_id].send(message)
-
-    # ---- the bare wire
 
     def raw_token(self) -> bytes:
         return self._device.token()
@@ -314,29 +217,29 @@ class CacheEnd(LinkEnd):
         self._port = CachePort(cache, spec)
         self._table = random.Random(name).sample(range(num_blocks), num_blocks)
         clock = MonotonicClock()
-        self._sender = KVSender(name, self._port, self.links, self, self, clock, SendLimits(window_bytes))
-        self._receiver = KVReceiver(self._port, self, self, clock)
+        self._sender = KVSender(name, self._port, self.links, self, clock, SendLimits(window_bytes))
+        self._receiver = KVReceiver(self._port, self, clock)
         self._num_offers = 0
         self._num_taken = 0
 
-    def land(self, part: KVPart, wire: torch.Tensor) -> Landing:
-        return self._receiver.land(part, wire)
+    def prepare_write(self, part: KVPart, wire: torch.Tensor) -> WriteReceived:
+        return self._receiver.prepare_write(part, wire)
 
     def give(self, peer: str, length: int, count: int) -> float:
         """Hands a prompt over so often, all at once; the moment at which the first push began."""
         return self.give_all(peer, [length] * count)
 
     def give_all(self, peer: str, lengths: Sequence[int]) -> float:
-        offers = [(self._offer(peer, length), length) for length in lengths]
-        self._until(lambda: all(self._sender.status(t) is SendStatus.ACCEPTED for t, _ in offers))
+        handoffs = [self._offer(peer, length) for length in lengths]
+        self._until(lambda: all(handoff.status is SendStatus.ACCEPTED for handoff in handoffs))
         synchronize()
         start_s = time.perf_counter()
-        for transfer_id, length in offers:
-            self._push(transfer_id, length)
-            self._sender.commit(transfer_id, length, (SampledToken(1),), TIMEOUT_S)
-        self._until(lambda: all(self._sender.status(t) is SendStatus.DONE for t, _ in offers))
-        for transfer_id, _ in offers:
-            self._sender.forget(transfer_id)
+        for handoff in handoffs:
+            self._push(handoff)
+            self._sender.commit(handoff, (SampledToken(1),))
+        self._until(lambda: all(handoff.status is SendStatus.DONE for handoff in handoffs))
+        for handoff in handoffs:
+            self._sender.forget(handoff, "it is done")
         return start_s
 
     def take(self, count: int) -> float:
@@ -349,54 +252,52 @@ class CacheEnd(LinkEnd):
     def push_at(self, peer: str, length: int, bytes_per_s: float, duration_s: float) -> tuple[int, float]:
         """Pushes prompts that are given up when they have left, at that rate or as fast as they go: bytes, seconds."""
         period_s = length * self._port.spec.bytes_per_token / bytes_per_s
-        offered: deque[str] = deque()
-        pushed: list[str] = []
+        offered: deque[Handoff] = deque()
+        pushed: list[Handoff] = []
         before, start_s = self._sender.num_bytes_sent, time.perf_counter()
         next_s = start_s
         while (now_s := time.perf_counter()) < start_s + duration_s:
             while len(offered) + len(pushed) < NUM_AHEAD:
                 offered.append(self._offer(peer, length))
-            if offered and now_s >= next_s and self._sender.status(offered[0]) is SendStatus.ACCEPTED:
-                self._push(offered[0], length)
+            if offered and now_s >= next_s and offered[0].status is SendStatus.ACCEPTED:
+                self._push(offered[0])
                 pushed.append(offered.popleft())
                 next_s = max(next_s + period_s, now_s - 10 * period_s)
             self._handle(max(next_s - now_s, 0.001))
-            for transfer_id in [t for t in pushed if not self._is_leaving(t)]:
-                self._give_up(transfer_id)
-                pushed.remove(transfer_id)
+            for handoff in [handoff for handoff in pushed if not handoff.is_leaving]:
+                self._give_up(handoff)
+                pushed.remove(handoff)
         elapsed_s, num_bytes = time.perf_counter() - start_s, self._sender.num_bytes_sent - before
-        self._until(lambda: not any(map(self._is_leaving, pushed)))
-        for transfer_id in (*pushed, *offered):
-            self._give_up(transfer_id)
+        self._until(lambda: not any(handoff.is_leaving for handoff in pushed))
+        for handoff in (*pushed, *offered):
+            self._give_up(handoff)
         return num_bytes, elapsed_s
 
     def content(self, length: int) -> list[int]:
         """The checksum of a prompt's KV in the cache's own dtype."""
         spec = self._port.spec
         span = PartSpan(0, spec.num_layers, 0, length)
-        layout = self._port.layout(span, spec.dtype, Codec.NONE)
+        layout = part_layout(spec, span, spec.dtype, Codec.NONE)
         wire = self._device.allocate(layout.num_bytes)
         self._port.pack(KVPlace(self._table), span, layout, wire)
         return wire[-CHECKSUM_BYTES:].tolist()
 
     def num_checksum_failures(self) -> int:
-        return self._receiver.counters.checksum_failures
+        return self._receiver.incoming.counters.checksum_failures
 
-    def _offer(self, peer: str, length: int) -> str:
+    def _offer(self, peer: str, length: int) -> Handoff:
         self._num_offers += 1
         request = Request(f"{self.name}-{self._num_offers}", (0,) * length, SamplingParams(max_tokens=2))
-        return self._sender.offer(peer, request, "gateway", TIMEOUT_S)
+        handoff = Handoff(peer, request, "gateway", time.monotonic() + TIMEOUT_S)
+        self._sender.offer(handoff)
+        return handoff
 
-    def _push(self, transfer_id: str, length: int) -> None:
-        self._sender.push(transfer_id, PartSpan(0, self._port.spec.num_layers, 0, length), self._table)
+    def _push(self, handoff: Handoff) -> None:
+        self._sender.begin(handoff, self._table, 0)
+        self._sender.on_computed(handoff, handoff.whole)
 
-    def _is_leaving(self, transfer_id: str) -> bool:
-        transfer = self._sender._transfers[transfer_id]
-        return bool(transfer.waiting or transfer.in_flight)
-
-    def _give_up(self, transfer_id: str) -> None:
-        self._sender.abort(transfer_id, "a benchmark's")
-        self._sender.forget(transfer_id)
+    def _give_up(self, handoff: Handoff) -> None:
+        self._sender.forget(handoff, "a benchmark's")
 
     def _until(self, condition: Callable[[], bool]) -> None:
         end_s = time.perf_counter() + TIMEOUT_S
@@ -414,8 +315,8 @@ class CacheEnd(LinkEnd):
         sender, receiver = self._sender, self._receiver
         match message:
             case KVOffer():
-                refusal = receiver.refusal(message)
-                assert not refusal, refusal
+                problem = refusal(message, self._port.spec)
+                assert not problem, problem
                 receiver.accept(message, self._table, 0, float("inf"))
             case KVAccepted():
                 sender.on_accepted(message)
@@ -425,14 +326,14 @@ class CacheEnd(LinkEnd):
             case KVPartAck(transfer_id, part_index):
                 sender.on_part_ack(transfer_id, part_index)
             case KVCommit():
-                receiver.on_commit(message)
+                receiver.incoming.on_commit(message)
             case KVDone(transfer_id):
                 sender.on_done(transfer_id)
             case KVAbort(transfer_id, reason):
-                receiver.on_abort(transfer_id, reason)
+                receiver.incoming.on_abort(transfer_id, reason)
             case KVRefused() | KVFailed() | LinkLost():
                 raise RuntimeError(f"{self.name}: {message}")
-        for ended in receiver.pop_ended():
+        for ended in receiver.incoming.pop_ended():
             if ended.status is not ReceiveStatus.DONE:
                 raise RuntimeError(f"{self.name}: {ended.reason}")
             self._num_taken += 1

@@ -1,4 +1,7 @@
-"""A process of the handoff's benchmarks with a whole worker: its engine, its loop, its direct links."""
+"""A process of the handoff's benchmarks with a whole worker: its engine, its loop, its direct links.
+
+It wires them by hand, so it imports more than 15 of our modules.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.link_nodes import TIMEOUT_S, LinkEnd, LinkSettings, link_device
+from benchmarks.link_nodes import LinkEnd, LinkSettings, link_device
+from benchmarks.nodes import TIMEOUT_S
 from benchmarks.offline import local_device
-from kv_transfer.link import ArrivedPart, Landing, to_mailbox
+from engine.loader import resolve_dtype
+from kv_transfer.link import ArrivedPart, WriteReceived, write_nothing
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.config import build_config
 from phasewise.core.kv_spec import KVCacheSpec
@@ -23,7 +28,8 @@ from phasewise.core.placement import Placement, WorkerRole
 from phasewise.core.profile import DeviceProfile
 from phasewise.core.request import Request, SamplingParams
 from workers.assemble import Ports, assemble
-from workers.build import LoadedEngine, prepare_engine, resolve_dtype, worker_info
+from workers.build import LoadedEngine, worker_info
+from workers.prepare import prepare_engine
 from workers.ranks import Ranks
 from workers.settings import WorkerSettings
 from workers.worker import Worker
@@ -41,7 +47,7 @@ class WorkerEnd(LinkEnd):
         tensor_parallel: int = 1,
     ) -> None:
         # First: NCCL reads its channels once, before the ranks' communicator.
-        link_device(settings.channels, is_alone=tensor_parallel == 1)
+        link_device(settings.channels, is_only_user=tensor_parallel == 1)
         config = build_config(values, source="benchmark")
         worker_settings = WorkerSettings(
             name, WorkerRole.MIXED, local_device(), 1, config, tensor_parallel=tensor_parallel
@@ -72,8 +78,8 @@ class WorkerEnd(LinkEnd):
         assert self._worker is not None, "nobody sends before all processes are up"
         self._worker.post(message, arrived)
 
-    def land(self, part: KVPart, wire: torch.Tensor) -> Landing:
-        return to_mailbox if self._worker is None else self._worker.land(part, wire)
+    def prepare_write(self, part: KVPart, wire: torch.Tensor) -> WriteReceived:
+        return write_nothing if self._worker is None else self._worker.prepare_write(part, wire)
 
     def spec(self) -> KVCacheSpec:
         return self._spec
@@ -120,7 +126,7 @@ class WorkerEnd(LinkEnd):
             self._worker.post(AbortRequest(request_id))
 
     def num_checksum_failures(self) -> int:
-        return self._worker._parts.receiver.counters.checksum_failures
+        return self._worker._parts.receiver.incoming.counters.checksum_failures
 
     def close(self) -> None:
         self._worker.stop()

@@ -24,9 +24,10 @@ import torch
 
 from benchmarks.link_nodes import unchecked
 from benchmarks.offline import device_name, write_result
-from cli.launch import LOOPBACK
+from cli.ray_runtime import LOOPBACK
 from engine.kv_cache import PagedKVCache
-from kv_transfer.cache_port import CachePort, KVPlace
+from kv_transfer.cache_port import CachePort
+from kv_transfer.cache_protocol import KVPlace
 from kv_transfer.codec import Codec, WireLayout
 from kv_transfer.direct_link import DirectLinks
 from kv_transfer.link import ArrivedPart, Link

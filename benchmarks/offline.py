@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from cli.worker_plan import worker_settings
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.config import ServingConfig
 from phasewise.core.messages import PrefillTask, WorkerLoad, WorkerMessage, WorkerOutput
@@ -134,8 +135,6 @@ class LoneWorker:
 
 def load_lone_engine(config: ServingConfig) -> tuple[WorkerSettings, LoadedEngine]:
     """The engine of the cluster's first worker, in this process. The configuration names the device."""
-    from cli.launch import worker_settings  # needs Ray, which who brings an engine does not
-
     settings = worker_settings(config, config.model.device, None)[0]
     return settings, load_engine(settings, lambda share: None, MonotonicClock())
 

@@ -135,7 +135,10 @@ class RequestMix:
 
 
 class Soak:
-    """The load, what comes back, and what is seen. `samples` and `faults` are whole after `run`."""
+    """The load, the answers and the measurements. `samples` and `faults` are complete after `run`.
+
+    Its two threads share this state, so it has more than 15 attributes.
+    """
 
     def __init__(self, config: ServingConfig, arguments: argparse.Namespace) -> None:
         settings, engine = load_lone_engine(config)

@@ -82,7 +82,8 @@ def measure(config: ServingConfig, threads: int | None, budget_s: float) -> Devi
     from engine.loader import resolve_device
     from phasewise.core.clock import MonotonicClock
     from phasewise.core.placement import WorkerRole
-    from workers.build import prepare_engine, token_budget
+    from workers.engine_facts import token_budget
+    from workers.prepare import prepare_engine
     from workers.profiler import full_grid, measure_profile, measure_rates
     from workers.settings import WorkerSettings
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import queue
 import signal
 from collections import Counter
 from types import FrameType
@@ -14,8 +13,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from cli.cluster import Cluster, ClusterEnd, Ends
 from cli.errors import CommandError
-from cli.launch import Cluster, ClusterEnd, Launcher
+from cli.launch import Launcher
+from cli.ray_runtime import RayRuntime
 from phasewise.core.config import ServingConfig, load_config
 from phasewise.core.logs import setup_logging
 
@@ -103,7 +104,8 @@ def serve(config: ServingConfig) -> None:
             stop.install()  # Ray puts handlers of its own in place when it starts
             display.show(step, share)
 
-        launcher = exits.enter_context(Launcher(config, progress))
+        runtime = RayRuntime(config.ray, config.pools.num_workers)
+        launcher = exits.enter_context(Launcher(config, runtime, progress))
         cluster = launcher.start()
         display.close()
         stop.take_over(cluster.ends)
@@ -125,7 +127,7 @@ class _StopSignals:
     """Ctrl-C and SIGTERM: an exception while starting, an orderly end while serving, an end at once the second time."""
 
     def __init__(self) -> None:
-        self._ends: queue.SimpleQueue[ClusterEnd] | None = None
+        self._ends: Ends | None = None
         self._count = 0
         self._is_cleaning = False
         self._old: dict[int, Any] = {}
@@ -144,7 +146,7 @@ class _StopSignals:
         for number in self._old:
             signal.signal(number, self._handle)
 
-    def take_over(self, ends: queue.SimpleQueue[ClusterEnd]) -> None:
+    def take_over(self, ends: Ends) -> None:
         """From now on a signal asks for an end."""
         self._ends = ends
         self.install()

@@ -1,18 +1,18 @@
 """Decides where each request runs. Sans-I/O: events in, decisions out, time from a clock.
 
-The scheduler keeps a ledger: for every open request its placement and the work that is left of it. Gateways feed it
-(arrival, first token, end), because they hold the truth about their requests; workers' load reports tell who is alive
-and how full.
+The scheduler keeps a ledger: for every open attempt its placement, and on each worker the work that is left of those.
+Gateways feed it (arrival, first token, end), because they hold the truth about their requests; workers' load reports
+tell who is alive and how full.
 
-Events                       Decision
-    worker_joined / _lost      (lost: nothing here; each gateway moves its own requests, by `place`)
-    place(arrival)             a Placement, or Overloaded, or Unavailable
+Event                        Decision
+    worker_joined              requests may be placed on it
+    worker_lost                none is placed on it any more; each gateway moves its own requests, by `place`
+    place(request)             a Placement, or Overloaded, or Unavailable
     first_token(id)            the prompt's work is off the prefill worker
     finished(id)               all its work is off
-    tick()                     workers that are overdue, now marked lost
+    tick()                     workers that were silent for too long, now marked lost
 
-Each attempt at a request is placed under an id of its own, and ended like a request. Borrowing between pools and role
-changes will be further events of this class: the roles in the registry are their place.
+Each attempt at a request is placed under an id of its own, and ended like a request.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from control_plane.health import ListenedTime
 from control_plane.policies.placement import Arrival, Candidate, choose_pair
 from control_plane.serving_pools import why_unservable
-from control_plane.worker_registry import Member, WorkerRegistry
+from control_plane.worker_registry import WorkerRegistry
 from phasewise.core.clock import Clock
 from phasewise.core.errors import Overloaded, Unavailable
 from phasewise.core.messages import WorkerInfo, WorkerLoad
@@ -32,7 +32,7 @@ from phasewise.core.profile import DeviceProfile
 from phasewise.core.recent import RecentNames
 
 Pools = tuple[list[Candidate], list[Candidate], list[Candidate]]
-"""Candidates of the roles prefill, decode and mixed."""
+"""Ready workers of the roles prefill, decode and mixed."""
 
 _Kind = tuple[tuple[str, str, str, int], str, int]
 """Workers of one kind take equal times: device, model and weights, and the cache's dtype and block size."""
@@ -43,60 +43,49 @@ _SMOOTHING = 0.05
 
 @dataclass(slots=True)
 class _Entry:
+    """An open attempt. `prefill_pending`: it has no first token yet."""
+
     placement: Placement
     arrival: Arrival
     prefill_pending: bool = True
 
 
-@dataclass(slots=True)
-class _Work:
-    """What is placed on one worker and not done; `num_placed` counts for ever."""
-
-    num_prompts: int = 0
-    num_prompt_tokens: int = 0
-    num_decoding: int = 0
-    num_pledged_tokens: float = 0.0
-    num_placed: int = 0
-
-    def add_prompt(self, arrival: Arrival, sign: int) -> None:
-        self.num_prompts += sign
-        self.num_prompt_tokens += sign * arrival.num_prompt_tokens
-
-    def add_decode(self, arrival: Arrival, sign: int) -> None:
-        self.num_decoding += sign * arrival.num_samples
-        self.num_pledged_tokens += sign * arrival.num_kv_tokens
-
-
 class ClusterScheduler:
-    """Membership, the ledger of open requests, and placement.
+    """The ledger of open attempts, placement, and which workers are silent.
 
     `max_waiting` bounds the prompts that are placed on a prefill-capable worker and have no first token yet. A worker
-    that is silent for `overdue_s` of listened time (health.py) is lost.
+    that is silent for `overdue_s` of listened time (health.py) is lost. `candidates` has every worker that ever joined,
+    with its work: to be read only.
     """
 
     def __init__(self, clock: Clock, *, max_waiting: int, overdue_s: float, heartbeat_s: float) -> None:
         self.listened = ListenedTime(clock, heartbeat_s)
         self.registry = WorkerRegistry(self.listened, overdue_s)
+        self.candidates: dict[WorkerId, Candidate] = {}
         self._max_waiting = max_waiting
-        self._entries: dict[str, _Entry] = {}
-        self._work: dict[WorkerId, _Work] = {}
+        self._entries: dict[str, _Entry] = {}  # by the id of the attempt
         self._profiles: dict[_Kind, DeviceProfile] = {}
-        self._ended_early = RecentNames()
+        self._ended_early = RecentNames()  # ids of attempts whose end came before they were placed
         self._expected_tokens = _EXPECTED_TOKENS_START
 
     @property
     def num_open(self) -> int:
+        """Attempts that are placed and have not ended."""
         return len(self._entries)
 
     # ---- workers
 
     def worker_joined(self, info: WorkerInfo) -> None:
         self.registry.join(info)
-        self._work.setdefault(info.worker_id, _Work())
         # Workers of one kind are equally fast. What each measured while others started beside it is noise, and would
         # leave one of two equals without work.
         kind = _kind(info)
-        self._profiles[kind] = info.profile.joined(self._profiles.get(kind, info.profile))
+        profile = self._profiles[kind] = info.profile.joined(self._profiles.get(kind, info.profile))
+        capacity_tokens = info.num_kv_blocks * info.kv_spec.block_size
+        self.candidates.setdefault(info.worker_id, Candidate(info.worker_id, profile, capacity_tokens))
+        for member in self.registry.members():
+            if _kind(member.info) == kind:
+                self.candidates[member.info.worker_id].profile = profile
 
     def worker_load(self, load: WorkerLoad) -> None:
         self.registry.update(load)
@@ -125,8 +114,8 @@ class ClusterScheduler:
     def place(self, request: PlaceRequest) -> Placement:
         """Chooses both workers; one of `avoid` only where there is no other of its kind.
 
-        A further attempt is never refused for full queues: its request was taken already. One whose end has come here
-        before it is refused: nobody would ever take it out of the ledger.
+        A further attempt is never refused for full queues: its request was taken already. An attempt that has ended
+        before it is placed is refused: nobody would ever take it out of the ledger.
 
         Raises:
             Unavailable: no pair of workers is ready, or the attempt has ended.
@@ -136,7 +125,9 @@ class ClusterScheduler:
             raise Unavailable("the request ended while it was placed")
         expected = min(float(request.max_tokens), self._expected_tokens)
         arrival = Arrival(request.request_id, request.num_prompt_tokens, request.num_samples, expected)
-        prefills, decodes, mixed = _preferred(self._candidates(), request.avoid)
+        prefills, decodes, mixed = self._ready()
+        if request.avoid:
+            prefills, decodes, mixed = _preferred((prefills, decodes, mixed), request.avoid)
         if not mixed and not (prefills and decodes):
             raise Unavailable(self.why_unservable(), retry_after_s=2.0)
         if request.attempt == 0:
@@ -146,57 +137,37 @@ class ClusterScheduler:
         if pair is None:
             raise Overloaded(f"{self._max_waiting} prompts wait at every prefill worker already", retry_after_s=1.0)
         placement = Placement(request.request_id, *pair, request.attempt)
-        self._enter(_Entry(placement, arrival))
+        self._entries[request.request_id] = _Entry(placement, arrival)
+        self.candidates[placement.prefill_worker].add_prompt(arrival, +1)
+        self.candidates[placement.decode_worker].add_decode(arrival, +1)
         for worker_id in set(pair):
-            self._work[worker_id].num_placed += 1
+            self.candidates[worker_id].num_placed += 1
         return placement
 
     def first_token(self, request_id: str) -> None:
+        """The prompt is computed. Ignored when the attempt is not open, or has said so before."""
         entry = self._entries.get(request_id)
         if entry is not None and entry.prefill_pending:
             entry.prefill_pending = False
-            self._work[entry.placement.prefill_worker].add_prompt(entry.arrival, -1)
+            self.candidates[entry.placement.prefill_worker].add_prompt(entry.arrival, -1)
 
     def finished(self, request_id: str, num_output_tokens: int) -> None:
-        """The request is over, however it ended; its output length teaches what to expect."""
+        """The attempt is over, however it ended; its output length teaches what to expect."""
         entry = self._entries.pop(request_id, None)
         if entry is None:
             self._ended_early.add(request_id)
             return
         if entry.prefill_pending:
-            self._work[entry.placement.prefill_worker].add_prompt(entry.arrival, -1)
-        self._work[entry.placement.decode_worker].add_decode(entry.arrival, -1)
+            self.candidates[entry.placement.prefill_worker].add_prompt(entry.arrival, -1)
+        self.candidates[entry.placement.decode_worker].add_decode(entry.arrival, -1)
         if num_output_tokens > 0:
             per_sample = num_output_tokens / entry.arrival.num_samples
             self._expected_tokens += _SMOOTHING * (per_sample - self._expected_tokens)
 
-    # ---- inside
-
-    def _enter(self, entry: _Entry) -> None:
-        self._entries[entry.placement.request_id] = entry
-        if entry.prefill_pending:
-            self._work[entry.placement.prefill_worker].add_prompt(entry.arrival, +1)
-        self._work[entry.placement.decode_worker].add_decode(entry.arrival, +1)
-
-    def _candidates(self) -> Pools:
-        """Ready workers of the three roles, with the work that the ledger has for them."""
-
-        def candidate(member: Member) -> Candidate:
-            info, work = member.info, self._work[member.info.worker_id]
-            return Candidate(
-                info.worker_id,
-                self._profiles[_kind(info)],
-                work.num_prompts,
-                work.num_prompt_tokens,
-                work.num_decoding,
-                work.num_pledged_tokens,
-                info.num_kv_blocks * info.kv_spec.block_size,
-                work.num_placed,
-            )
-
+    def _ready(self) -> Pools:
         by_role: dict[WorkerRole, list[Candidate]] = {role: [] for role in WorkerRole}
         for member in self.registry.ready():
-            by_role[member.load.role].append(candidate(member))
+            by_role[member.load.role].append(self.candidates[member.info.worker_id])
         return by_role[WorkerRole.PREFILL], by_role[WorkerRole.DECODE], by_role[WorkerRole.MIXED]
 
 

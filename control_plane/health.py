@@ -10,11 +10,11 @@ two ticks:
     listened   0   1   2                                 3    4
 
 A dead worker is still found, `overdue_s` of listened time after its last report. Reports that queued up during a pause
-may be read after the first tick that follows it, so no worker is declared lost at that tick (`is_behind_pause`). At the
-next tick workers are judged again, even if that tick is late as well: a process that is always late must still find a
-dead worker.
+may be read after the first tick that follows it, so no worker is lost at that tick (`is_behind_pause`). At the next
+tick workers are judged again, even if that tick is overdue as well: a process whose ticks are always overdue must still
+find a dead worker.
 
-Nobody ticks while the cluster starts. `begin` says that ticks come from now on, so that the start is no pause.
+No tick comes while the cluster starts. `begin` marks that ticks come from now on, so that the start is no pause.
 
 A clock that stands still while the machine sleeps (CLOCK_MONOTONIC on Linux) shows no gap, and adds nothing either.
 """
@@ -37,23 +37,24 @@ class ListenedTime:
         self._period_s = period_s
         self._ticked_s = clock.now_s()
         self._counted_s = 0.0
-        self._is_late = False
+        self._is_overdue = False
         self.missed_s = 0.0
         self.is_behind_pause = False
 
     def begin(self) -> None:
         """Ticks come from now on. The time before counts for at most a period, and is no pause."""
         self.tick()
-        self.missed_s, self._is_late, self.is_behind_pause = 0.0, False, False
+        self.missed_s, self._is_overdue, self.is_behind_pause = 0.0, False, False
 
     def tick(self) -> None:
+        """Counts the time since the tick before, up to a period of it."""
         since_s = self._clock.now_s() - self._ticked_s
         counted_s = min(since_s, self._period_s)
         self.missed_s = since_s - counted_s
         self._counted_s += counted_s
         self._ticked_s += since_s
-        was_late, self._is_late = self._is_late, self.missed_s >= self._period_s
-        self.is_behind_pause = self._is_late and not was_late
+        was_overdue, self._is_overdue = self._is_overdue, self.missed_s >= self._period_s
+        self.is_behind_pause = self._is_overdue and not was_overdue
 
     def now_s(self) -> float:
         """Listened time, at most a period past the last tick."""

@@ -1,6 +1,6 @@
-"""Looks at the links between all workers that hand over to each other, and measures them one after the other.
+"""Looks at the links from every prefill to every decode worker, and measures them one after the other.
 
-How workers are asked is the asker's matter (control_plane/actors.py).
+A LinkAsker reaches the workers: in a cluster by calls to their actors (control_plane/remote_members.py).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _REPEATS = 3  # the fastest counts: noise only ever slows one down
 
 
 class LinkAsker(Protocol):
-    """How workers are reached."""
+    """How workers are asked for their links."""
 
     async def links(self, worker_id: WorkerId, peers: Sequence[WorkerInfo]) -> WorkerLinks:
-        """Raises Unavailable when the worker does not answer."""
+        """The worker's links to `peers`. Raises Unavailable when the worker does not answer."""
 
     async def probe(self, worker_id: WorkerId, peer: WorkerId, num_bytes: int, timeout_s: float) -> LinkProbe:
-        """Raises Unavailable when the worker does not answer."""
+        """Has the worker send one part to `peer`. Raises Unavailable when the worker does not answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class LinkSurvey:
-    """All workers, also those that are lost, and all pairs of ready ones. `sides`: of every ready worker."""
+    """All workers, lost ones too, and all pairs of ready ones. `sides`: what each ready worker knows of its links."""
 
     transfer: TransferConfig
     workers: tuple[tuple[WorkerInfo, WorkerLoad], ...]
@@ -60,7 +60,7 @@ class LinkSurvey:
     pairs: tuple[Pair, ...]
 
     def with_probes(self, probes: Mapping[tuple[WorkerId, WorkerId], tuple[LinkProbe, ...]]) -> LinkSurvey:
-        """`probes` as `measure` gives them. Pairs that are no more are left out."""
+        """The survey with what `measure` gave. Probes of pairs that are gone are left out."""
         return replace(self, pairs=tuple(replace(p, probes=probes.get((p.prefill, p.decode), ())) for p in self.pairs))
 
 
@@ -81,7 +81,7 @@ def check_probes(sizes: Sequence[int], timeout_s: float) -> None:
 async def look(
     transfer: TransferConfig, workers: Iterable[tuple[WorkerInfo, WorkerLoad]], asker: LinkAsker
 ) -> LinkSurvey:
-    """What workers know of their links, without measuring anything."""
+    """What workers know of their links, without measuring anything. Raises Unavailable when one does not answer."""
     workers = tuple(workers)
     ready = [(info, load.role) for info, load in workers if load.state is WorkerState.READY]
     decodes = [info for info, role in ready if role is WorkerRole.DECODE]
@@ -124,7 +124,7 @@ async def _fastest(pair: Pair, num_bytes: int, asker: LinkAsker, end_s: float, c
             probe = await asker.probe(pair.prefill, pair.decode, num_bytes, left_s)
         except Unavailable as error:
             return LinkProbe(num_bytes, None, error.message)
-        if probe.seconds is None:  # of a repeat that the time cut short, the link is not to blame
+        if probe.seconds is None:  # the time, not the link, may have cut a repeat short
             return best if best.seconds is not None and clock.now_s() >= end_s else probe
         if best.seconds is None or probe.seconds < best.seconds:
             best = probe

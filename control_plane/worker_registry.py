@@ -26,11 +26,14 @@ class Member:
 
 
 class WorkerRegistry:
-    """Members by id. Lost workers stay in the list, marked, so that status can show them."""
+    """Members by id. Lost workers stay in the list, marked, so that status can show them.
+
+    A worker is overdue when it has not reported for `overdue_s` of listened time.
+    """
 
     def __init__(self, listened: ListenedTime, overdue_s: float) -> None:
+        self.overdue_s = overdue_s
         self._listened = listened
-        self._overdue_s = overdue_s
         self._members: dict[WorkerId, Member] = {}
 
     def join(self, info: WorkerInfo) -> None:
@@ -55,12 +58,21 @@ class WorkerRegistry:
         return True
 
     def overdue(self) -> list[WorkerId]:
-        """Ready workers that have not reported for `overdue_s`."""
-        limit_s = self._listened.now_s() - self._overdue_s
+        """Ready workers that have been silent for too long."""
+        limit_s = self._listened.now_s() - self.overdue_s
         return [m.info.worker_id for m in self._members.values() if m.is_ready and m.heard_s < limit_s]
 
     def members(self) -> list[Member]:
+        """Copies of all, lost ones included."""
         return [replace(m) for m in self._members.values()]
 
+    def present(self) -> list[WorkerId]:
+        """The workers that are not lost."""
+        return [m.info.worker_id for m in self._members.values() if m.load.state is not WorkerState.LOST]
+
+    def lost(self) -> list[WorkerId]:
+        return [m.info.worker_id for m in self._members.values() if m.load.state is WorkerState.LOST]
+
     def ready(self) -> list[Member]:
+        """The workers that requests may be placed on: not copies, to be read at once."""
         return [m for m in self._members.values() if m.is_ready]

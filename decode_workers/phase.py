@@ -20,7 +20,8 @@ from decode_workers.scheduler import DecodeJob, DecodePlan, DecodeScheduler
 from engine.batch import ScheduledSequence
 from engine.block_manager import BlockManager
 from engine.sequence import Sequence
-from kv_transfer.receiver import KVReceiver, Reservation
+from kv_transfer.incoming import Reservation, refusal
+from kv_transfer.receiver import KVReceiver
 from kv_transfer.state import ReceiveStatus
 from phasewise.core.clock import Clock
 from phasewise.core.errors import DeadlineExceeded, Overloaded, ServingError
@@ -77,6 +78,7 @@ class DecodePhase:
         self.scheduler = scheduler
         self._offers = offers
         self._receiver = receiver
+        self._incoming = receiver.incoming
         self._cache = cache
         self._peers = peers
         self._outbox = outbox
@@ -94,7 +96,7 @@ class DecodePhase:
         if offer.request.request_id in self._handed_in:  # only our word that it came was lost
             self._peers.send(offer.sender, KVDone(offer.transfer_id))
             return
-        reason = self._receiver.refusal(offer) or self._offers.impossible(offer, self._room())
+        reason = refusal(offer, self._incoming.spec) or self._offers.impossible(offer, self._room())
         if reason:
             self._peers.send(offer.sender, KVRefused(offer.transfer_id, reason))
         else:
@@ -102,7 +104,7 @@ class DecodePhase:
 
     def on_transfer_abort(self, transfer_id: str, reason: str) -> None:
         self._offers.remove(lambda offer: offer.transfer_id == transfer_id)
-        self._receiver.on_abort(transfer_id, reason)
+        self._incoming.on_abort(transfer_id, reason)
 
     def on_abort(self, request_id: str, sample_index: int | None) -> bool:
         """Forgets a request, or one sample. True when something of it was here."""
@@ -113,7 +115,7 @@ class DecodePhase:
             if same and sample_index in (None, job.sequence.sample_index):
                 self._end(job, RequestStatus.CANCELLED)
                 found = True
-        for reservation in self._receiver.reservations:
+        for reservation in self._incoming.reservations:
             request = reservation.offer.request
             if request.request_id != request_id:
                 continue
@@ -121,7 +123,7 @@ class DecodePhase:
             if sample_index is not None:
                 reservation.dropped_samples.add(sample_index)
             if sample_index is None or len(reservation.dropped_samples) == request.sampling.n:
-                self._receiver.fail(reservation.offer.transfer_id, "the request was cancelled")
+                self._incoming.fail(reservation.offer.transfer_id, "the request was cancelled")
         if sample_index is None:
             for offer in self._offers.remove(lambda offer: offer.request.request_id == request_id):
                 self._peers.send(offer.sender, KVRefused(offer.transfer_id, "the request was cancelled"))
@@ -130,7 +132,7 @@ class DecodePhase:
 
     def on_peer_lost(self, worker_id: WorkerId) -> None:
         self._offers.remove(lambda offer: offer.sender == worker_id)
-        self._receiver.on_peer_lost(worker_id)
+        self._incoming.on_peer_lost(worker_id)
 
     def on_gateway_lost(self, gateway_id: str) -> None:
         self._settle()
@@ -138,9 +140,9 @@ class DecodePhase:
         for job in list(self.scheduler.jobs()):
             if job.gateway_id == gateway_id:
                 self._end(job, RequestStatus.CANCELLED)
-        for reservation in self._receiver.reservations:
+        for reservation in self._incoming.reservations:
             if reservation.offer.gateway_id == gateway_id:
-                self._receiver.fail(reservation.offer.transfer_id, "its gateway was lost")
+                self._incoming.fail(reservation.offer.transfer_id, "its gateway was lost")
 
     def fail(self, request_id: str, error: ServingError) -> None:
         """Ends all samples of a request with an error, if any decodes here."""
@@ -164,7 +166,7 @@ class DecodePhase:
                 self._fail(job, DeadlineExceeded("the request's deadline passed during decode"))
         for offer in self._offers.expired(now_s):
             self._peers.send(offer.sender, KVFailed(offer.transfer_id, "no room came free in the request's time"))
-        self._receiver.expire()
+        self._incoming.expire()
         self._settle()
         while (waiting := self._offers.next_acceptable(self._room())) is not None:
             self._reserve(waiting.offer, waiting.deadline_s)
@@ -207,17 +209,17 @@ class DecodePhase:
 
     @property
     def num_reservations(self) -> int:
-        return self._receiver.num_reservations + len(self._offers)
+        return self._incoming.num_reservations + len(self._offers)
 
     def next_deadline_s(self) -> float:
         jobs = min((job.deadline_s for job in self.scheduler.jobs()), default=float("inf"))
-        return min(jobs, self._offers.next_deadline_s(), self._receiver.next_deadline_s())
+        return min(jobs, self._offers.next_deadline_s(), self._incoming.next_deadline_s())
 
     # ---- inside
 
     def _settle(self) -> None:
         """Takes over handoffs that have ended. Before an abort too, which must find them among the sequences."""
-        for reservation in self._receiver.pop_ended():
+        for reservation in self._incoming.pop_ended():
             if reservation.status is ReceiveStatus.DONE:
                 self._begin(reservation)
             else:
@@ -233,7 +235,7 @@ class DecodePhase:
 
     def _num_coming(self) -> int:
         """Samples that have their place in the batch already: of reservations, and of prompts that stay here."""
-        return sum(r.offer.request.sampling.n for r in self._receiver.reservations) + self._num_staying()
+        return sum(r.offer.request.sampling.n for r in self._incoming.reservations) + self._num_staying()
 
     def _reserve(self, offer: KVOffer, lease_end_s: float) -> None:
         """Sets blocks aside; what the prefix cache has of the prompt need not travel."""

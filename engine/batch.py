@@ -52,6 +52,12 @@ class StepResult:
     prompt_logprobs: tuple[tuple[SampledToken, ...], ...]
 
 
+def sample_indices(item: ScheduledSequence) -> list[int]:
+    """Consecutive, from the sequence's own on: a decode has one, the last chunk of a prompt one per sample."""
+    first = item.sequence.sample_index
+    return list(range(first, first + item.num_samples))
+
+
 def all_or_none(tokens: Iterable[SampledToken | None]) -> tuple[SampledToken, ...] | None:
     """An entry of StepResult.tokens; None for a token stands for a row of logits without one."""
     chosen: list[SampledToken] = []

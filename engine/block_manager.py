@@ -2,8 +2,8 @@
 
 A block is in exactly one of three conditions:
     used      at least one sequence or reservation refers to it
-    cached    nobody refers to it, but it holds the KV of a known prefix and is given out last, oldest first
-    free      nobody refers to it and its content means nothing
+    cached    nothing refers to it, but it holds the KV of a known prefix and is given out last, oldest first
+    free      nothing refers to it, and its content has no meaning
 free + cached + used = all, always (`check`).
 """
 
@@ -73,7 +73,11 @@ class BlockManager:
             self._ref_counts[block] += 1
 
     def release(self, blocks: Iterable[int]) -> None:
-        """Drops a reference to each block; content that the prefix cache knows stays until the space is needed."""
+        """Drops a reference to each block; content that the prefix cache knows stays until the space is needed.
+
+        Raises:
+            ValueError: a block has no reference.
+        """
         for block in reversed(list(blocks)):  # so that the end of a prefix is evicted before its beginning
             count = self._ref_counts[block] - 1
             if count < 0:
@@ -107,8 +111,10 @@ class BlockManager:
         return blocks
 
     def hash_ahead(self, sequence: Sequence, num_tokens: int) -> None:
-        """Does what takes long of `publish` for the first so many tokens, while they are computed: some 2 us a block,
-        which the first token of a prompt would wait for."""
+        """Computes the hashes that `publish` needs of the first so many tokens, while the device computes these tokens.
+
+        Hashes take some 2 us a block, which the first token of a prompt would wait for otherwise.
+        """
         tokens = sequence.token_ids
         self._extend(sequence.block_hashes, tokens, min(num_tokens, len(tokens)), sequence.cache_salt)
 

@@ -78,7 +78,7 @@ class Checkpoint:
         yield from self._tensors
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor in its file, which stays mapped into memory while the tensor is used; nothing is read yet."""
+        """The whole stored tensor, in the stored dtype. Its file stays mapped while it is used; nothing is read yet."""
         stored = self._tensors[name]
         with _named(stored.file):
             return stored.handle.get_tensor(stored.name)
@@ -89,6 +89,7 @@ class Checkpoint:
         return f"{stored.file}: tensor {stored.name!r}"
 
     def _add(self, stored: _Stored, num_layers: int) -> None:
+        """Raises ModelLoadError for a dtype that is not supported, or a second tensor of the same weight."""
         name = weight_name(stored.name)
         if _NOT_WEIGHTS.search(name):
             return
@@ -118,6 +119,7 @@ def weight_name(stored_name: str) -> str:
 
 @contextlib.contextmanager
 def _named(file: Path) -> Iterator[None]:
+    """Makes what safetensors raises inside a ModelLoadError that names the file."""
     try:
         yield
     except (SafetensorError, OSError) as error:

@@ -43,7 +43,7 @@ _LAYER_NAMES = {
 }
 _LAYER = re.compile(r"^blk\.(\d+)\.(\w+)\.(weight|bias)$")
 
-# Numpy gives the interpreter up for most of the work: more threads than cores still help a little.
+# Numpy releases the interpreter lock for most of the work: more threads than cores still help a little.
 _NUM_THREADS = 4
 # Bounds the float32 copy of a thread to 16 MiB, and spreads a large embedding over the threads.
 _VALUES_PER_PIECE = 4 << 20
@@ -56,7 +56,7 @@ def load_gguf(
     progress: Callable[[float], None],
     shard: Shard = Shard(),  # noqa: B008 (frozen)
 ) -> None:
-    """Dequantises every tensor, or this rank's part of it, into the view of its name.
+    """Dequantises every tensor, or this rank's part of it, into the view of its name, which has the part's shape.
 
     Raises:
         ModelLoadError: names the file and the tensor that is missing, unknown, of the wrong shape or type.

@@ -22,7 +22,11 @@ _BLOCKS_PER_COPY = 32
 
 
 class PagedKVCache:
-    """KV of `num_blocks` blocks on one device, and of `num_swap_blocks` more that sequences wait in on the host.
+    """KV of `num_blocks` blocks on one device, and of `num_swap_blocks` more on the host, for preempted sequences.
+
+    Raises:
+        ValueError: there is no block.
+        ConfigError: the host cannot give the memory for the swap blocks.
 
     Attributes:
         storage: [num_layers, 2 (K, V), num_blocks * block_size, num_kv_heads, head_dim]. Token t of block b is at
@@ -52,22 +56,23 @@ class PagedKVCache:
         blocks[:, :, target].copy_(blocks[:, :, source])
 
     def copy_out(self, blocks: Seq[int]) -> list[int]:
-        """Copies blocks to the host; where they are there. Raises ValueError when `swap.num_free` are too few."""
+        """Copies blocks to the host; returns their places there. Raises ValueError when `swap.num_free` are too few."""
         places = self.swap.take(len(blocks))
         self.swap.write(blocks, places)
         return places
 
     def copy_in(self, places: Seq[int], blocks: Seq[int]) -> None:
-        """Brings what `copy_out` took into (other) blocks; the places are free afterwards."""
+        """Copies what `copy_out` took into as many (other) blocks, and frees the places. Raises ValueError."""
         self.swap.read(places, blocks)
         self.swap.give_back(places)
 
 
 class SwapSpace:
-    """Room on the host for `num_blocks` blocks of a cache, in places 0, 1, … . Made once: on a GPU's host it is pinned,
-    which takes long, and memory that is pinned only when sequences must leave grows with every new size of theirs.
+    """Host memory for `num_blocks` blocks of a cache, in places 0, 1, … .
 
-    `blocks_view`: that of the cache. Copies are enqueued where the cache's steps are, and nobody waits for them.
+    Allocated once: on a GPU's host it is pinned, which takes long, and memory that were pinned for each preemption
+    would grow with every new size. `blocks_view`: that of the cache. Copies are enqueued on the stream of the steps,
+    and the host does not wait for them.
     """
 
     def __init__(self, blocks_view: torch.Tensor, num_blocks: int) -> None:
@@ -79,6 +84,11 @@ class SwapSpace:
     @property
     def num_free(self) -> int:
         return len(self._free)
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether copies between host and device go on without the host."""
+        return self._host.is_pinned()
 
     def take(self, count: int) -> list[int]:
         """That many free places. Raises ValueError when there are fewer."""
@@ -103,7 +113,10 @@ class SwapSpace:
             self._blocks.index_copy_(0, self._index(blocks[first : first + count]), rows)
 
     def _runs(self, blocks: Seq[int], places: Seq[int]) -> Iterator[tuple[int, int]]:
-        """(first, number) of neighbouring places, so few that what passes through the device stays small."""
+        """(first, number) of neighbouring places, few enough that the copy on the device stays small.
+
+        Raises ValueError when blocks and places are not equally many.
+        """
         if len(blocks) != len(places):
             raise ValueError(f"{len(places)} places were given for {len(blocks)} blocks")
         first = 0
@@ -113,13 +126,14 @@ class SwapSpace:
                 first = i
 
     def _index(self, blocks: Seq[int]) -> torch.Tensor:
+        """[len(blocks)] int64 on the device."""
         device = self._blocks.device
         # To a GPU from pinned memory: a copy from other memory waits for the steps before it.
         return torch.tensor(blocks, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def as_words(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as 64-bit words: torch's index operations do not know fp8. Rows must be whole words."""
+    """The same memory, [..., n] → [..., n * itemsize / 8] int64: torch's index operations do not know fp8."""
     return tensor.view(torch.int64)
 
 
@@ -132,7 +146,10 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def _host_memory(shape: tuple[int, ...], pinned: bool) -> torch.Tensor:
-    """Words of host memory, as zeros. Pinned is exactly so much: torch's own pinned memory comes in powers of two."""
+    """Words of host memory, as zeros. Pinned is exactly so much: torch's own pinned memory comes in powers of two.
+
+    Raises ConfigError when the host has less, or cannot pin it.
+    """
     num_bytes = math.prod(shape) * 8
     if num_bytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         raise _no_swap_space(num_bytes, "has less memory")

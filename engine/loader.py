@@ -10,7 +10,7 @@ import torch
 from engine.checkpoint import Checkpoint
 from engine.gguf_config import read_gguf_config
 from engine.gguf_weights import load_gguf
-from engine.kv_cache import TORCH_DTYPES
+from engine.kv_cache import TORCH_DTYPES, PagedKVCache
 from engine.model_config import ModelConfig, read_model_config
 from engine.models.llama import LlamaModel
 from engine.models.registry import build_model
@@ -18,7 +18,7 @@ from engine.tensor_parallel import Group
 from engine.weights import files_identity, fill_random, load_safetensors
 from phasewise.core.errors import ConfigError
 from phasewise.core.gguf_file import GGUFFile
-from phasewise.core.kv_spec import KVCacheSpec
+from phasewise.core.kv_spec import FP8, KVCacheSpec
 from phasewise.core.model_source import ModelSource, config_file
 
 
@@ -46,6 +46,15 @@ class LoadedModel:
             dtype=self.dtype if dtype == "auto" else dtype,
             model_fingerprint=self.fingerprint,
         )
+
+    def check_cache(self, cache: PagedKVCache) -> None:
+        """Raises ValueError for a cache that was made for another model or device."""
+        wanted = self.kv_cache_spec(cache.block_size, FP8 if cache.spec.dtype == FP8 else "auto")
+        differences = cache.spec.differences(wanted)
+        if cache.spec.dtype != wanted.dtype:
+            differences.append(f"dtype: {cache.spec.dtype} here, {wanted.dtype} there")
+        if differences or cache.device != self.model.device:
+            raise ValueError(f"the KV cache does not fit the model: {'; '.join(differences) or cache.device}")
 
 
 def resolve_device(device: str) -> str:

@@ -1,4 +1,4 @@
-"""What a decoder-only model looks like, read from a Hugging Face `config.json`. The unsupported is refused here."""
+"""The shape of a decoder-only model, read from a Hugging Face `config.json`. What is not supported is refused here."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def check_shape(config: ModelConfig, where: str) -> None:
 
 
 def _head_dim(values: HFConfig, num_heads: int) -> int:
-    """Where the file gives none: the share of a head, which for Llama must come out even."""
+    """The file's, or else a head's share of the hidden size. Raises ModelLoadError when Llama's share is uneven."""
     given = values.optional_whole("head_dim")
     if given is not None:
         return given
@@ -112,7 +112,10 @@ def _head_dim(values: HFConfig, num_heads: int) -> int:
 
 
 def _windows(values: HFConfig, num_layers: int) -> tuple[int | None, ...]:
-    """Mistral has one window for all layers; Qwen has one where it is switched on, for the layers that are named."""
+    """Mistral has one window for all layers; Qwen has one where it is switched on, for the layers that are named.
+
+    Raises ModelLoadError for layer types that are not supported, or contradict the window.
+    """
     full = (None,) * num_layers
     if not values.has("sliding_window"):
         return full

@@ -6,27 +6,20 @@ neither sequences nor sampling, only the tensors of a step.
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
 from engine.attention.select import select_backend
-from engine.batch import ComputedStep, PendingStep, ScheduledBatch, ScheduledSequence, StepResult, all_or_none
+from engine.batch import ComputedStep, PendingStep, ScheduledBatch, StepResult, all_or_none, sample_indices
 from engine.forward_inputs import ForwardInputs, build_forward_inputs
 from engine.kv_cache import PagedKVCache
 from engine.layers.rotary import RotaryEmbedding
 from engine.loader import LoadedModel
-from engine.sampler import SampleRow, describe, sample
-from engine.tensor_parallel import Command, OtherRanks
-from phasewise.core.kv_spec import FP8
+from engine.output_head import OutputHead
+from engine.sampler import SampleRow, sample
+from engine.tensor_parallel import Command, OtherRanks, together
 from phasewise.core.request import SampledToken
-
-logger = logging.getLogger(__name__)
-
-# Bounds the memory for prompt log-probabilities: rows of logits held at once.
-_LOGITS_ROWS = 128
 
 
 class ModelRunner:
@@ -46,15 +39,9 @@ class ModelRunner:
         attention: str = "auto",
         others: OtherRanks | None = None,
     ) -> None:
-        dtype = FP8 if kv_cache.spec.dtype == FP8 else "auto"
-        wanted = loaded.kv_cache_spec(kv_cache.block_size, dtype)
-        differences = kv_cache.spec.differences(wanted)
-        if kv_cache.spec.dtype != wanted.dtype:
-            differences.append(f"dtype: {kv_cache.spec.dtype} here, {wanted.dtype} there")
-        if differences or kv_cache.device != loaded.model.device:
-            raise ValueError(f"the KV cache does not fit the model: {'; '.join(differences) or kv_cache.device}")
+        loaded.check_cache(kv_cache)
         self._others = others
-        self._followed: torch.Tensor | None = None
+        self._head = OutputHead(loaded.model, others)
         self._model = loaded.model
         self._num_layers = loaded.config.num_layers
         self._kv_cache = kv_cache
@@ -69,7 +56,7 @@ class ModelRunner:
         return 0
 
     def warm_up(self, token_budget: int) -> None:
-        """Does what would hold up the first steps of up to `token_budget` tokens. Call it before the cache is used."""
+        """Does what the first steps of up to `token_budget` tokens would wait for. Call it before the cache is used."""
 
     def submit(
         self,
@@ -105,52 +92,38 @@ class ModelRunner:
             row += item.num_tokens
             last_rows.append(row - 1)
         prompt_logprobs = tuple(
-            self._prompt_logprobs(item, hidden, first) for item, first in zip(batch.items, first_rows, strict=True)
+            self._head.prompt_logprobs(item, hidden, first) for item, first in zip(batch.items, first_rows, strict=True)
         )
         return StepResult(self._sample(batch, hidden, last_rows), prompt_logprobs)
 
     @torch.inference_mode()
-    def follow(self, command: Command) -> None:
-        """On a rank other than 0: computes what rank 0 computes after it told so.
+    def carry_out(self, command: Command) -> None:
+        """On a rank other than 0: computes what rank 0 computes at this command.
 
-        ("forward", ForwardInputs.to_host()): a step's hidden states.
-        ("logits", rows): the logits of these rows of the last step.
+        ("forward", ForwardInputs.to_host()): a step's hidden states. The others are those of OutputHead.carry_out.
+
+        Raises:
+            ValueError: the command is unknown.
         """
         match command:
             case ("forward", host):
                 inputs = ForwardInputs.from_host(host, self._model.device)
-                self._followed = self._forward_inputs(inputs, None, self._num_layers)
-            case ("logits", rows):
-                assert self._followed is not None, "logits before any step"
-                self._model.logits(self._followed[rows])
+                self._head.keep(self._forward_inputs(inputs, None, self._num_layers))
             case _:
-                raise ValueError(f"unknown command {command[0]!r}")
+                self._head.carry_out(command)
 
     def _forward(
         self, batch: ScheduledBatch, on_layers_done: Callable[[int, int], None] | None, layers_per_group: int
     ) -> torch.Tensor:
         """[num_tokens, hidden_size] after the last layer."""
         inputs = build_forward_inputs(batch, self._kv_cache.block_size, self._max_model_len, self._model.device)
-        with self._together(("forward", inputs.to_host() if self._others else None)):
+        with together(self._others, ("forward", inputs.to_host() if self._others else None), "a step"):
             return self._forward_inputs(inputs, on_layers_done, layers_per_group)
-
-    @contextlib.contextmanager
-    def _together(self, command: Command) -> Iterator[None]:
-        """Around what all ranks compute at this command."""
-        if self._others is None:
-            yield
-            return
-        self._others.tell(command)
-        try:
-            yield
-        except Exception as error:
-            logger.exception("a step failed on one rank of several")
-            self._others.broken(f"{type(error).__name__} in a step: {error}")
-            raise
 
     def _forward_inputs(
         self, inputs: ForwardInputs, on_layers_done: Callable[[int, int], None] | None, layers_per_group: int
     ) -> torch.Tensor:
+        """As `_forward`, on one rank."""
         self._backend.plan(inputs)
         rope = self._rotary.plan(inputs.positions)
         hidden = self._model.embed(inputs.input_ids)
@@ -164,21 +137,15 @@ class ModelRunner:
     def _sample(
         self, batch: ScheduledBatch, hidden: torch.Tensor, last_rows: list[int]
     ) -> tuple[tuple[SampledToken, ...] | None, ...]:
+        """As StepResult.tokens; hidden: [num_tokens, hidden_size], item i's last token in row `last_rows[i]`."""
         sampled_rows = [row for row, item in zip(last_rows, batch.items, strict=True) if item.num_samples]
         if not sampled_rows:
             return ((),) * len(batch.items)
         # Only these rows go through the output head: it is as large as many layers.
-        return self._sample_rows(batch, self._logits(hidden, sampled_rows))
-
-    def _logits(self, hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:
-        """[len(rows), vocab_size] float32"""
-        with self._together(("logits", rows)):
-            if len(rows) < len(hidden):
-                hidden = hidden[torch.tensor(rows, device=hidden.device)]
-            return self._model.logits(hidden)
+        return self._sample_rows(batch, self._head.logits(hidden, sampled_rows))
 
     def _sample_rows(self, batch: ScheduledBatch, logits: torch.Tensor) -> tuple[tuple[SampledToken, ...] | None, ...]:
-        """As StepResult.tokens; logits: one row per item that samples, in order."""
+        """As StepResult.tokens; logits: [number of items that sample, vocab_size], in their order."""
         rows: list[SampleRow] = []
         logits_row = 0
         for item in batch.items:
@@ -187,25 +154,3 @@ class ModelRunner:
                 logits_row += 1
         tokens = iter(sample(logits, rows))
         return tuple(all_or_none([next(tokens) for _ in range(item.num_samples)]) for item in batch.items)
-
-    def _prompt_logprobs(
-        self, item: ScheduledSequence, hidden: torch.Tensor, first_row: int
-    ) -> tuple[SampledToken, ...]:
-        """Describes the prompt tokens that follow this chunk's tokens."""
-        sequence, wanted = item.sequence, item.sequence.sampling.prompt_logprobs
-        start = item.start + 1
-        targets = sequence.token_ids[start : min(start + item.num_tokens, sequence.num_prompt_tokens)]
-        if wanted is None or not targets:
-            return ()
-        described: list[SampledToken] = []
-        for i in range(0, len(targets), _LOGITS_ROWS):
-            part = targets[i : i + _LOGITS_ROWS]
-            logits = self._logits(hidden, list(range(first_row + i, first_row + i + len(part))))
-            described += describe(logits, part, [wanted] * len(part))
-        return tuple(described)
-
-
-def sample_indices(item: ScheduledSequence) -> list[int]:
-    """Consecutive, from the sequence's own on: a decode has one, the last chunk of a prompt one per sample."""
-    first = item.sequence.sample_index
-    return list(range(first, first + item.num_samples))

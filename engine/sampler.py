@@ -50,7 +50,7 @@ def sample(logits: torch.Tensor, rows: list[SampleRow]) -> list[SampledToken | N
 
 
 def _with_logprobs(logits: torch.Tensor, rows: list[SampleRow], tokens: list[int | None]) -> list[SampledToken | None]:
-    """The tokens chosen for these rows; with log-probabilities where asked for."""
+    """The tokens chosen for these rows; with log-probabilities where asked for. logits: as in `sample`."""
     wanted = [row.sequence.sampling.logprobs for row in rows]
     if all(count is None for count in wanted):
         return [None if token is None else SampledToken(token) for token in tokens]
@@ -159,7 +159,7 @@ def _draw(logits: torch.Tensor, rows: list[SampleRow]) -> list[int]:
     scaled = logits.double()
     scaled -= scaled.max(dim=-1, keepdim=True).values  # before the division, which would overflow near temperature 0
     scaled /= temperature.unsqueeze(1)
-    cutoffs = [_cutoff(values, params) for values, params in zip(scaled, sampling, strict=True)]
+    cutoffs = [draw_cutoff(values, params) for values, params in zip(scaled, sampling, strict=True)]
     if any(cutoff > -math.inf for cutoff in cutoffs):
         limit = torch.tensor(cutoffs, dtype=torch.float64, device=logits.device).unsqueeze(1)
         scaled = scaled.masked_fill_(scaled < limit, -math.inf)
@@ -177,7 +177,7 @@ def _draw(logits: torch.Tensor, rows: list[SampleRow]) -> list[int]:
     return torch.minimum(tokens, last).squeeze(1).tolist()
 
 
-def _cutoff(values: torch.Tensor, sampling: SamplingParams) -> float:
+def draw_cutoff(values: torch.Tensor, sampling: SamplingParams) -> float:
     """The smallest scaled logit that may be drawn; tokens that tie with it may be too.
 
     values: [vocab_size] float64, the largest of them 0.
@@ -195,7 +195,10 @@ def _cutoff(values: torch.Tensor, sampling: SamplingParams) -> float:
 
 
 def _top_p_cutoff(values: torch.Tensor, top_k_cutoff: float, top_p: float) -> float:
-    """Nucleus sampling (Holtzman et al. 2020): the fewest most probable tokens whose probabilities reach `top_p`."""
+    """Nucleus sampling (Holtzman et al. 2020): the fewest most probable tokens whose probabilities reach `top_p`.
+
+    values: as in `draw_cutoff`; `top_k_cutoff` is what top-k leaves of them. -inf where rounding leaves no cutoff.
+    """
     kept = torch.where(values >= top_k_cutoff, values.exp(), 0.0)
     goal = top_p * kept.sum()
     num_candidates = _FIRST_CANDIDATES

@@ -1,4 +1,4 @@
-"""The ranks of one host that compute a model together, and what they say to each other while they do.
+"""The ranks of one host that compute a model together, and what they tell each other meanwhile.
 
 Every rank calls the same methods in the same order with tensors of the same shape: each call waits for the others.
 This is the plain form, on torch.distributed: gloo on CPUs, NCCL on GPUs. What a decode step needs 64 times is in
@@ -7,7 +7,10 @@ engine/cuda/all_reduce.py.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -17,11 +20,13 @@ import torch.nn.functional as F
 
 from engine.sharding import Shard
 
+logger = logging.getLogger(__name__)
+
 _LOW_32 = 2**32 - 1
 _NAN = 2**63 - 1
 
 Command = tuple[Any, ...]
-"""What rank 0 tells the other ranks: a name, then values that can be pickled (ModelRunner.follow)."""
+"""What rank 0 tells the other ranks: a name, then values that can be pickled (ModelRunner.carry_out)."""
 
 
 class OtherRanks(Protocol):
@@ -32,6 +37,25 @@ class OtherRanks(Protocol):
 
     def broken(self, reason: str) -> None:
         """This rank failed at what it told: the others wait for it in vain, and the group cannot go on."""
+
+
+@contextlib.contextmanager
+def together(others: OtherRanks | None, command: Command, work: str) -> Iterator[None]:
+    """Around what all ranks compute at `command`, which it tells the others first; does nothing on a single rank.
+
+    When this rank fails inside, the others wait for it in vain, and what they wait for would be taken from the next
+    command: the group is reported as broken, and the exception goes on. `work` names the work in that report.
+    """
+    if others is None:
+        yield
+        return
+    others.tell(command)
+    try:
+        yield
+    except Exception as error:
+        logger.exception("%s failed on one rank of several", work)
+        others.broken(f"{type(error).__name__} in {work}: {error}")
+        raise
 
 
 class Group:
@@ -81,26 +105,26 @@ class Group:
         return dist.group.WORLD
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, in place; returned too."""
+        """The sum of x, of any shape, over all ranks, in place; returned too."""
         if self.size > 1:
             dist.all_reduce(x)
         return x
 
     def all_max(self, x: torch.Tensor) -> torch.Tensor:
-        """The largest over all ranks, element by element, in place; returned too."""
+        """The largest x, of any shape, over all ranks, element by element, in place; returned too."""
         if self.size > 1:
             dist.all_reduce(x, op=dist.ReduceOp.MAX)
         return x
 
     def gather(self, part: torch.Tensor) -> list[torch.Tensor] | None:
-        """Every rank's `part`, by rank, on rank 0; None on the others. All parts have one shape."""
+        """Every rank's `part`, by rank, on rank 0; None on the others. All parts have one shape, whichever."""
         part = part.contiguous()
         parts = [torch.empty_like(part) for _ in range(self.size)] if self.rank == 0 else None
         dist.gather(part.view(torch.uint8), [p.view(torch.uint8) for p in parts] if parts else None, dst=0)
         return parts
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
-        """Rank 0's `x`, in place on the others, which give a tensor of its shape; returned too."""
+        """Rank 0's `x`, of any shape, in place on the others, which give a tensor of that shape; returned too."""
         dist.broadcast(x.view(torch.uint8), src=0)
         return x
 
@@ -135,5 +159,5 @@ def sortable(part: torch.Tensor, first_id: int) -> torch.Tensor:
 
 
 def ids_of(keys: torch.Tensor) -> torch.Tensor:
-    """The ids in what `sortable` gives; -1 for a row that nothing can be chosen from."""
+    """The ids in what `sortable` gives, [num_rows] int64; -1 for a row without a choice."""
     return (_LOW_32 - (keys & _LOW_32)).masked_fill_(keys == _NAN, -1)

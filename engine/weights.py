@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-# Copies give the interpreter up. A few threads keep a disk's queue, or the way to a GPU, full.
+# Copies release the interpreter lock. A few threads keep a disk's queue, or the bus to a GPU, full.
 _NUM_THREADS = 8
 _VALUES_PER_PIECE = 8 << 20
 
@@ -59,7 +59,10 @@ def load_safetensors(
 def _checked(
     views: dict[str, torch.Tensor], name: str, checkpoint: Checkpoint, cut: Slice | None
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(stored part, its place), in pieces for the threads, once type and shape are right."""
+    """(stored part, its place), both of one shape, in pieces for the threads.
+
+    Raises ModelLoadError for a name, type or shape that is not the model's.
+    """
     view = views.get(name)
     if view is None and (cut is None or cut.count):
         raise ModelLoadError(
@@ -82,6 +85,7 @@ def _checked(
 
 
 def _copy(part: torch.Tensor, place: torch.Tensor) -> int:
+    """Copies a part to its place of the same shape; the number of its values."""
     place.copy_(part)
     return part.numel()
 

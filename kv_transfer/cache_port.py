@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from kv_transfer.codec import Codec, WireLayout, wire_dtype
+from kv_transfer.cache_protocol import KVPlace
+from kv_transfer.codec import Codec, WireLayout, part_layout, wire_dtype
 from kv_transfer.plan import PartSpan
 from kv_transfer.staging import is_intact, pack, slots_of, unpacking
 from phasewise.core.kv_spec import FP8, KVCacheSpec
@@ -27,18 +27,6 @@ class Cache(Protocol):
     def copy_out(self, blocks: Sequence[int]) -> list[int]: ...
 
     def copy_in(self, places: Sequence[int], blocks: Sequence[int]) -> None: ...
-
-
-@dataclass(slots=True, eq=False)
-class KVPlace:
-    """Where a sequence's KV lies: its blocks, and their slots on the device from their first use on.
-
-    `vacated`: behind it nobody uses the blocks but this handoff.
-    """
-
-    block_table: Sequence[int]
-    slots: torch.Tensor | None = None
-    vacated: torch.cuda.Event | None = None
 
 
 class CachePort:
@@ -87,11 +75,6 @@ class CachePort:
         if self._side is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._side)
 
-    def layout(self, span: PartSpan, dtype: str, codec: Codec) -> WireLayout:
-        """What a part looks like on the wire."""
-        spec = self.spec
-        return WireLayout(span.num_layers, span.num_tokens, spec.num_kv_heads, spec.head_dim, dtype, codec)
-
     def prepare(self, place: KVPlace) -> None:
         """Puts on the device what `unpack` needs, ahead of it.
 
@@ -100,7 +83,7 @@ class CachePort:
         self._slots(place)
         place.vacated = self.mark()
 
-    def can_land(self, place: KVPlace) -> bool:
+    def can_write_beside(self, place: KVPlace) -> bool:
         """Whether another thread may unpack there now, on a stream that no step waits for and that waits for none."""
         if place.vacated is not None and place.vacated.query():
             place.vacated = None
@@ -134,7 +117,7 @@ class CachePort:
         span = PartSpan(0, self.spec.num_layers, 0, 1)
         for dtype in {wire_dtype(self.spec.dtype, other) for other in dtypes}:
             for used in {Codec.NONE, codec if dtype != FP8 else Codec.NONE}:
-                layout = self.layout(span, dtype, used)
+                layout = part_layout(self.spec, span, dtype, used)
                 wire = torch.empty(layout.num_bytes, dtype=torch.uint8, device=self.device)
                 self.pack(KVPlace([0]), span, layout, wire)
                 assert is_intact(wire), "the checksum of what was packed a moment ago"

@@ -1,7 +1,7 @@
 """The control messages of a direct link, and the TCP connection that carries them between two workers' processes.
 
 One connection is one epoch of one link: nothing of an older epoch can come out of it. A frame is a length (four bytes)
-and JSON: plain data, so that a stranger on the port can break a connection but not run code.
+and JSON: plain data, so that anybody else on the port can break a connection but not run code.
 
     sender → receiver     Hello, Token, Announce, Go, Commit
     receiver → sender     Hello or Refused, Ready, Grant, Left
@@ -44,6 +44,21 @@ class Hello:
     epoch: int = 0
     time_left_s: float = 0.0
     secret: str = field(default="", repr=False)
+
+
+@dataclass(slots=True)
+class LinkIdentity:
+    """What one worker says of itself in each Hello. `fingerprint` may be set later, before any link is opened."""
+
+    worker_id: WorkerId
+    kind: str
+    fingerprint: str
+    secret: str = field(default="", repr=False)
+    version: int = WIRE_VERSION
+
+    def hello(self, sender: WorkerId, receiver: WorkerId, process: str, epoch: int, time_left_s: float) -> Hello:
+        kind, fingerprint, secret = self.kind, self.fingerprint, self.secret
+        return Hello(self.version, kind, fingerprint, sender, receiver, process, epoch, time_left_s, secret)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +145,7 @@ def differences(ours: Hello, theirs: Hello) -> str:
 
 
 class Channel:
-    """One end of a connection. `send` from any thread, `receive` from one; `shutdown` makes both raise OSError."""
+    """One end of a connection. `write` from any thread, `read` from one; `shutdown` makes both raise OSError."""
 
     def __init__(self, connection: socket.socket, clock: Clock | None = None) -> None:
         self._clock = clock or MonotonicClock()
@@ -148,25 +163,25 @@ class Channel:
         host, _, port = address.rpartition(":")
         return Channel(socket.create_connection((host, int(port)), timeout_s))
 
-    def send(self, message: ChannelMessage) -> None:
+    def write(self, message: ChannelMessage) -> None:
         """Raises OSError when the peer is gone."""
         body = json.dumps([type(message).__name__, _plain(message)]).encode()
         with self._lock:
             self._socket.sendall(_LENGTH.pack(len(body)) + body)
 
-    def receive(self) -> ChannelMessage:
+    def read(self) -> ChannelMessage:
         """The next message but pings. Raises OSError (EOFError never) when there will be none, or it is no message."""
         while True:
-            (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
+            (length,) = _LENGTH.unpack(self._read_bytes(_LENGTH.size))
             if length > _MAX_FRAME_BYTES:
                 raise ConnectionError(f"a frame of {length} bytes is none of this protocol")
-            message = _decode(self._read(length))
+            message = _decode(self._read_bytes(length))
             self.last_heard_s = self._clock.now_s()
             if not isinstance(message, Ping):
                 return message
 
     def is_over(self) -> bool:
-        """Whether the peer has closed the connection; for a thread that is not the one in `receive`."""
+        """Whether the peer has closed the connection; for a thread that is not the one in `read`."""
         try:
             return not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -184,7 +199,7 @@ class Channel:
         self._file.close()
         self._socket.close()
 
-    def _read(self, num_bytes: int) -> bytes:
+    def _read_bytes(self, num_bytes: int) -> bytes:
         data = self._file.read(num_bytes)
         if len(data) < num_bytes:
             raise ConnectionError("the peer closed the connection")

@@ -16,7 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from phasewise.core.kv_spec import DTYPE_BYTES, FP8
+from kv_transfer.plan import PartSpan
+from phasewise.core.kv_spec import DTYPE_BYTES, FP8, KVCacheSpec
 
 CHECKSUM_BYTES = 16
 ALIGNMENT = 16
@@ -87,6 +88,11 @@ class WireLayout:
     def num_bytes(self) -> int:
         """The whole buffer: values, scales, padding, checksum."""
         return -(-self.content_bytes // ALIGNMENT) * ALIGNMENT + CHECKSUM_BYTES
+
+
+def part_layout(spec: KVCacheSpec, span: PartSpan, dtype: str, codec: Codec) -> WireLayout:
+    """What a part of a cache looks like on the wire."""
+    return WireLayout(span.num_layers, span.num_tokens, spec.num_kv_heads, spec.head_dim, dtype, codec)
 
 
 def wire_dtype(source: str, target: str) -> str:

@@ -1,4 +1,4 @@
-"""The road on which parts travel from one worker to another.
+"""Links: how parts travel from one worker to another.
 
 A part is one buffer of bytes (kv_transfer/codec.py). The sender asks the link for a buffer, fills it by work on its
 current stream, and gives it back; the receiving worker's mailbox gets the header and the buffer. Links tell their
@@ -8,7 +8,7 @@ worker what happened through its mailbox, too:
     KVPartAck                      a part that was sent has arrived, or was given up there
     LinkLost                       the link to a worker broke; parts of these transfers will not arrive
 
-Control messages (offer, …) go from mailbox to mailbox; a commit may take this road, which is faster.
+Control messages (offer, …) go from mailbox to mailbox; a commit may go over the link, which is faster.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-import torch
-
+from kv_transfer.cache_protocol import WireBuffer
 from phasewise.core.messages import KVCommit, KVPart, KVPartAck, LinkLost
 from phasewise.core.placement import WorkerId
 
 
-class Landed(Enum):
-    """What became of a part that `Land` took. The device is done with its blocks."""
+class DeviceFull(Exception):
+    """The device has no memory left for a part's buffer."""
+
+
+class WriteOutcome(Enum):
+    """What became of a part that its link wrote into the cache. The device is done with its blocks."""
 
     RIGHT = "right"
     WRONG = "wrong"  # its checksum
@@ -38,31 +41,33 @@ class ArrivedPart:
 
     Attributes:
         wire: uint8 [header.num_bytes], on the receiver's device or its host; None when its checksum was wrong, or when
-            its KV lies in its blocks already.
+            the link wrote it into its blocks.
         release: called once, when the last use of `wire` is on the current stream.
-        landed: None where `wire` is still to be written.
+        written: None where the link has written nothing.
     """
 
-    wire: torch.Tensor | None
+    wire: WireBuffer | None
     release: Callable[[], None]
-    landed: Landed | None = None
+    written: WriteOutcome | None = None
 
 
-Landing = Callable[[], bool]
-"""Puts the writing of a part on the current stream, once, from any thread; False when the mailbox is to have the part.
+WriteReceived = Callable[[], bool]
+"""Puts the writing of a part on the current stream, once, from any thread.
 
-Every part that it took comes to the mailbox later, as an ArrivedPart with `landed`."""
-
-
-class Land(Protocol):
-    """Writes a part into its blocks as soon as its bytes are in, before anybody knows whether they are right."""
-
-    def __call__(self, part: KVPart, wire: torch.Tensor) -> Landing:
-        """What will write from `wire`, made ready, from any thread: nothing has come into the buffer yet."""
+Every part that it writes comes to the mailbox later, as an ArrivedPart with `written`. False when it writes nothing:
+then the loop is to write the part."""
 
 
-def to_mailbox() -> bool:
-    """The landing of what nobody writes but the step loop."""
+class PrepareWrite(Protocol):
+    """Makes ready what writes a part into its blocks as soon as its bytes are in, before anybody knows whether they are
+    right."""
+
+    def __call__(self, part: KVPart, wire: WireBuffer) -> WriteReceived:
+        """What will write from `wire`. From any thread: nothing has come into the buffer yet."""
+
+
+def write_nothing() -> bool:
+    """The WriteReceived of a part that the loop writes."""
     return False
 
 
@@ -93,10 +98,10 @@ class Link(Protocol):
     def bytes_per_s(self, peer: WorkerId) -> float:
         """The measured rate; 0.0 when it is not known."""
 
-    def buffer(self, peer: WorkerId, num_bytes: int) -> torch.Tensor | None:
+    def buffer(self, peer: WorkerId, num_bytes: int) -> WireBuffer | None:
         """uint8 [num_bytes] to pack the next part for `peer` into; None when all are in use.
 
-        Ask again after the next KVPartAck. What is given out goes to `send_part` at once.
+        Ask again after the next KVPartAck. What is given out goes to `send_part` at once. Raises DeviceFull.
         """
 
     @property
@@ -107,10 +112,10 @@ class Link(Protocol):
     def uses_store(self) -> bool:
         """Whether the buffer that was given out last goes through the object store."""
 
-    def give_back(self, wire: torch.Tensor) -> None:
+    def give_back(self, wire: WireBuffer) -> None:
         """Takes a buffer back that could not be filled."""
 
-    def send_part(self, peer: WorkerId, part: KVPart, wire: torch.Tensor) -> None:
+    def send_part(self, peer: WorkerId, part: KVPart, wire: WireBuffer) -> None:
         """Takes over a buffer that work on the current stream fills, and returns at once."""
 
     def send_commit(self, peer: WorkerId, commit: KVCommit) -> bool:

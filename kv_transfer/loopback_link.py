@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from kv_transfer.link import ArrivedPart, Land, Landed, Post
+from kv_transfer.link import ArrivedPart, Post, PrepareWrite, WriteOutcome
 from kv_transfer.staging import is_intact
 from phasewise.core.messages import KVCommit, KVPart, KVPartAck
 from phasewise.core.placement import WorkerId
@@ -18,7 +18,8 @@ class LoopbackLink:
     """Puts parts of one worker straight into its peers' mailboxes.
 
     `fault` sees every part and returns what arrives: the buffer, another one (corruption), or None (loss).
-    With `brings_commits` commits come this way; the workers of `lands` take parts as direct links bring them.
+    With `brings_commits` commits come this way; with a peer among `writers` parts are written into its cache as direct
+    links do it.
     """
 
     def __init__(
@@ -32,25 +33,25 @@ class LoopbackLink:
         part_s: float = 0.0,
     ) -> None:
         self._worker_id = worker_id
-        self._mailboxes = mailboxes
-        self._fault: Fault = fault or (lambda part, wire: wire)
-        self._max_part_bytes = max_part_bytes
-        self._rate = rate
-        self._part_s = part_s
+        self.mailboxes = mailboxes
+        self.fault: Fault = fault or (lambda part, wire: wire)
+        self.largest_part_bytes = max_part_bytes
+        self.rate = rate
+        self.seconds_per_part = part_s
         self.brings_commits = False
-        self.lands: dict[WorkerId, Land] = {}
+        self.writers: dict[WorkerId, PrepareWrite] = {}
 
     def name(self, peer: WorkerId) -> str:
         return "loopback"
 
     def part_s(self, peer: WorkerId) -> float:
-        return self._part_s
+        return self.seconds_per_part
 
     def max_part_bytes(self, peer: WorkerId) -> int:
-        return self._max_part_bytes
+        return self.largest_part_bytes
 
     def bytes_per_s(self, peer: WorkerId) -> float:
-        return self._rate
+        return self.rate
 
     def buffer(self, peer: WorkerId, num_bytes: int) -> torch.Tensor | None:
         return torch.empty(num_bytes, dtype=torch.uint8)
@@ -67,25 +68,25 @@ class LoopbackLink:
         pass
 
     def send_part(self, peer: WorkerId, part: KVPart, wire: torch.Tensor) -> None:
-        came = self._fault(part, wire)
-        mailbox = self._mailboxes.get(peer)
+        came = self.fault(part, wire)
+        mailbox = self.mailboxes.get(peer)
         if came is None or mailbox is None:
             return
 
         def release() -> None:
-            ours = self._mailboxes.get(self._worker_id)
+            ours = self.mailboxes.get(self._worker_id)
             if ours is not None:
                 ours(KVPartAck(part.transfer_id, part.part_index))
 
-        land = self.lands.get(peer)
-        if land is not None and land(part, came)():
-            mailbox(part, ArrivedPart(None, release, Landed.RIGHT if is_intact(came) else Landed.WRONG))
+        prepare_write = self.writers.get(peer)
+        if prepare_write is not None and prepare_write(part, came)():
+            mailbox(part, ArrivedPart(None, release, WriteOutcome.RIGHT if is_intact(came) else WriteOutcome.WRONG))
         else:
             mailbox(part, ArrivedPart(came if is_intact(came) else None, release))
 
     def send_commit(self, peer: WorkerId, commit: KVCommit) -> bool:
         if self.brings_commits:
-            self._mailboxes[peer](commit)
+            self.mailboxes[peer](commit)
         return self.brings_commits
 
     def forget(self, peer: WorkerId) -> None:

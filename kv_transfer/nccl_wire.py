@@ -24,20 +24,20 @@ class NcclDevice:
     """One GPU as the end of links (`WireDevice`).
 
     `num_channels` is how many multiprocessors a transfer takes, at both ends the same. NCCL reads it once in a process,
-    so it must be made before any other communicator, and an operator's own NCCL_MAX_P2P_NCHANNELS wins; collectives
-    are bound by it only where nothing else in the process uses NCCL (`is_alone`): each communicator has memory for all
-    of its channels, whether they are used or not. Multicast stays off: two ranks gain nothing by it, and it takes
-    memory of the switches.
+    so it must be made before any other communicator, and an operator's own NCCL_MAX_P2P_NCHANNELS wins. Each
+    communicator has memory for all of its channels, whether they are used or not; so where nothing else in the process
+    uses NCCL (`is_only_user`), collectives are bound by the number, too. Multicast stays off: two ranks gain nothing by
+    it, and it takes memory of the switches.
 
     Raises:
         ConfigError: CuPy finds no NCCL.
     """
 
-    def __init__(self, index: int, num_channels: int = 16, *, is_alone: bool = False) -> None:
+    def __init__(self, index: int, num_channels: int = 16, *, is_only_user: bool = False) -> None:
         if not nccl.available:
             raise ConfigError("links over NCCL need the library that CuPy was built for: pip install nvidia-nccl-cu13")
         os.environ.setdefault("NCCL_MAX_P2P_NCHANNELS", str(num_channels))
-        if is_alone:
+        if is_only_user:
             os.environ.setdefault("NCCL_MAX_CTAS", str(num_channels))
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
         self.index = index
@@ -61,7 +61,8 @@ class NcclDevice:
 
 
 class CudaMark:
-    """An event. To wait for it sleeps, or spins outside of the interpreter: whoever sleeps is late by a wake-up."""
+    """An event. Waiting for it blocks, or spins outside of the interpreter: a blocking wait adds one wake-up of the
+    scheduler."""
 
     def __init__(self, stream: torch.cuda.Stream, *, spins: bool = False) -> None:
         self.event = torch.cuda.Event(blocking=not spins)

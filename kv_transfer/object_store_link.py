@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from kv_transfer.link import ArrivedPart, Post
+from kv_transfer.link import ArrivedPart, DeviceFull, Post
 from kv_transfer.staging import is_intact
 from phasewise.core.handles import ActorHandle, WorkerHandles
 from phasewise.core.messages import KVCommit, KVPart, KVPartAck, LinkLost
@@ -60,7 +60,10 @@ class ObjectStoreLink:
         return self._rates.get(peer, 0.0)
 
     def buffer(self, peer: WorkerId, num_bytes: int) -> torch.Tensor | None:
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        try:
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        except torch.OutOfMemoryError as error:
+            raise DeviceFull(str(error)) from None
 
     @property
     def is_full(self) -> bool:

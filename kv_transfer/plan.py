@@ -18,6 +18,14 @@ class PartSpan:
     num_tokens: int
 
     @property
+    def end_layer(self) -> int:
+        return self.first_layer + self.num_layers
+
+    @property
+    def end_token(self) -> int:
+        return self.first_token + self.num_tokens
+
+    @property
     def num_cells(self) -> int:
         """Layer-token pairs; the cells of all parts must add up to those of the prompt."""
         return self.num_layers * self.num_tokens

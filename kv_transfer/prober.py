@@ -7,12 +7,11 @@ arrived, when its link or peer is lost, or when its time is over.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
-import torch
-
-from kv_transfer.cache_port import CachePort
-from kv_transfer.link import Link
+from kv_transfer.link import DeviceFull, Link
 from phasewise.core.clock import Clock
 from phasewise.core.links import PROBE_ALIGNMENT, SMALLEST_PROBE_BYTES, LinkProbe
 from phasewise.core.messages import PROBE_DTYPE, KVPart, LinkLost
@@ -39,10 +38,17 @@ class _Probe:
     started_s: float | None = None  # None: not sent yet
 
 
+class ProbingCache(Protocol):
+    """What a prober needs of a worker's cache."""
+
+    def aside(self) -> AbstractContextManager[object]:
+        """Within it the current stream is the one on which parts are packed."""
+
+
 class LinkProber:
     """The probes of one worker. Used by the step loop's thread alone."""
 
-    def __init__(self, worker_id: WorkerId, cache: CachePort, link: Link, clock: Clock) -> None:
+    def __init__(self, worker_id: WorkerId, cache: ProbingCache, link: Link, clock: Clock) -> None:
         self._worker_id = worker_id
         self._cache = cache
         self._link = link
@@ -64,7 +70,7 @@ class LinkProber:
         self.poll()
 
     def poll(self) -> None:
-        """Sends what waits for a buffer, and gives up what is too late: once a round."""
+        """Sends what waits for a buffer, and gives up what takes too long: once a round."""
         if not self._probes:
             return
         now_s = self._clock.now_s()
@@ -73,7 +79,7 @@ class LinkProber:
                 what = "every buffer of the link was in use" if probe.started_s is None else "it did not arrive"
                 self._end(probe_id, None, f"{what} for {probe.order.timeout_s:g} s")
             elif probe.started_s is None:
-                self._send(probe_id, probe)
+                self._try_to_send(probe_id, probe)
 
     def on_part_ack(self, probe_id: str) -> None:
         """Acknowledgements of other parts are ignored."""
@@ -95,15 +101,15 @@ class LinkProber:
         """When `poll` has something to give up next; infinity when never."""
         return min((probe.deadline_s for probe in self._probes.values()), default=float("inf"))
 
-    def _send(self, probe_id: str, probe: _Probe) -> None:
-        with self._cache.aside():  # a slab may come back before it is filled: its next writer must come behind
+    def _try_to_send(self, probe_id: str, probe: _Probe) -> None:
+        with self._cache.aside():  # a buffer may come back before it is filled: its next writer must come behind
             self._fill_and_send(probe_id, probe)
 
     def _fill_and_send(self, probe_id: str, probe: _Probe) -> None:
         order = probe.order
         try:
             wire = self._link.buffer(order.peer, order.num_bytes)
-        except torch.OutOfMemoryError:  # a probe must not end the worker
+        except DeviceFull:  # a probe must not end the worker
             self._end(probe_id, None, f"the device has no {order.num_bytes} bytes left for a buffer")
             return
         if wire is None:

@@ -1,4 +1,4 @@
-"""The road of each part: the direct link to its peer while that is up, else the object store."""
+"""Chooses each part's link: the direct one to its peer while that is up, else the object store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Wire buffers: slabs cut from one allocation, each as large as its part, handed out in the order of the asking."""
+"""Staging buffers of direct links: slabs cut from one allocation, each as large as its part, given out in the order of
+the asking."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ _ALIGNMENT = 256
 
 @dataclass(slots=True, eq=False)
 class Slab:
-    """uint8 [num_bytes]. `last_use`: the device may still read it until then; its next writer waits for it there.
+    """One staging buffer.  # uint8 [num_bytes]
+
+    `last_use`: the device may still read it until then; its next writer waits for it there.
 
     Of marks in one stream the newest is behind all others: `age` tells.
     """
@@ -62,6 +65,12 @@ class SlabPool:
     def num_free_bytes(self) -> int:
         with self._lock:
             return sum(gap.size for gap in self._gaps)
+
+    @property
+    def num_waiting(self) -> int:
+        """Parts that somebody asked for and that there is no room for yet."""
+        with self._lock:
+            return len(self._waiting)
 
     def try_take(self, num_bytes: int) -> Slab | None:
         """A slab, if there is room and nobody waits."""

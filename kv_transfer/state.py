@@ -1,10 +1,11 @@
 """The states of one handoff on either side, and the legal moves.
 
     sender                                          receiver
-    OFFERED    asked for blocks                     RESERVED   blocks set aside, nothing has come
-    ACCEPTED   may send; prompt may run             RECEIVING  parts come in, are checked and written
-    SENDING    parts go out as layers are done      DONE       committed: the decode phase owns the blocks
-    COMMITTED  all parts and the commit are out     FAILED     gave up; the blocks are free
+    PLANNED    nothing is asked for                 RESERVED   blocks set aside, nothing has come
+    OFFERED    asked for blocks                     RECEIVING  parts come in, are checked and written
+    ACCEPTED   may send; prompt may run             DONE       committed: the decode phase owns the blocks
+    SENDING    parts go out as layers are done      FAILED     gave up; the blocks are free
+    COMMITTED  all parts and the commit are out
     DONE       the receiver owns the sequence
     FAILED     refused, aborted, lost or timed out
 
@@ -17,6 +18,7 @@ from enum import StrEnum
 
 
 class SendStatus(StrEnum):
+    PLANNED = "planned"
     OFFERED = "offered"
     ACCEPTED = "accepted"
     SENDING = "sending"
@@ -33,6 +35,7 @@ class ReceiveStatus(StrEnum):
 
 
 SEND_TRANSITIONS: dict[SendStatus, frozenset[SendStatus]] = {
+    SendStatus.PLANNED: frozenset({SendStatus.OFFERED}),
     # Straight to DONE when an earlier attempt had arrived and only the receiver's word was lost.
     SendStatus.OFFERED: frozenset({SendStatus.ACCEPTED, SendStatus.DONE, SendStatus.FAILED}),
     SendStatus.ACCEPTED: frozenset({SendStatus.SENDING, SendStatus.COMMITTED, SendStatus.FAILED}),

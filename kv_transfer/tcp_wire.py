@@ -18,7 +18,7 @@ import torch
 from kv_transfer.wire import Check, Mark, WireError
 
 _SECRET_BYTES = 32
-_STRANGER_S = 2.0  # for whoever connects to say the secret
+_SECRET_S = 2.0  # within it whoever connects must say the secret
 _RETRY_S = 0.05
 
 
@@ -112,6 +112,12 @@ class TcpWire:
         self._is_idle.set()
         self._broken = ""
 
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where the sending end waits for the other: host and port."""
+        host, _, port = self._token[_SECRET_BYTES:].decode().rpartition(":")
+        return host, int(port)
+
     def connect(self) -> None:
         with self._lock:
             if self._is_aborted:
@@ -129,7 +135,7 @@ class TcpWire:
             self._is_idle.set()
 
     def send(self, data: torch.Tensor, after: Mark | None = None) -> _Sent:
-        sent = _Sent(lambda: self._send_after(data, after))
+        sent = _Sent(lambda: self._write_after(data, after))
         self._enqueue(sent)
         return sent
 
@@ -161,7 +167,7 @@ class TcpWire:
         while True:
             connection, _ = listener.accept()
             self._use(connection)
-            connection.settimeout(_STRANGER_S)
+            connection.settimeout(_SECRET_S)
             said = bytearray(_SECRET_BYTES)
             with contextlib.suppress(OSError):
                 self._fill(memoryview(said))
@@ -173,10 +179,9 @@ class TcpWire:
         listener.close()
 
     def _reach(self) -> None:
-        host, _, port = self._token[_SECRET_BYTES:].decode().rpartition(":")
         connection = socket.socket()
         self._use(connection)
-        connection.connect((host, int(port)))
+        connection.connect(self.address)
         connection.sendall(self._token[:_SECRET_BYTES])
 
     def _use(self, connection: socket.socket) -> None:
@@ -207,12 +212,12 @@ class TcpWire:
                 self._broken = operation.error
                 self._shut_down()  # a message is torn: nothing that follows can be right
 
-    def _send_after(self, data: torch.Tensor, after: Mark | None) -> bool:
+    def _write_after(self, data: torch.Tensor, after: Mark | None) -> bool:
         if after is not None:
             after.wait()
-        return self._send(data)
+        return self._write(data)
 
-    def _send(self, data: torch.Tensor) -> bool:
+    def _write(self, data: torch.Tensor) -> bool:
         assert self._socket is not None
         self._socket.sendall(data.numpy().data)
         return True

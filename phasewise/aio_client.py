@@ -117,7 +117,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Closes all connections; what is still open ends with RequestCancelled. Harmless when done twice."""
-        for stream in list(self._streams):  # before version 1.85, grpc.aio forgets calls that nobody reads just now
+        for stream in list(self._streams):  # before version 1.85, grpc.aio forgets calls that are not being read
             stream.cancel()
         for channel in self._connections.take_all():
             await channel.close(None)

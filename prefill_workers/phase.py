@@ -18,7 +18,7 @@ with `TransferFailed`, and its gateway may try other workers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from engine.batch import ScheduledSequence
 from engine.block_manager import BlockManager
@@ -35,18 +35,6 @@ from phasewise.core.placement import WorkerId
 from phasewise.core.request import FinishReason, SampledToken
 from prefill_workers.scheduler import PrefillJob, PrefillScheduler
 
-MAX_OFFERS = 2
-"""The first attempt at a handoff and one more with the same worker."""
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillLimits:
-    """What the phase needs of the configuration."""
-
-    max_waiting: int
-    handoff_timeout_s: float
-    num_layers: int
-
 
 class PrefillPhase:
     """Plans prompt chunks and takes their results. Used by the step loop's thread alone.
@@ -62,7 +50,7 @@ class PrefillPhase:
         sender: KVSender,
         outbox: Outbox,
         clock: Clock,
-        limits: PrefillLimits,
+        max_waiting: int,
         adopt: Callable[[list[Sequence], PrefillTask, float], None],
         has_decode_room: Callable[[int], bool],
     ) -> None:
@@ -71,7 +59,7 @@ class PrefillPhase:
         self._sender = sender
         self._outbox = outbox
         self._clock = clock
-        self._limits = limits
+        self._max_waiting = max_waiting
         self._adopt = adopt
         self._has_decode_room = has_decode_room
         self._jobs: dict[str, PrefillJob] = {}
@@ -87,8 +75,8 @@ class PrefillPhase:
         if request.request_id in self._jobs:  # ids are never used twice, so this is the same message once more
             return
         is_new = task.placement.attempt == 0  # what was taken once is not refused when it has to begin again
-        if is_new and len(self.scheduler.waiting) >= self._limits.max_waiting:
-            error = Overloaded(f"{self._limits.max_waiting} requests are waiting already", retry_after_s=1.0)
+        if is_new and len(self.scheduler.waiting) >= self._max_waiting:
+            error = Overloaded(f"{self._max_waiting} requests are waiting already", retry_after_s=1.0)
             self._outbox.failure(task.gateway_id, request.request_id, error)
             return
         sequence = Sequence(
@@ -113,8 +101,7 @@ class PrefillPhase:
         if sample_index is not None:
             job.ended_samples.add(sample_index)
             if len(job.ended_samples) < job.task.request.sampling.n:
-                if job.transfer_id and self._sender.commit_waits_for_answer(job.transfer_id):
-                    self._commit(job)  # once more: the receiver has no reservation in which it could note this
+                job.handoff.end_sample(sample_index)  # the receiver may have no reservation in which it could note this
                 return True
         self._drop(job, RequestStatus.CANCELLED, "the request was cancelled")
         return True
@@ -122,7 +109,7 @@ class PrefillPhase:
     def on_accepted(self, message: KVAccepted) -> None:
         self._sender.on_accepted(message)
         for job in self._jobs.values():
-            if job.transfer_id == message.transfer_id:
+            if job.handoff.transfer_id == message.transfer_id:
                 self._event(job, Stage.RESERVED)
                 self._note_push(job)
 
@@ -134,7 +121,7 @@ class PrefillPhase:
         """The receiver can never take it: another attempt, or another request like it, would end the same way."""
         self._sender.on_failed(message.transfer_id, message.reason)
         for job in list(self._jobs.values()):
-            if job.transfer_id == message.transfer_id:
+            if job.handoff.transfer_id == message.transfer_id:
                 self._fail(job, InternalError(f"the KV handoff was refused: {message.reason}"))
 
     def on_peer_lost(self, worker_id: WorkerId) -> None:
@@ -160,19 +147,18 @@ class PrefillPhase:
     def poll(self) -> None:
         """Deadlines, ended handoffs, new offers: before a step is planned."""
         now_s = self._clock.now_s()
-        self._sender.expire()
-        self._sender.pump()  # what failed has left room in the window
+        self._sender.poll()
         for job in list(self._jobs.values()):
             if job.deadline_s <= now_s:
                 self._fail(job, DeadlineExceeded("the request's deadline passed during prefill"))
-            elif job.transfer_id:
-                self._poll_transfer(job)
+            else:
+                self._poll_handoff(job)
         computed = self._computed_without_room()
         for job in self.scheduler.jobs_to_reserve():
             if not self._may_reserve_beside(job, computed):
                 continue
             job.move(RequestStatus.RESERVING)
-            self._offer(job)
+            self._sender.offer(job.handoff)
             self._event(job, Stage.RESERVE_ASKED)
 
     def plan(self, budget: int) -> list[ScheduledSequence]:
@@ -189,15 +175,12 @@ class PrefillPhase:
 
     def on_layers_done(self, items: Iterable[ScheduledSequence], first_layer: int, num_layers: int) -> None:
         """Called inside a step, after each layer group: pushes a chunk's KV of those layers, or a short prompt's."""
-        is_last_group = first_layer + num_layers == self._limits.num_layers
         for item in items:
             job = self._jobs.get(item.sequence.request_id)
-            if job is None or not job.transfer_id:
-                continue
-            if job.is_layerwise:
-                self._push(job, PartSpan(first_layer, num_layers, item.start, item.num_tokens))
-            elif is_last_group and item.num_samples:  # its last chunk
-                self._push_all(job)
+            if job is not None and job.needs_handoff:
+                span = PartSpan(first_layer, num_layers, item.start, item.num_tokens)
+                self._sender.on_computed(job.handoff, span)
+                self._note_push(job)
 
     def take(
         self, item: ScheduledSequence, tokens: tuple[SampledToken, ...], prompt_logprobs: tuple[SampledToken, ...]
@@ -234,11 +217,9 @@ class PrefillPhase:
         if job.sequence.sampling.prompt_logprobs is None:
             self.counters["prefix_query_tokens"] += job.sequence.num_prompt_tokens
             self.counters["prefix_hit_tokens"] += job.num_cached_tokens
-        if job.transfer_id:
-            job.is_layerwise = self._sender.is_layerwise(job.transfer_id, job.sequence.num_prompt_tokens)
-        if job.is_layerwise and job.num_cached_tokens:
-            # What the prefix cache had is not computed again, so no layer hook will push it.
-            self._push(job, PartSpan(0, self._limits.num_layers, 0, job.num_cached_tokens))
+        if job.needs_handoff:
+            self._sender.begin(job.handoff, job.sequence.block_table, job.num_cached_tokens)
+            self._note_push(job)
 
     def _finish(self, job: PrefillJob, tokens: tuple[SampledToken, ...]) -> None:
         """The prompt is computed and its first tokens are sampled, one per sample."""
@@ -285,25 +266,15 @@ class PrefillPhase:
             self._blocks.share(sequence.block_table)
         self._adopt(sequences, job.task, job.deadline_s)
         job.move(RequestStatus.DECODING)
-        self._forget(job)
+        self._forget(job, "it is decoded here")
 
     def _hand_off(self, job: PrefillJob, first_tokens: tuple[SampledToken | None, ...]) -> None:
         job.move(RequestStatus.HANDOFF)
-        job.first_tokens = first_tokens
-        self._commit(job)
+        self._sender.commit(job.handoff, first_tokens)
         if self._is_unanswered(job):
             self._unreserve_waiting()
 
     # ---- inside: the handoff
-
-    def _offer(self, job: PrefillJob) -> None:
-        task = job.task
-        job.num_offers += 1
-        time_left_s = job.deadline_s - self._clock.now_s()
-        # Other prompts ask for nothing while a computed one is offered again: that may not last.
-        timeout_s = self._limits.handoff_timeout_s if job.status is RequestStatus.HANDOFF else float("inf")
-        peer = task.placement.decode_worker
-        job.transfer_id = self._sender.offer(peer, task.request, task.gateway_id, time_left_s, timeout_s)
 
     def _computed_without_room(self) -> list[PrefillJob]:
         """Computed prompts that nobody has accepted yet: they hold blocks here until somebody does."""
@@ -320,7 +291,7 @@ class PrefillPhase:
         return self._blocks.blocks_for(job.sequence.num_tokens) <= self._blocks.num_free_blocks
 
     def _is_unanswered(self, job: PrefillJob) -> bool:
-        return bool(job.transfer_id) and self._sender.status(job.transfer_id) is SendStatus.OFFERED
+        return job.handoff.status is SendStatus.OFFERED
 
     def _may_start(self, job: PrefillJob, has_computed: bool) -> bool:
         """Is there room to decode what this prompt leads to? Never needed when its first token is its last, or it has
@@ -336,7 +307,7 @@ class PrefillPhase:
         if job.needs_handoff:
             if self._is_unanswered(job):
                 return not has_computed and self._may_start_unanswered(job)
-            return bool(job.transfer_id) and self._sender.status(job.transfer_id) is SendStatus.ACCEPTED
+            return job.handoff.status is SendStatus.ACCEPTED
         return self._has_decode_room(request.sampling.n)
 
     def _may_start_unanswered(self, job: PrefillJob) -> bool:
@@ -349,48 +320,24 @@ class PrefillPhase:
             return False
         return 2 * self._blocks.blocks_for(job.sequence.num_tokens) <= self._blocks.num_free_blocks
 
-    def _push(self, job: PrefillJob, span: PartSpan) -> None:
-        self._sender.push(job.transfer_id, span, list(job.sequence.block_table))
-        self._note_push(job)
-
     def _note_push(self, job: PrefillJob) -> None:
-        has_begun = self._sender.status(job.transfer_id) in (SendStatus.SENDING, SendStatus.COMMITTED)
-        if has_begun and not job.has_pushed:
+        if job.handoff.has_begun_sending and not job.has_pushed:
             job.has_pushed = True
             self._event(job, Stage.HANDOFF_START)
 
-    def _push_all(self, job: PrefillJob) -> None:
-        self._push(job, PartSpan(0, self._limits.num_layers, 0, job.sequence.num_prompt_tokens))
-
-    def _commit(self, job: PrefillJob) -> None:
-        ended = job.ended_samples  # also those that ended since the prompt was computed
-        samples = job.task.request.sample_indices
-        first_tokens = tuple(None if i in ended else token for i, token in zip(samples, job.first_tokens, strict=True))
-        num_tokens = job.sequence.num_prompt_tokens
-        self._sender.commit(job.transfer_id, num_tokens, first_tokens, self._limits.handoff_timeout_s)
-
-    def _poll_transfer(self, job: PrefillJob) -> None:
-        status = self._sender.status(job.transfer_id)
-        if status is SendStatus.DONE:
+    def _poll_handoff(self, job: PrefillJob) -> None:
+        handoff = job.handoff
+        if handoff.num_failures > job.num_failures:
+            job.num_failures = handoff.num_failures
+            self.counters["handoff_failures"] += 1
+            if handoff.has_failed:
+                self._fail(job, TransferFailed(f"the KV handoff failed {job.num_failures} times: {handoff.reason}"))
+            elif job.status is RequestStatus.HANDOFF:
+                self._unreserve_waiting()
+        elif handoff.status is SendStatus.DONE:
             self.counters["handoffs_out"] += 1
             job.move(RequestStatus.FINISHED)
-            self._forget(job)
-        elif status is SendStatus.FAILED and job.status is not RequestStatus.PREFILLING:
-            # A prompt that runs is computed to its end first; its KV is offered again then.
-            self._retry_handoff(job, self._sender.reason(job.transfer_id))
-        elif job.status is RequestStatus.HANDOFF and job.num_offers > 1 and status is SendStatus.ACCEPTED:
-            self._push_all(job)  # a second attempt: everything is computed already
-            self._commit(job)
-
-    def _retry_handoff(self, job: PrefillJob, reason: str) -> None:
-        self.counters["handoff_failures"] += 1
-        if job.num_offers >= MAX_OFFERS:
-            self._fail(job, TransferFailed(f"the KV handoff failed {job.num_offers} times: {reason}"))
-            return
-        self._sender.forget(job.transfer_id)
-        self._offer(job)
-        if job.status is RequestStatus.HANDOFF:
-            self._unreserve_waiting()
+            self._forget(job, "it is done")
 
     def _unreserve_waiting(self) -> None:
         """Gives back what prompts that do not run yet have reserved, where that could be in each other's way.
@@ -401,10 +348,7 @@ class PrefillPhase:
         computed = self._computed_without_room()
         for job in self.scheduler.waiting:
             if job.status is RequestStatus.RESERVING and not self._may_reserve_beside(job, computed):
-                self._sender.abort(job.transfer_id, "a prompt that is computed goes first")
-                self._sender.forget(job.transfer_id)
-                job.transfer_id = ""
-                job.num_offers -= 1
+                self._sender.withdraw(job.handoff, "a prompt that is computed goes first")
                 job.move(RequestStatus.WAITING)
 
     # ---- inside: endings
@@ -415,15 +359,12 @@ class PrefillPhase:
 
     def _drop(self, job: PrefillJob, status: RequestStatus, reason: str) -> None:
         self.scheduler.remove(job)
-        if job.transfer_id:
-            self._sender.abort(job.transfer_id, reason)
         job.move(status)
-        self._forget(job)
+        self._forget(job, reason)
 
-    def _forget(self, job: PrefillJob) -> None:
+    def _forget(self, job: PrefillJob, reason: str) -> None:
         """Nothing of the job is left here afterwards."""
-        if job.transfer_id:
-            self._sender.forget(job.transfer_id)
+        self._sender.forget(job.handoff, reason)
         self._blocks.release(job.sequence.block_table)
         job.sequence.block_table = []
         del self._jobs[job.request_id]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from engine.block_manager import BlockManager
 from engine.sequence import Sequence
+from kv_transfer.outgoing import Handoff
 from phasewise.core.lifecycle import RequestStatus, check_transition
 from phasewise.core.messages import PrefillTask
 from phasewise.core.placement import WorkerId
@@ -31,14 +32,16 @@ class PrefillJob:
     sequence: Sequence
     deadline_s: float
     status: RequestStatus = RequestStatus.PLACED
-    transfer_id: str = ""
-    num_offers: int = 0
+    handoff: Handoff = field(init=False)
     num_cached_tokens: int = 0  # of the prompt, found in this worker's prefix cache
-    is_layerwise: bool = False  # KV is pushed while it is computed: decided once, when the prompt begins
+    num_failures: int = 0  # of the handoff, as far as they are counted
     has_pushed: bool = False
     prompt_logprobs: list[SampledToken] = field(default_factory=list)
-    first_tokens: tuple[SampledToken | None, ...] = ()  # known once the prompt is computed
     ended_samples: set[int] = field(default_factory=set)  # cancelled one by one
+
+    def __post_init__(self) -> None:
+        task = self.task
+        self.handoff = Handoff(task.placement.decode_worker, task.request, task.gateway_id, self.deadline_s)
 
     @property
     def request_id(self) -> str:

@@ -159,7 +159,7 @@ async def test_direct_links_change_no_token(transfer: dict[str, int], oracle_of:
         assert again == expected, "with what the prefix cache has, and one link fewer"
         await asyncio.wait_for(cluster.until_empty(), 30)
         for links in cluster.direct.values():
-            assert all(room.pool.num_free_bytes == room.pool.num_bytes for room in (links._out, links._in))
+            assert all(room.pool.num_free_bytes == room.pool.num_bytes for room in (links.outgoing, links.incoming))
 
 
 async def test_same_seed_same_tokens_whatever_the_batch_the_worker_and_the_way(oracle_of: Any) -> None:

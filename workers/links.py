@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from kv_transfer.direct_link import DirectLinks
-from kv_transfer.link import Land, Link, Post
+from kv_transfer.link import Link, Post, PrepareWrite
 from kv_transfer.object_store_link import ObjectStoreLink
 from kv_transfer.routed_link import RoutedLink
 from kv_transfer.staging import check
@@ -38,9 +38,11 @@ class Links:
         ConfigError: `transfer.link` asks for one that this worker cannot have.
     """
 
-    def __init__(self, settings: WorkerSettings, workers: WorkerHandles, post: Post, land: Land) -> None:
+    def __init__(
+        self, settings: WorkerSettings, workers: WorkerHandles, post: Post, prepare_write: PrepareWrite
+    ) -> None:
         device = torch.device("cuda" if settings.device != "cpu" else "cpu")
-        self._direct = _direct_links(settings, post, land)
+        self._direct = _direct_links(settings, post, prepare_write)
         self._object_store = ObjectStoreLink(settings.worker_id, workers, device, post)
         self.link: Link = self._object_store
         if self._direct is not None:
@@ -50,7 +52,7 @@ class Links:
     def agree_on(self, spec: KVCacheSpec) -> None:
         """Says what the other ends must have, too. Before any of them opens a link to this worker."""
         if self._direct is not None:
-            self._direct.fingerprint = spec.content
+            self._direct.identity.fingerprint = spec.content
 
     def open(self, peers: Mapping[WorkerId, str]) -> ServingError | None:
         """Opens the links to these workers, by address, all at once. Gives the first error."""
@@ -72,7 +74,7 @@ class Links:
         self.link.close()
 
 
-def _direct_links(settings: WorkerSettings, post: Post, land: Land) -> DirectLinks | None:
+def _direct_links(settings: WorkerSettings, post: Post, prepare_write: PrepareWrite) -> DirectLinks | None:
     transfer, link, sizes = settings.config.transfer, settings.config.transfer.link, link_sizes(settings.config)
     if link == "auto":
         link = "object_store" if settings.device == "cpu" else "nccl"
@@ -86,7 +88,7 @@ def _direct_links(settings: WorkerSettings, post: Post, land: Land) -> DirectLin
             device,
             post,
             check,
-            land,
+            prepare_write,
             fingerprint="",
             host=host,
             secret=settings.secret,
@@ -126,7 +128,7 @@ def _wire_device(settings: WorkerSettings, link: str, host: str) -> WireDevice:
         from kv_transfer.nccl_wire import NcclDevice  # needs CuPy, which CPU machines do not have
 
         channels = link_sizes(settings.config).channels
-        return NcclDevice(torch.cuda.current_device(), channels, is_alone=settings.tensor_parallel == 1)
+        return NcclDevice(torch.cuda.current_device(), channels, is_only_user=settings.tensor_parallel == 1)
     except (ImportError, ConfigError) as error:
         remedy = "install phasewise[gpu], or use transfer.link object_store, which is slower"
         raise ConfigError(f"transfer.link nccl: {error}; {remedy}", field="transfer.link") from None

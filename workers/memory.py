@@ -62,13 +62,13 @@ class GpuMemory:
         return f"{_gib(self.total_bytes)} × {self.utilization:.2f}{others}"
 
     def utilization_for(self, num_bytes: int) -> float | None:
-        """The share, rounded up, at which `num_bytes` would fit; None when hardly anything would be left."""
+        """The share, rounded up, at which `num_bytes` would fit; None when that is above 0.97."""
         needed = math.ceil((num_bytes + self.others_bytes) / self.total_bytes * 100) / 100
         return needed if needed <= 0.97 else None
 
 
 def check_weights_fit(memory: GpuMemory, weights_bytes: int, alternatives: Mapping[str, int]) -> None:
-    """Said before anything is loaded. `alternatives`: other settings → bytes of the weights with them.
+    """Called before anything is loaded. `alternatives`: other settings → bytes of the weights with them.
 
     Raises:
         ConfigError: the weights alone do not fit; the message names what would.
@@ -91,7 +91,7 @@ def check_weights_fit(memory: GpuMemory, weights_bytes: int, alternatives: Mappi
 class LargestStep:
     """What the profile run ran, and the bytes on the GPU at its end, KV blocks not counted.
 
-    `in_use_bytes` holds everything of everybody: weights, activations, CUDA graphs, libraries, other processes.
+    `in_use_bytes` counts weights, activations, CUDA graphs, libraries and other processes.
     """
 
     token_budget: int

@@ -1,6 +1,6 @@
 """Measures a worker's cost model: a handful of points when a worker starts, a grid for `phasewise profile`.
 
-The runs warm the engine up as well. They leave garbage in the KV blocks.
+The runs warm the engine up as well. They overwrite the KV blocks.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from engine.batch import ScheduledBatch, ScheduledSequence
 from engine.kv_cache import PagedKVCache
 from engine.model_config import ModelConfig
 from engine.sequence import Sequence
-from kv_transfer.cache_port import CachePort, KVPlace
-from kv_transfer.codec import Codec
+from kv_transfer.cache_port import CachePort
+from kv_transfer.cache_protocol import KVPlace
+from kv_transfer.codec import Codec, part_layout
 from kv_transfer.plan import PartSpan
 from phasewise.core.clock import Clock
 from phasewise.core.profile import DeviceProfile, Point, ProfileFacts, StepTimes
@@ -79,7 +80,7 @@ def full_grid(token_budget: int, max_running: int) -> Grid:
 def measure_profile(engine: PreparedEngine, grid: Grid, clock: Clock, budget_s: float = 1e9) -> DeviceProfile:
     """Measures the steps of `grid`, smaller ones first; at most half of `budget_s` goes to prefill.
 
-    A step that would not end in its time, as the points so far foretell it, is left out; each phase has one point at
+    A step that would not end in its time, as the points so far predict it, is left out; each phase has one point at
     least.
     """
     timer = _StepTimer(engine, clock)
@@ -107,7 +108,7 @@ def measure_rates(engine: PreparedEngine, clock: Clock) -> ProfileFacts:
     num_layers = max(min(len(layers) // 2, _COPY_BYTES // layers[0].nbytes), 1)
     pieces = layers if len(layers) > 1 else layers.view(2, -1)  # a cache of one layer: its keys onto its values
     source, target = pieces[:num_layers], pieces[-num_layers:]
-    source.fill_(1.0)  # on a CPU, pages that nobody wrote would all be one page
+    source.fill_(1.0)  # on a CPU, pages that were never written are all one page
 
     def copy() -> None:
         target.copy_(source)
@@ -137,7 +138,7 @@ def measure_codec(port: CachePort, codec: Codec, clock: Clock) -> float:
         return 0.0
     spec = port.spec
     span = PartSpan(0, spec.num_layers, 0, max(min(_HOST_COPY_BYTES // spec.bytes_per_token, spec.block_size), 1))
-    layout = port.layout(span, spec.dtype, codec)
+    layout = part_layout(spec, span, spec.dtype, codec)
     wire = torch.empty(layout.num_bytes, dtype=torch.uint8, device=port.device)
 
     def pack() -> None:

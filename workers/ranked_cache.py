@@ -1,33 +1,30 @@
-"""The KV cache of a worker of several ranks: each holds its heads, and rank 0 speaks for all.
+"""The KV cache of a worker of several ranks: each has the KV of its heads, and rank 0 acts for all.
 
 Swaps and copies are told to the other ranks, which do them at the same place between their steps. A handoff's parts
-hold all heads, so the two ends may have different numbers of ranks: rank 0 gathers what it sends and shares out what
-came, over the group that computes the model.
+hold all heads, so the two ends may have different numbers of ranks: rank 0 gathers what it sends and distributes what
+it received, over the group that computes the model.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 
 from engine.kv_cache import PagedKVCache
-from engine.tensor_parallel import Command, Group
-from kv_transfer.cache_port import CachePort, KVPlace
+from engine.tensor_parallel import Command, Group, together
+from kv_transfer.cache_port import CachePort
+from kv_transfer.cache_protocol import KVPlace
 from kv_transfer.codec import Codec, WireLayout
 from kv_transfer.plan import PartSpan
 from kv_transfer.staging import DTYPES, decode, encode, pack, slots_of, unpack, values_of
 from phasewise.core.kv_spec import KVCacheSpec
 from workers.ranks import Ranks
 
-logger = logging.getLogger(__name__)
-
 
 class LeadingKVCache(PagedKVCache):
-    """Rank 0's cache: what moves in it moves in the other ranks' caches, too (`FollowingCache`)."""
+    """Rank 0's cache: copies and swaps are done in the other ranks' caches, too (`CacheCommands`)."""
 
     def __init__(self, spec: KVCacheSpec, num_blocks: int, device: str, num_swap_blocks: int, ranks: Ranks) -> None:
         super().__init__(spec, num_blocks, device, num_swap_blocks)
@@ -58,14 +55,15 @@ class LeadingCachePort(CachePort):
         self._ranks = ranks
 
     def prepare(self, place: KVPlace) -> None:
-        """Each rank does it for itself."""
+        """Does nothing: each rank prepares its own part when it is packed."""
 
-    def can_land(self, place: KVPlace) -> bool:
+    def can_write_beside(self, place: KVPlace) -> bool:
         return False  # all ranks take part, between their steps
 
     def pack(self, place: KVPlace, span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:
+        """wire: [layout.num_bytes] uint8, filled."""
         block_table = list(place.block_table)
-        with self._together(("pack", block_table, span, layout.dtype)):
+        with together(self._ranks, ("pack", block_table, span, layout.dtype), "a handoff"):
             parts = self._heads.gather(block_table, span, layout.dtype)
             assert parts is not None
             step = max(self._num_ranks // layout.num_kv_heads, 1)  # so many ranks have the same head
@@ -76,22 +74,11 @@ class LeadingCachePort(CachePort):
         return partial(self._unpack, place, span, layout, wire)
 
     def _unpack(self, place: KVPlace, span: PartSpan, layout: WireLayout, wire: torch.Tensor) -> None:
+        """wire: [layout.num_bytes] uint8."""
         block_table = list(place.block_table)
-        with self._together(("unpack", block_table, span, layout)):
+        with together(self._ranks, ("unpack", block_table, span, layout), "a handoff"):
             values = decode(wire.to(self.device), layout, DTYPES[layout.dtype])
             self._heads.scatter(block_table, span, layout, values)
-
-    @contextlib.contextmanager
-    def _together(self, command: Command) -> Iterator[None]:
-        """Around what all ranks do at this command: where rank 0 fails, the others would wait in vain, and what they
-        wait for would be taken from the next step."""
-        self._ranks.tell(command)
-        try:
-            yield
-        except Exception as error:
-            logger.exception("a part of a handoff failed on one rank of several")
-            self._ranks.broken(f"{type(error).__name__} in a handoff: {error}")
-            raise
 
 
 class RankHeads:
@@ -111,7 +98,10 @@ class RankHeads:
     def scatter(
         self, block_table: Sequence[int], span: PartSpan, layout: WireLayout, values: torch.Tensor | None
     ) -> None:
-        """Writes this rank's heads of what rank 0 has, `values` of the shape and dtype that `layout` says."""
+        """Writes this rank's heads of `values`, which rank 0 has and the others get; None on the others.
+
+        values: [num_layers, 2, num_tokens, heads of all ranks, head_dim], in the dtype of `layout`.
+        """
         device = self._cache.device
         if values is None:
             values = torch.empty(layout.shape, dtype=DTYPES[layout.dtype], device=device)
@@ -127,18 +117,19 @@ class RankHeads:
         return WireLayout(span.num_layers, span.num_tokens, spec.num_kv_heads, spec.head_dim, dtype, Codec.NONE)
 
     def _slots(self, block_table: Sequence[int], span: PartSpan) -> torch.Tensor:
+        """Of the tokens of the span, [num_tokens] int64."""
         cache = self._cache
         return slots_of(block_table, cache.block_size, span.first_token, span.num_tokens, cache.device)
 
 
-class FollowingCache:
-    """The other ranks' side: does what rank 0 tells."""
+class CacheCommands:
+    """Carries out rank 0's commands about the cache, on another rank."""
 
     def __init__(self, cache: PagedKVCache, group: Group) -> None:
         self._cache = cache
         self._heads = RankHeads(cache, group)
 
-    def follow(self, command: Command) -> bool:
+    def carry_out(self, command: Command) -> bool:
         """False when the command is not about the cache."""
         match command:
             case ("copy_block", source, target):

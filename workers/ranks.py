@@ -1,6 +1,6 @@
 """The other ranks of a tensor-parallel worker, as its child processes: start, commands, and what happens when one ends.
 
-    worker (rank 0)                          child (rank r), workers/follower.py
+    worker (rank 0)                          child (rank r), workers/rank_process.py
     spawn, settings      ──────────────────► loads its part of the weights
                          ◄──────────────────  Loaded, or the error that a user can mend
     Join: sizes of cache ──────────────────► joins the group, makes cache and runner (so does rank 0)
@@ -8,9 +8,8 @@
     commands of a step   ──────────────────► computes what rank 0 computes
     pipe closed          ──────────────────► ends at once, even in the middle of a step
 
-Nothing comes back after Ready. A rank that is gone leaves the others waiting on their devices for ever, where no
-exception reaches them: so the worker's process ends with it, within a second, and the cluster goes on as it does
-after any lost worker.
+Nothing comes back after Ready. When a rank ends, the others wait on their devices for ever, where no exception reaches
+them. So the worker's process ends too, within a second, and the cluster goes on as after any lost worker.
 """
 
 from __future__ import annotations
@@ -77,31 +76,48 @@ class Ranks:
         for rank in range(1, settings.tensor_parallel):
             self._spawn(rank, settings)
 
+    @property
+    def pids(self) -> list[int]:
+        """Process ids, by rank from 1 on."""
+        return [process.pid for process in self._processes]
+
     def wait_loaded(self) -> None:
-        """Raises the ServingError that a rank met, or InternalError when one ended."""
+        """Waits until every rank has its weights.
+
+        Raises:
+            ServingError: the one that a rank met.
+            InternalError: a rank ended, or was not ready in time.
+        """
         for rank, pipe in enumerate(self._pipes, start=1):
             self._answer(rank, pipe, Loaded)
 
     def join(self, join: Join) -> None:
-        """Tells all ranks to join the group; the caller must do so now, too."""
+        """Tells all ranks to join the group; the caller must do so now, too. Raises as `tell`."""
         self._send(join)
 
     def wait_ready(self) -> None:
-        """As `wait_loaded`. From here on the end of a rank is the end of this process."""
+        """Waits until every rank takes commands. From then on this process ends when a rank does.
+
+        Raises as `wait_loaded`.
+        """
         for rank, pipe in enumerate(self._pipes, start=1):
             self._answer(rank, pipe, Ready)
         self._is_up = True
 
     def tell(self, command: Command) -> None:
-        """Sends a command to all ranks, before rank 0 does the same."""
+        """Sends a command to all ranks, before rank 0 does the same.
+
+        Raises:
+            InternalError: a rank cannot be reached.
+        """
         self._send(command)
 
     def broken(self, reason: str) -> None:
-        """Ends this process: rank 0 failed where the others wait for it."""
+        """Ends this process, because rank 0 failed while the others wait for it."""
         self._on_lost(f"rank 0 of {self._worker_id}: {reason}; so the whole worker ends")
 
     def close(self) -> None:
-        """Ends the ranks: they end when the pipe does."""
+        """Ends the ranks, which end when their pipe is closed, and waits for them."""
         self._is_closing = True
         for pipe in self._pipes:
             pipe.close()
@@ -113,11 +129,9 @@ class Ranks:
                 process.wait()
         self._folder.cleanup()
 
-    # ---- inside
-
     def _spawn(self, rank: int, settings: WorkerSettings) -> None:
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "workers.follower", str(theirs.fileno())]
+        command = [sys.executable, "-m", "workers.rank_process", str(theirs.fileno())]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), env=environment, stdin=subprocess.DEVNULL)
         theirs.close()
@@ -133,6 +147,7 @@ class Ranks:
             self._on_lost(f"rank {rank} of {self._worker_id} ended (exit code {code}); so the whole worker ends")
 
     def _answer(self, rank: int, pipe: Connection, expected: type) -> None:
+        """Raises as `wait_loaded`."""
         try:
             if not pipe.poll(_START_TIMEOUT_S):
                 raise InternalError(f"rank {rank} of {self._worker_id} was not ready after {_START_TIMEOUT_S:.0f} s")
@@ -147,6 +162,7 @@ class Ranks:
         assert isinstance(answer, expected), answer
 
     def _send(self, message: Any) -> None:
+        """Raises as `tell`."""
         data = pickle.dumps(message, protocol=5)
         for pipe in self._pipes:
             try:
@@ -159,4 +175,4 @@ class Ranks:
     def _end_process(self, reason: str) -> None:
         logger.critical("%s", reason)
         shutil.rmtree(self._folder.name, ignore_errors=True)
-        os._exit(1)  # the step loop's thread may hang on its device: nothing gentler gets through
+        os._exit(1)  # the step loop's thread may wait for its device, where no exception reaches it

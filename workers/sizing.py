@@ -52,10 +52,10 @@ class DeviceMemory(Protocol):
     """What sizing asks of a device."""
 
     def free_and_total(self) -> tuple[int, int]:
-        """Bytes, whoever uses the rest."""
+        """(free, total) bytes; the rest may be in use by other processes, too."""
 
     def release(self) -> None:
-        """Gives back what nobody refers to any more."""
+        """Returns memory that nothing refers to any more."""
 
 
 class CudaMemory:
@@ -74,7 +74,7 @@ class CudaMemory:
 
 
 class GpuSizer:
-    """Follows one load: made before it, asked after it. Every refusal is a ConfigError that names what would fit."""
+    """Sizes for one load: made before it, asked after it. Every refusal is a ConfigError that names what would fit."""
 
     def __init__(self, memory: DeviceMemory, utilization: float) -> None:
         self._memory = memory
@@ -131,7 +131,7 @@ class GpuSizer:
 
     @contextlib.contextmanager
     def explained(self, while_doing: str, remedy: str) -> Iterator[None]:
-        """A GPU that runs out of memory inside is a ConfigError that says what for."""
+        """Makes the errors of a GPU that runs out of memory inside a ConfigError that says what for."""
         try:
             yield
         except RuntimeError as cause:  # torch.OutOfMemoryError is one; CUDA itself and its libraries raise others

@@ -32,7 +32,7 @@ import torch
 from decode_workers.phase import DecodePhase
 from engine.batch import DeviceLost, PendingStep, ScheduledBatch, ScheduledSequence
 from engine.block_manager import BlockManager
-from kv_transfer.link import ArrivedPart, Landing
+from kv_transfer.link import ArrivedPart, WriteReceived
 from kv_transfer.plan import WIRE_VERSION
 from kv_transfer.prober import LinkProber, ProbeLink
 from kv_transfer.receiver import KVReceiver
@@ -59,7 +59,7 @@ from phasewise.core.messages import (
     WorkerLoad,
     WorkerMessage,
 )
-from phasewise.core.outbox import LatePeers, Outbox
+from phasewise.core.outbox import Outbox, PeerOutbox
 from phasewise.core.placement import WorkerState
 from phasewise.core.ports import LoadPort, PeerPort
 from phasewise.core.recent import RecentNames
@@ -113,7 +113,7 @@ class WorkerParts:
     receiver: KVReceiver
     prober: LinkProber
     outbox: Outbox
-    late: LatePeers
+    peers: PeerOutbox
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,13 +165,13 @@ class Worker:
         """Puts a message, and what came with the header of a part, into the mailbox."""
         self._mailbox.put((message, arrived))
 
-    def land(self, part: KVPart, wire: torch.Tensor) -> Landing:
-        """`Land` (kv_transfer/link.py), for links."""
-        return self._parts.receiver.land(part, wire)
+    def prepare_write(self, part: KVPart, wire: torch.Tensor) -> WriteReceived:
+        """`PrepareWrite` (kv_transfer/link.py), for links."""
+        return self._parts.receiver.prepare_write(part, wire)
 
     def links(self, peers: Sequence[WorkerInfo]) -> WorkerLinks:
         """The ways to other workers, as far as they are known."""
-        facts = tuple(self._parts.sender.facts(peer.worker_id, peer.kv_spec) for peer in peers)
+        facts = tuple(self._parts.sender.paths.facts(peer.worker_id, peer.kv_spec) for peer in peers)
         layers = self._settings.layers_per_part or self.info.kv_spec.num_layers
         return WorkerLinks(self.info.worker_id, WIRE_VERSION, layers, self._settings.token_budget, facts)
 
@@ -203,12 +203,12 @@ class Worker:
         has_work = bool(decodes or prompts)
         # Behind no new step, all are taken: the one after them may not find their newest tokens on the device.
         num_ahead = parts.runner.num_steps_ahead if has_work and self._submit(decodes, prompts) else 0
-        parts.late.flush()
+        parts.peers.flush_deferred()
         while len(self._in_flight) > num_ahead:
             has_work = True
             self._collect(self._in_flight.popleft())
         parts.outbox.flush()
-        parts.late.flush()
+        parts.peers.flush_deferred()
         self._report(idle=False)
         return has_work or parts.decode.has_made_room
 
@@ -245,7 +245,7 @@ class Worker:
                 parts.prefill.on_layers_done(prompts, first_layer, num_layers)
             else:
                 done.append((first_layer, num_layers))
-            parts.late.flush()  # the device has something to do meanwhile
+            parts.peers.flush_deferred()  # the device has something to do meanwhile
 
         try:
             step = parts.runner.submit(ScheduledBatch(items), on_layers_done if prompts else None, layers_per_part)
@@ -345,7 +345,7 @@ class Worker:
             if entry is None:
                 return
             self._dispatch(*entry)
-            if parts.receiver.has_ended or not isinstance(entry[0], KVPart | KVCommit):
+            if parts.receiver.incoming.has_ended or not isinstance(entry[0], KVPart | KVCommit):
                 return
 
     def _dispatch(self, message: WorkerMessage | ProbeLink, arrived: ArrivedPart | None) -> None:
@@ -374,7 +374,7 @@ class Worker:
                 parts.prober.on_part_ack(transfer_id)
                 parts.sender.on_part_ack(transfer_id, part_index)  # even a probe's: its buffer has come back
             case KVCommit():
-                parts.receiver.on_commit(message)
+                parts.receiver.incoming.on_commit(message)
             case KVAbort(transfer_id, reason):
                 self._gone.add(transfer_id)
                 parts.decode.on_transfer_abort(transfer_id, reason)
@@ -387,7 +387,7 @@ class Worker:
                 parts.prober.on_peer_lost(worker_id)
             case LinkLost():
                 parts.sender.on_link_lost(message)
-                parts.receiver.on_link_lost(message)
+                parts.receiver.incoming.on_link_lost(message)
                 parts.prober.on_link_lost(message)
             case ProbeLink():
                 parts.prober.start(message)
@@ -429,7 +429,7 @@ class Worker:
             self._loads.report(replace(load, number=self._num_reports))
 
     def _counters(self) -> dict[str, float]:
-        receiver = self._parts.receiver.counters
+        receiver = self._parts.receiver.incoming.counters
         return {
             **self._parts.prefill.counters,
             **self._parts.decode.counters,

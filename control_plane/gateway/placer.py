@@ -11,7 +11,7 @@ from phasewise.core.placement import Placement, PlaceRequest
 
 
 class Placer(Protocol):
-    """The actor of the control plane implements it by calls (control_plane/actors.py), tests in their own process."""
+    """RemotePlacer implements it by calls (control_plane/remote_placer.py), tests in their own process."""
 
     async def place(self, request: PlaceRequest, timeout_s: float) -> Placement:
         """Raises Overloaded, Unavailable, or DeadlineExceeded after `timeout_s`."""

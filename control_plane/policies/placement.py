@@ -28,25 +28,43 @@ class Arrival:
         return self.num_prompt_tokens + self.num_samples * self.num_expected_tokens
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Candidate:
-    """A worker and the work that is placed on it and not done."""
+    """A worker and the work that is placed on it and not done.
+
+    Attributes:
+        capacity_tokens: tokens of KV that the worker's cache holds.
+        num_pending_prompts: prompts without a first token, with `num_pending_prompt_tokens` tokens in all.
+        num_decoding: samples that decode here now or will.
+        num_pledged_tokens: tokens of KV that those samples are expected to reach.
+        num_placed: requests ever placed here; it spreads requests among equal candidates.
+    """
 
     worker_id: WorkerId
     profile: DeviceProfile
-    num_pending_prompts: int
-    num_pending_prompt_tokens: int
-    num_decoding: int  # samples that decode here now or will
-    num_pledged_tokens: float  # KV tokens that those samples are expected to reach
     capacity_tokens: int
-    num_placed: int  # ever: spreads equal candidates
+    num_pending_prompts: int = 0
+    num_pending_prompt_tokens: int = 0
+    num_decoding: int = 0
+    num_pledged_tokens: float = 0.0
+    num_placed: int = 0
+
+    def add_prompt(self, arrival: Arrival, sign: int) -> None:
+        """Counts the prompt of a request in (+1) or out (-1)."""
+        self.num_pending_prompts += sign
+        self.num_pending_prompt_tokens += sign * arrival.num_prompt_tokens
+
+    def add_decode(self, arrival: Arrival, sign: int) -> None:
+        """Counts the samples of a request in (+1) or out (-1)."""
+        self.num_decoding += sign * arrival.num_samples
+        self.num_pledged_tokens += sign * arrival.num_kv_tokens
 
     def prefill_wait_s(self, arrival: Arrival) -> float:
-        """Until the first token, were the request placed here."""
+        """Seconds until the first token, were the request placed here."""
         return self._queue_s() + self.profile.prefill_s(arrival.num_prompt_tokens)
 
     def _queue_s(self) -> float:
-        """For the prompts that are pending; of short ones as many share a step as fit into the largest measured one."""
+        """Seconds for the pending prompts; as many short ones share a step as fit into the largest measured one."""
         if not self.num_pending_prompts:
             return 0.0
         mean = self.num_pending_prompt_tokens / self.num_pending_prompts
@@ -54,13 +72,13 @@ class Candidate:
         return self.num_pending_prompts / sharing * self.profile.prefill_s(sharing * mean)
 
     def decode_s(self, arrival: Arrival) -> float:
-        """For the expected output, were the request decoded here; with a wait for the KV space that is missing."""
+        """Seconds for the expected output, were it decoded here, the wait for missing KV space included."""
         pledged = self.num_pledged_tokens + arrival.num_kv_tokens
         context = min(pledged, float(self.capacity_tokens))
         step_s = self.profile.decode_step_s(self.num_decoding + arrival.num_samples, context)
         output = arrival.num_expected_tokens
         excess = max(pledged - self.capacity_tokens, 0.0)
-        # Space comes free as fast as the batch writes tokens and ends: about its pledge per expected lifetime.
+        # The batch frees about what it has pledged in the time that it takes to write its expected output.
         rounds = excess / max(float(self.capacity_tokens), 1.0)
         return step_s * output * (1.0 + rounds)
 

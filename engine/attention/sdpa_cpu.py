@@ -108,7 +108,7 @@ class SdpaCpuAttention:
         """queries: [size, num_heads, head_dim] → the same shape; fills `lse` when given."""
         num_kv_heads, head_dim = self._storage.shape[3:]
         gathered = self._gather(layer, group.blocks)  # [2, size * tokens, num_kv_heads, head_dim]
-        if group.unused_slots.numel():  # what lies there may be NaN, which no mask removes
+        if group.unused_slots.numel():  # unwritten memory may hold NaN, which no mask removes
             gathered.index_fill_(1, group.unused_slots, 0)
         keys, values = gathered.view(2, group.size, -1, num_kv_heads, head_dim).transpose(2, 3)
         folded = queries.reshape(group.size, num_kv_heads, -1, head_dim)

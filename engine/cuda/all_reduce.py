@@ -5,8 +5,8 @@ all of them up itself, in the order of the ranks, so that every rank gets the sa
 stream at once, and the row's 1 / rms, which the next kernel needs, comes with it. The plain twin is
 Group.all_reduce (engine/tensor_parallel.py).
 
-There is one wait in such a kernel, none at its end: partial products go to two slots in turn. Who has passed the wait
-of one sum knows that the others have left the sum before it, whose slot is the one that is written next.
+Such a kernel waits once, at its start, because partial products go to two slots in turn. A rank that has passed the
+wait of one sum knows that the others have ended the sum before it, whose slot is the one that is written next.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SLOTS_AT = 64 << 10
 def _meet(signals, counts_ptr, program, rank: tl.constexpr, size: tl.constexpr, programs: tl.constexpr):
     """Returns when this program has been reached on every rank; what they wrote before is visible then.
 
-    A signal is a number that grows with every meeting, so that nobody has to take it back.
+    A signal is a number that grows with every meeting, so that none has to be reset.
     """
     count = tl.load(counts_ptr + program) + 1
     for other in tl.static_range(size):
@@ -150,7 +150,10 @@ class FastReduce:
         return "one_shot" if num_bytes <= one_shot_bytes else "two_shot"
 
     def partial(self, x: torch.Tensor, turn: int) -> torch.Tensor:
-        """Where this rank's partial product for `add` goes; like x, unset. `turn` is 0 and 1 alternately."""
+        """Where this rank's partial product for `add` goes: [num_rows, hidden] like x, unset.
+
+        `turn` is 0 and 1 alternately.
+        """
         if self.method(x.numel() * x.element_size()) == "nccl":
             return torch.empty_like(x)
         return self._slot(x, self._group.rank, turn)
@@ -158,7 +161,7 @@ class FastReduce:
     def add(self, x: torch.Tensor, partial: torch.Tensor, turn: int, eps: float) -> torch.Tensor:
         """x += the sum of all ranks' partials.  # [num_rows, hidden], equal on all ranks → 1 / rms, [num_rows] float32
 
-        `partial` is what `partial(x, turn)` gave, filled; what it holds afterwards is nobody's business.
+        `partial` is what `partial(x, turn)` gave, filled; its values are not used after this call.
         """
         method = self.method(x.numel() * x.element_size())
         if method == "one_shot":

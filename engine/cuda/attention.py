@@ -51,8 +51,12 @@ class RaggedAttention:
     context attends to itself and to a gathered copy of its context, and the two are merged. All others, and models with
     windows, take the paged kernel.
 
-    Decodes are rows 0 to len(contexts), with their block tables in `tables`; the arrays that chunks need go with
-    `upload`, which has room for `upload_bytes(chunks)`.
+    Decodes are rows 0 to num_decodes, with `tables` [num_decodes, max_blocks] and `contexts` [num_decodes], both int32;
+    the arrays that chunks need go with `upload`, which has room for `upload_bytes(chunks)`.
+
+    Attributes:
+        paged: the chunks that the paged kernel computes; None without any.
+        split: the chunks behind long context, each with the blocks of that context.
     """
 
     def __init__(
@@ -75,9 +79,9 @@ class RaggedAttention:
         regular = [c for c in chunks if may_use_cudnn and _is_regular(c)]
         paged = [c for c in chunks if c not in regular]
         tile = prompt_tile(decode.dtype, decode.num_heads, decode.num_kv_heads)
-        self._paged = PagedChunks.build(paged, tile, kv_cache.storage, upload) if paged else None
+        self.paged = PagedChunks.build(paged, tile, kv_cache.storage, upload) if paged else None
         self._dense = _dense_runs([c for c in regular if not c.num_earlier])
-        self._split = [(c, upload.add(_earlier_blocks(c, kv_cache.block_size))) for c in regular if c.num_earlier]
+        self.split = [(c, upload.add(_earlier_blocks(c, kv_cache.block_size))) for c in regular if c.num_earlier]
 
     @staticmethod
     def upload_bytes(chunks: Seq[PromptChunk]) -> int:
@@ -93,8 +97,8 @@ class RaggedAttention:
         if num_decodes:
             rows = qkv[:num_decodes].view(num_decodes, -1)
             self._decode(rows, storage, self._tables, self._contexts, out[:num_decodes], window=window)
-        if self._paged is not None:
-            self._paged.attend(qkv, storage, out, self._cache.block_size, window)
+        if self.paged is not None:
+            self.paged.attend(qkv, storage, out, self._cache.block_size, window)
         num_heads, num_kv_heads = out.shape[1], storage.shape[2]
         heads = (num_heads, num_kv_heads, num_kv_heads)
         for first, count, length in self._dense:
@@ -105,7 +109,7 @@ class RaggedAttention:
             if count * length == len(qkv) and attended.is_contiguous():
                 return attended.view(out.shape)
             out[first:last].view(count, length, *out.shape[1:]).copy_(attended)
-        for chunk, blocks in self._split:
+        for chunk, blocks in self.split:
             last = chunk.first + chunk.num_queries
             queries, keys, values = qkv[chunk.first : last].unsqueeze(0).transpose(1, 2).split(heads, 1)
             own, own_lse = _cudnn_attention(queries, keys, values, is_causal=True)
@@ -172,6 +176,7 @@ class PagedChunks:
     def attend(
         self, qkv: torch.Tensor, storage: torch.Tensor, out: torch.Tensor, block_size: int, window: int | None
     ) -> None:
+        """Fills the chunks' rows of `out`, as `prompt_attention`, from a layer's `storage` [2, num_slots, …]."""
         arguments = (self.tables, self.work, self.spans, self.workspace, self.tile)
         prompt_attention(qkv, storage, *arguments, out, block_size, window=window)
 
@@ -185,7 +190,7 @@ def _is_regular(chunk: PromptChunk) -> bool:
 
 
 def _earlier_blocks(chunk: PromptChunk, block_size: int) -> np.ndarray:
-    """The blocks before the chunk, which begins with a block of its own: both lengths are regular."""
+    """[num_blocks] int32: those before the chunk, which begins with a block of its own, as both lengths are regular."""
     return chunk.table[: chunk.num_earlier // block_size]
 
 

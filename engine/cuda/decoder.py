@@ -26,7 +26,7 @@ from engine.cuda.fp8 import Fp8Product
 from engine.cuda.products import gate_up_silu, gemv, has_gate_up_silu, skinny_product, skinny_tile
 from engine.cuda.sampling import greedy
 from engine.layers.linear import Linear
-from engine.layers.rotary import rope_frequencies
+from engine.layers.rotary import rope_tables
 from engine.models.llama import DecoderLayer, LlamaModel
 from engine.tensor_parallel import ids_of, sortable
 
@@ -54,24 +54,27 @@ class CudaDecoder:
     """Runs layers of `model` over rows of tokens. Folds the model's norms on construction: the model stays valid.
 
     With several ranks every method is called by all of them together, and `config` is this rank's part.
+
+    Raises:
+        ConfigError: as `rope_tables`.
     """
 
     def __init__(self, model: LlamaModel, max_model_len: int) -> None:
         config = model.config
+        cos, sin = rope_tables(config, max_model_len)
         self.config = config
         self._model = model
         self._eps = config.rms_norm_eps
         self._reduce = FastReduce.connect(model.group, model.device) if model.group.size > 1 else None
         self._layers = [_fold(layer) for layer in model.layers]
-        frequencies, factor = rope_frequencies(config.rope, config.head_dim)
-        angles = torch.arange(max_model_len, dtype=torch.float32).unsqueeze(1) * frequencies
-        self._rope = ((angles.cos() * factor).to(model.device), (angles.sin() * factor).to(model.device))
+        self._rope = cos.to(model.device), sin.to(model.device)
 
     @property
     def num_ranks(self) -> int:
         return self._model.group.size
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[num_tokens] int64 → [num_tokens, hidden]"""
         return self._model.embed(input_ids)
 
     def run_layers(
@@ -137,25 +140,26 @@ class CudaDecoder:
         return ids_of(self._reduce.max_(sortable(partial_logits, first_id)))
 
     def share_ids(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rank 0's sampled ids, on every rank.  # [num_rows] int64, what other ranks give is not looked at"""
+        """Rank 0's sampled ids, on every rank.  # [num_rows] int64; of the others only the shape counts"""
         if self._reduce is None:
             return ids
         return self._reduce.max_(ids.clone() if self._model.group.rank == 0 else torch.full_like(ids, -1))
 
     def _activate(self, x: torch.Tensor, scales: torch.Tensor | None, weight: Weight, act: torch.Tensor) -> None:
-        """The MLP up to its activation, into `act`."""
+        """The MLP up to its activation: x [num_tokens, hidden] → `act` [num_tokens, intermediate_size]."""
         if scales is not None and isinstance(weight, torch.Tensor) and has_gate_up_silu(len(x), weight):
             gate_up_silu(x, weight, scales, act)
         else:
             silu_mul(_product(x, weight), x, scales, self._eps, act)
 
     def _scales(self, x: torch.Tensor) -> torch.Tensor | None:
+        """1 / rms of each row, [num_tokens] float32; None where the kernels compute it themselves."""
         return row_scales(x, self._eps) if len(x) >= _ROWS_FOR_SCALES else None
 
     def _add_product(
         self, x: torch.Tensor, inputs: torch.Tensor, weight: Weight, bias: torch.Tensor | None, turn: int
     ) -> torch.Tensor | None:
-        """x += inputs · Wᵀ + bias, over all ranks; the new `_scales`."""
+        """x += inputs · Wᵀ + bias, over all ranks; the new `_scales`. Shapes as in the function `_add_product`."""
         if self._reduce is None:
             _add_product(x, inputs, weight)
             if bias is not None:
@@ -168,7 +172,7 @@ class CudaDecoder:
 
 
 def _product(x: torch.Tensor, weight: Weight, out: torch.Tensor | None = None) -> torch.Tensor:
-    """x · Wᵀ by the kernel that is fastest for so many rows, into `out` or a new tensor."""
+    """x [num_tokens, columns] · Wᵀ → [num_tokens, rows], `out` or a new tensor, by the kernel that is fastest."""
     if isinstance(weight, Fp8Product):
         return weight(x) if out is None else out.copy_(weight(x))
     num_tokens, (rows, columns) = x.shape[0], weight.shape
@@ -183,7 +187,7 @@ def _product(x: torch.Tensor, weight: Weight, out: torch.Tensor | None = None) -
 
 
 def _add_product(x: torch.Tensor, inputs: torch.Tensor, weight: Weight) -> None:
-    """x += inputs · Wᵀ, in one kernel where there is one."""
+    """x [num_tokens, rows] += inputs [num_tokens, columns] · Wᵀ, in one kernel where there is one."""
     if isinstance(weight, Fp8Product):
         return weight.add_to(x, inputs)
     num_tokens, (rows, columns) = x.shape[0], weight.shape

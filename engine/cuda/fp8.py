@@ -26,7 +26,7 @@ class Fp8Product:
 
     def __init__(self, weight: Fp8Weight) -> None:
         self._weight = weight
-        # By stream: a step's prompts may be multiplied beside its decodes (CudaModelRunner._replay).
+        # By stream: a step's prompts may be multiplied beside its decodes (StepExecutor._replay).
         self._arrivals: dict[int, torch.Tensor] = {}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -36,13 +36,14 @@ class Fp8Product:
         return self._few(x, x.new_empty(len(x), len(self._weight.scales)), adds=False)
 
     def add_to(self, out: torch.Tensor, x: torch.Tensor) -> None:
-        """out += x Wᵀ"""
+        """out [num_tokens, rows] += x [num_tokens, columns] Wᵀ"""
         if len(x) >= ROWS_FOR_FP8_ACTIVATIONS:
             out += self._scaled(x)
         else:
             self._few(x, out, adds=True)
 
     def _scaled(self, x: torch.Tensor) -> torch.Tensor:
+        """As `__call__`, for many rows: with quantised activations."""
         values, scales = quantize_rows(x)
         return torch._scaled_mm(
             values,
@@ -54,6 +55,7 @@ class Fp8Product:
         )
 
     def _few(self, x: torch.Tensor, out: torch.Tensor, *, adds: bool) -> torch.Tensor:
+        """As `__call__` or `add_to`, for few rows: with activations as they are."""
         if len(x) == 1:
             return gemv_fp8(x, self._weight, out, adds=adds)
         tile = skinny_fp8_tile(*self._weight.values.shape)

@@ -18,12 +18,11 @@ from engine.cuda.decode_attention import DecodeAttention
 from engine.cuda.decoder import CudaDecoder
 from engine.cuda.elementwise import prepare_step
 from engine.cuda.prompt_attention import PromptWorkspace, prompt_tile
-from engine.cuda.step_inputs import DecodeRows, PromptChunk, TokenRows, Upload, aligned
+from engine.cuda.step_inputs import PROMPT_CHUNKS, DecodeRows, PromptChunk, TokenRows, Upload, aligned
 from engine.kv_cache import PagedKVCache
 
 DECODE_BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 PROMPT_TOKENS = (64, 128, 192, 256, 384, 512)
-PROMPT_CHUNKS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +45,13 @@ class StepOutputs:
         logits: [num_rows, vocab_size], in the model's dtype, of several ranks this one's part; None when nothing is
             sampled.
         tokens: [num_rows] int64, the first largest of each row's logits; -1 where they hold a NaN.
+        hidden: [num_tokens, hidden_size] after the last layer; None of a graph.
     """
 
     input_ids: torch.Tensor
     logits: torch.Tensor | None
     tokens: torch.Tensor | None
+    hidden: torch.Tensor | None = None
 
 
 class Capture:
@@ -80,13 +81,14 @@ class _Graph(ABC):
             self._outputs = self._step()
 
     def _places(self, arrays: Iterable[np.ndarray]) -> tuple[torch.Tensor, ...]:
-        """Where arrays of these shapes are on the device, with these values."""
+        """A place in the static buffer for each array, of its shape and with its values."""
         upload = Upload(self._static)
         places = tuple(upload.add(array) for array in arrays)
         upload.send()
         return places
 
     def _send(self, arrays: Iterable[np.ndarray]) -> None:
+        """Copies arrays of the same shapes and order to the places that `_places` gave."""
         upload = Upload(self._static)
         for array in arrays:
             upload.put(array)
@@ -111,6 +113,7 @@ class DecodeGraph(_Graph):
         self._capture(capture)
 
     def submit(self, tokens: TokenRows, contexts: np.ndarray) -> StepOutputs:
+        """tokens: `batch` rows; contexts: [batch] int32, 0 for padding."""
         self._send(self._arrays(tokens, contexts))
         return self._replay()
 

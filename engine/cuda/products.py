@@ -61,7 +61,7 @@ def _skinny_product_kernel(
     tile_columns: tl.constexpr,
     adds: tl.constexpr,
 ):
-    """x Wᵀ for few tokens: the weight is the large operand, so its rows are the tiles, and all tokens ride along."""
+    """x Wᵀ for few tokens: the weight is the large operand, so its rows are the tiles, with all tokens in each."""
     row = tl.program_id(0) * tile_rows + tl.arange(0, tile_rows)
     token = tl.arange(0, tokens_padded)
     column = tl.arange(0, tile_columns)
@@ -148,7 +148,7 @@ def _gate_up_silu_kernel(
     """
     num_row_tiles = tl.cdiv(num_tokens, tile_tokens)
     num_column_tiles = size // tile_size
-    stored = tl.program_id(0) - num_programs  # not the loop's own number: what the flattened loop carries is dear
+    stored = tl.program_id(0) - num_programs  # not the loop's own number: what the flattened loop carries is expensive
     for index in tl.range(tl.program_id(0), num_row_tiles * num_column_tiles, num_programs, flatten=True):
         row, column = _mlp_tile(index, num_row_tiles, num_column_tiles)
         acc = tl.zeros((tile_tokens, 2 * tile_size), tl.float32)
@@ -178,7 +178,10 @@ def _num_mlp_tiles(num_tokens: int, size: int) -> int:
 
 
 def has_gate_up_silu(num_tokens: int, weight: torch.Tensor) -> bool:
-    """Whether `gate_up_silu` can do it, and has so many tiles that a last round of few does not matter."""
+    """Whether `gate_up_silu` can do it, and has so many tiles that a last round of few does not matter.
+
+    weight: [2 * size, columns].
+    """
     rows, columns = weight.shape
     size = rows // 2
     if weight.dtype != torch.bfloat16 or size % _MLP_COLUMNS or columns % _MLP_DEPTH:

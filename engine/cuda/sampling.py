@@ -92,7 +92,7 @@ def draw(logits: torch.Tensor, rows: list[DrawRow], newest: torch.Tensor | None 
     """Chooses a token per row. Enqueues work on the current stream, never waits for the device.
 
     logits: [n, vocab_size] float32 or bfloat16, left as they are; newest: int64, see `DrawRow.pending`. A pending
-    token of -1 (its own draw failed) counts as token 0: what is drawn after it is of no use.
+    token of -1 (its own draw failed) counts as token 0: what is drawn after it is not used.
 
     Raises:
         ValueError: a row has a pending token, but there is no `newest`.
@@ -135,7 +135,10 @@ def draw(logits: torch.Tensor, rows: list[DrawRow], newest: torch.Tensor | None 
 
 
 def warm_up(logits: torch.Tensor) -> None:
-    """Compiles what `draw` needs for logits of this vocabulary and dtype, so that no request waits for it."""
+    """Compiles what `draw` needs for logits of this vocabulary and dtype, so that no request waits for it.
+
+    logits: [1, vocab_size].
+    """
     for penalty in (1.0, 2.0):
         sampling = SamplingParams(repetition_penalty=penalty)
         draw(logits, [DrawRow(Sequence("warm-up", sampling, [0], 1), 0, 0, 0)])
@@ -178,7 +181,7 @@ class _Upload:
         self._size = 0
 
     def add(self, values: np.ndarray) -> slice:
-        """values: int64 or float64. Where they will be."""
+        """values: int64 or float64, of any shape. Returns their place in the buffer."""
         self._parts.append(np.ascontiguousarray(values).reshape(-1).view(np.int64))
         self._size += self._parts[-1].size
         return slice(self._size - self._parts[-1].size, self._size)
@@ -191,7 +194,7 @@ class _Upload:
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
-    """An upload on the device."""
+    """An upload on the device: buffer [num_values] int64, read as integers or as floats."""
 
     buffer: torch.Tensor
 
@@ -258,7 +261,7 @@ class _Adjustment:
     def apply(self, logits: torch.Tensor, sent: _Sent, newest: torch.Tensor) -> torch.Tensor:
         """[number of rows, vocab_size] float32.
 
-        Every place that a token repeats is written with the same value each time, so that their order is no matter.
+        Every place that a token repeats is written with the same value each time, so their order does not matter.
         """
         adjusted = logits[sent.integers(self._logits_rows)].float()
         flat, vocab_size = adjusted.view(-1), adjusted.shape[1]

@@ -11,15 +11,17 @@ import torch
 from engine.batch import ScheduledSequence
 from engine.sequence import Sequence
 
+PROMPT_CHUNKS = 8  # most chunks of prompts in a step that a captured graph computes
+
 _ALIGNMENT = 16  # bytes; Triton compiles faster loads for aligned pointers
 
 
 class Upload:
     """Collects arrays and sends them in one copy that the host does not wait for.
 
-    `target` is the uint8 buffer on the device that they go to: a new one of `num_bytes`, or a graph's static one. The
-    pinned memory is a new one each time: the last step's copy may not have left its own yet. torch's allocator hands it
-    out again when it has.
+    `target` [num_bytes] uint8 is the buffer on the device that they go to: a new one, or a graph's static one. The
+    pinned memory is new each time, because the last step's copy may still be under way. torch's allocator uses it again
+    when that copy has ended.
     """
 
     def __init__(self, target: torch.Tensor) -> None:
@@ -33,18 +35,22 @@ class Upload:
         return Upload(torch.empty(num_bytes, dtype=torch.uint8, device=device))
 
     def put(self, array: np.ndarray) -> int:
-        """Returns the byte at which the array begins on the device, which holds it once `send` was called."""
+        """Returns the byte of `target` at which the array begins. The device has it once `send` was called.
+
+        array: int64 or int32, of any shape.
+        """
         first, end = self._end, self._end + array.nbytes
         self._host[first:end].view(array.dtype)[:] = array.reshape(-1)
         self._end = -(-end // _ALIGNMENT) * _ALIGNMENT
         return first
 
     def add(self, array: np.ndarray) -> torch.Tensor:
-        """As `put`; returns the array's place on the device as a tensor."""
+        """As `put`; returns the array's place on the device as a tensor of its shape and dtype."""
         first = self.put(array)
         return self._target[first : first + array.nbytes].view(_TORCH_DTYPES[array.dtype.name]).view(array.shape)
 
     def send(self) -> None:
+        """Begins the copy of all that was put."""
         self._target[: self._end].copy_(self._pinned[: self._end], non_blocking=True)
 
 
@@ -159,8 +165,7 @@ class DecodeRows:
         self.newest = torch.zeros(max_rows, dtype=torch.int64, device=device)
 
     def write_tables(self, inputs: DecodeInputs) -> None:
-        """One copy for each run of neighbouring rows: who joins a running batch is one or a few, and its first step
-        waits for nothing more."""
+        """Sends the tables of the changed rows, a copy for each run of neighbouring ones: few rows change at a time."""
         if not len(inputs.changed):
             return
         tables = torch.empty(inputs.tables.shape, dtype=torch.int32, pin_memory=self.tables.is_cuda)

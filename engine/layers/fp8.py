@@ -26,12 +26,12 @@ class Fp8Weight:
 
 
 def saturate(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`x` in `dtype`; what is too large for fp8 becomes its largest number, and NaN stays NaN."""
+    """x, of any shape, in `dtype`; what is too large for fp8 becomes its largest number, and NaN stays NaN."""
     return x.clamp(-FP8_MAX, FP8_MAX).to(dtype) if dtype == FP8_DTYPE else x.to(dtype)
 
 
 def quantize_weight(weight: torch.Tensor, input_scales: torch.Tensor | None = None) -> Fp8Weight:
-    """W, or W diag(input_scales), rounded once: each row's largest value becomes 448.
+    """W [rows, columns], or W diag(input_scales [columns]), rounded once: each row's largest value becomes 448.
 
     Raises ConfigError for a shape that the scaled product does not take.
     """

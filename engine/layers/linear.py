@@ -32,12 +32,12 @@ class Linear:
         self._packed: _PackedWeight | None = None
 
     def rows(self, first: int, count: int) -> torch.Tensor:
-        """The weight of one of the fused products, for the loader to fill."""
+        """The weight of one of the fused products, [count, in_features], for the loader to fill."""
         assert self.weight is not None, "the weight is packed already"
         return self.weight[first : first + count]
 
     def bias_rows(self, first: int, count: int) -> torch.Tensor:
-        """The bias of one of the fused products, for the loader to fill."""
+        """The bias of one of the fused products, [count], for the loader to fill."""
         assert self.bias is not None, "this product has no bias"
         return self.bias[first : first + count]
 
@@ -96,6 +96,7 @@ class _PackedWeight:
             self._pieces.append((first, first + columns.shape[1], packed))
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """[num_tokens, in_features] → [num_tokens, out_features]"""
         first, end, packed = self._pieces[0]
         output = self._multiply(x[:, first:end], packed, bias, "none", [], "")
         for first, end, packed in self._pieces[1:]:

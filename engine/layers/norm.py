@@ -18,6 +18,7 @@ class RMSNorm:
         self._eps = eps
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., size] → the same."""
         if x.dtype == torch.float32:
             return F.rms_norm(x, self._shape, self.weight, self._eps)
         return F.rms_norm(x.float(), self._shape, self.weight, self._eps).to(x.dtype)

@@ -74,6 +74,7 @@ class MLP:
         self.down = Linear(self._size, config.hidden_size, bias=has_output_bias, dtype=dtype, device=device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, hidden_size] → the same."""
         both = self.gate_up(x)
         return self.down(F.silu(both[:, : self._size]).mul_(both[:, self._size :]))
 
@@ -86,7 +87,7 @@ class MLP:
 
 
 class DecoderLayer:
-    """Attention and MLP, each behind a norm and added to the residual stream: summed over the ranks before."""
+    """Attention and MLP, each behind a norm, summed over the ranks and then added to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype, device: torch.device, group: Group) -> None:
         self._group = group
@@ -98,6 +99,7 @@ class DecoderLayer:
     def __call__(
         self, hidden: torch.Tensor, rotary: RotaryEmbedding, rope: RopePlan, backend: AttentionBackend
     ) -> torch.Tensor:
+        """hidden: [num_tokens, hidden_size], overwritten and returned."""
         hidden += self._group.all_reduce(self.attention(self.attention_norm(hidden), rotary, rope, backend))
         hidden += self._group.all_reduce(self.mlp(self.mlp_norm(hidden)))
         return hidden
@@ -165,7 +167,7 @@ class LlamaModel:
         rope: RopePlan,
         backend: AttentionBackend,
     ) -> torch.Tensor:
-        """Layers `first` to `first + count`; `hidden` is overwritten and returned."""
+        """Layers `first` to `first + count`; `hidden` [num_tokens, hidden_size] is overwritten and returned."""
         for layer in self.layers[first : first + count]:
             hidden = layer(hidden, rotary, rope, backend)
         return hidden
@@ -175,7 +177,7 @@ class LlamaModel:
         return self.group.gather_vocab(self.head(self.norm(hidden)).float(), self.config.vocab_size)
 
     def weight_views(self) -> dict[str, torch.Tensor]:
-        """Name in a Hugging Face checkpoint → the part of a weight that it fills."""
+        """Name in a Hugging Face checkpoint → what it fills: a view of the stored shape, or of a rank's part of it."""
         views = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm.weight}
         for i, layer in enumerate(self.layers):
             views |= layer.weight_views(f"model.layers.{i}")

@@ -56,7 +56,7 @@ def missing_weights_hint(directory: Path) -> str:
 
 
 def _first(directory: Path) -> Path:
-    """The one file, or the index."""
+    """The one file, or the index. Raises ModelLoadError when there is neither."""
     explicit = optional_json(directory / "config.json").get(_EXPLICIT_KEY)
     if explicit is not None:
         return _explicit(directory, explicit)
@@ -67,6 +67,7 @@ def _first(directory: Path) -> Path:
 
 
 def _explicit(directory: Path, name: object) -> Path:
+    """The file or index that config.json names. Raises ModelLoadError for a name that is none, or leads elsewhere."""
     where = f"{directory / 'config.json'}: {_EXPLICIT_KEY!r}"
     if not isinstance(name, str) or not name.endswith((".safetensors", ".safetensors.index.json")):
         raise ModelLoadError(f"{where} must name a .safetensors file or a .safetensors.index.json, not {name!r}")
@@ -79,6 +80,7 @@ def _explicit(directory: Path, name: object) -> Path:
 
 
 def _shards(directory: Path, index: Path) -> list[Path]:
+    """The files of an index. Raises ModelLoadError when it names none, or one that is missing."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelLoadError(f"{index} has no 'weight_map'; copy or download it again")

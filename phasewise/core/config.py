@@ -168,7 +168,7 @@ def split_address(address: str, *, field: str) -> tuple[str, int]:
 
 
 class GatewayConfig(_Section):
-    """The front door."""
+    """The gateway's two servers and their bounds."""
 
     http: str = Field("127.0.0.1:8000", description="HOST:PORT of the OpenAI-compatible HTTP server")
     grpc: str = Field("127.0.0.1:50051", description="HOST:PORT of the gRPC server")
@@ -211,7 +211,7 @@ class RayConfig(_Section):
 
 
 class HealthConfig(_Section):
-    """When a silent worker is taken for dead."""
+    """When a silent worker is declared lost."""
 
     heartbeat_s: float = Field(1.0, gt=0, description="A worker reports at least this often")
     overdue_s: float = Field(30.0, gt=0, description="A worker silent for this long is lost")

@@ -5,7 +5,7 @@ Layout (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), all little-e
     metadata entries: name, value type, value
     tensor table: name, dimensions (innermost first), type, offset
     padding to `general.alignment`, then the tensors' bytes
-The file is mapped, not read: what nobody looks at is never loaded.
+The file is mapped, not read: bytes that are not looked at are not loaded.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class GGUFFile:
 
 
 class _Reader:
-    """A position in the mapped file; every read is checked against the end."""
+    """A position in the mapped file. Every read raises ModelLoadError past the end, or for a type that is unknown."""
 
     def __init__(self, buffer: mmap.mmap, path: str) -> None:
         self._buffer = buffer
@@ -193,6 +193,7 @@ class _Reader:
 
 
 def _map_file(path: str) -> mmap.mmap:
+    """Raises ModelLoadError when the file cannot be mapped."""
     try:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size < 24:
@@ -203,6 +204,7 @@ def _map_file(path: str) -> mmap.mmap:
 
 
 def _read_header(reader: _Reader) -> tuple[int, int]:
+    """(number of tensors, number of metadata entries). Raises ModelLoadError for another format or version."""
     magic = struct.pack("<I", reader.scalar("I"))
     if magic != _MAGIC:
         raise ModelLoadError(f"{reader.path} is not a GGUF file: it begins with {magic!r} instead of {_MAGIC!r}")
@@ -220,6 +222,7 @@ def _read_header(reader: _Reader) -> tuple[int, int]:
 
 
 def _read_tensor_table(reader: _Reader, num_tensors: int, metadata: dict[str, Any]) -> dict[str, GGUFTensor]:
+    """The tensors by name. Raises ModelLoadError when the table, or a tensor, does not fit into the file."""
     entries: list[tuple[str, tuple[int, ...], int, int]] = []
     for _ in range(num_tensors):
         name = reader.string()
@@ -244,6 +247,7 @@ def _read_tensor_table(reader: _Reader, num_tensors: int, metadata: dict[str, An
 
 
 def _tensor_bytes(path: str, name: str, shape: tuple[int, ...], type_id: int) -> int:
+    """Raises ModelLoadError for a type that is not supported, or rows that are no whole blocks of it."""
     if type_id not in TENSOR_TYPES:
         raise ModelLoadError(f"{path}: tensor {name!r} has the unknown type {type_id}; the file is newer or damaged")
     type_name, block_values, block_bytes = TENSOR_TYPES[type_id]

@@ -37,7 +37,10 @@ END_TEXTS = frozenset(
 
 
 class GGUFValues:
-    """Typed access to the entries of the file's architecture. Raises ModelLoadError for a value of another type."""
+    """Typed access to the entries of the file's architecture.
+
+    Every method raises ModelLoadError for a value of another type, or one that is not supported.
+    """
 
     def __init__(self, file: GGUFFile) -> None:
         self.file = file

@@ -1,33 +1,39 @@
-"""Messages to actors, by name. Knows of an actor handle only that `handle.method.remote(…)` sends and returns."""
+"""Calls between actors: messages to them by their ids, and errors that come back as values.
+
+All that is known here of an actor's handle is that `handle.method.remote(…)` sends a call and returns at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Awaitable, Mapping
+from typing import Any, TypeVar
 
+from phasewise.core.errors import ServingError
 from phasewise.core.messages import WorkerMessage, WorkerOutput
 from phasewise.core.placement import WorkerId
 
 ActorHandle = Any
 
+_T = TypeVar("_T")
+
 
 class WorkerHandles:
-    """PeerPort over the handles of worker actors. What is sent to an unknown worker is dropped: it is gone."""
+    """PeerPort (ports.py) over the handles of worker actors. A message to an unknown worker is dropped: it is gone."""
 
     def __init__(self) -> None:
         self._handles: dict[WorkerId, ActorHandle] = {}
 
     def connect(self, handles: Mapping[WorkerId, ActorHandle]) -> None:
+        """Adds these workers to those that are known."""
         self._handles.update(handles)
 
     def forget(self, worker_id: WorkerId) -> None:
+        """Drops what is sent to this worker from now on."""
         self._handles.pop(worker_id, None)
 
     def get(self, worker_id: WorkerId) -> ActorHandle | None:
+        """The worker's handle, for calls other than `post`; None when the worker is unknown."""
         return self._handles.get(worker_id)
-
-    def ids(self) -> list[WorkerId]:
-        return list(self._handles)
 
     def send(self, worker_id: WorkerId, message: WorkerMessage) -> None:
         handle = self._handles.get(worker_id)
@@ -36,18 +42,35 @@ class WorkerHandles:
 
 
 class GatewayHandles:
-    """GatewayPort over the handles of gateway actors."""
+    """GatewayPort (ports.py) over the handles of gateway actors. Output for an unknown gateway is dropped."""
 
     def __init__(self) -> None:
         self._handles: dict[str, ActorHandle] = {}
 
     def connect(self, handles: Mapping[str, ActorHandle]) -> None:
+        """Adds these gateways to those that are known."""
         self._handles.update(handles)
 
     def forget(self, gateway_id: str) -> None:
+        """Drops what is meant for this gateway from now on."""
         self._handles.pop(gateway_id, None)
 
     def deliver(self, gateway_id: str, output: WorkerOutput) -> None:
         handle = self._handles.get(gateway_id)
         if handle is not None:
             handle.deliver.remote(output)
+
+
+async def as_value(answer: Awaitable[_T]) -> _T | ServingError:
+    """What an actor's method answers with: the result, or the ServingError as a value. Ray would wrap an exception."""
+    try:
+        return await answer
+    except ServingError as error:
+        return error
+
+
+def value_of(answer: _T | ServingError) -> _T:
+    """The caller's side of `as_value`. Raises the ServingError that came as a value."""
+    if isinstance(answer, ServingError):
+        raise answer
+    return answer

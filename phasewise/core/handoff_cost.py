@@ -78,6 +78,7 @@ class HandoffPath:
         return max(seen_s + self.latency_s, MESSAGE_S)
 
     def _sending_s(self, num_tokens: int) -> float:
+        """Raises ValueError when the link's rate is not known."""
         if self.bytes_per_s <= 0:
             raise ValueError("the link's rate is not known; measure it first")
         num_bytes = num_tokens * self.bytes_per_token

@@ -91,7 +91,10 @@ class HFConfig:
         return ModelLoadError(f"{self.path}: {text}")
 
     def get(self, key: str) -> Any:
-        """The value, or the class's default where the key is absent. `null` does not count as absent."""
+        """The value, or the class's default where the key is absent. `null` does not count as absent.
+
+        Raises KeyError for a key that the architecture does not have, which is a bug of ours.
+        """
         if key not in self._defaults:
             raise KeyError(f"{self.architecture} has no {key!r}")
         value = self.values.get(key, self._defaults[key])

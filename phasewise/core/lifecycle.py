@@ -7,7 +7,7 @@
     PREFILLING  its chunks run; holds blocks on the prefill worker, and a reservation on the decode worker
     HANDOFF     the prompt is computed, the first token is out, KV parts are still moving
     DECODING    in the decode worker's running batch; holds blocks there only
-    PREEMPTED   pushed out of the running batch; its KV lies in host memory
+    PREEMPTED   out of the running batch for lack of blocks; its KV is in host memory
     RECOVERING  a worker was lost or could not go on; prompt and tokens so far are about to be placed again
     FINISHED, FAILED, CANCELLED   the end, exactly one of them; holds nothing anywhere
 

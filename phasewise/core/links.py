@@ -14,7 +14,7 @@ NO_TIME_LEFT = "no time was left for it; raise timeout_s"
 
 @dataclass(frozen=True, slots=True)
 class LinkFacts:
-    """The road of KV from one worker to another, and what happens to it on its way.
+    """How KV gets from one worker to another, and what happens to it on its way.
 
     Attributes:
         link: `nccl`, `object_store` or `loopback`: where the next part would go.

@@ -56,7 +56,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class _DatagramHandler(logging.Handler):
-    """Sends formatted lines to a `LogCollector`. A collector that is gone or busy costs lines, never progress."""
+    """Sends formatted lines to a `LogCollector`, without waiting: lines are lost while it is gone or busy."""
 
     def __init__(self, path: str) -> None:
         super().__init__()

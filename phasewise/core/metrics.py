@@ -70,7 +70,10 @@ WORKER_GAUGES: dict[str, tuple[str, str]] = {
 
 
 class Histogram:
-    """Counts observations by bucket. `bounds` rise; an observation belongs to the first bound that is not below it."""
+    """Counts observations by bucket. `bounds` rise; an observation belongs to the first bound at or above it.
+
+    Raises ValueError for bounds that do not rise.
+    """
 
     __slots__ = ("bounds", "counts", "total")
 

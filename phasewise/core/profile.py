@@ -55,7 +55,7 @@ class StepTimes:
     a larger step counts as that step (noise only ever slows a step down). They are linear between the points. Beyond
     the smallest and the largest size they go on with one slope for all contexts, because two slopes could cross. Beyond
     the largest it is at least a tenth of that step's time per token or sequence: were it flat by an accident of
-    measuring, a worker would seem to have room for everybody.
+    measuring, a worker would seem to have no limit.
     """
 
     points: tuple[Point, ...]
@@ -106,7 +106,7 @@ class ProfileFacts:
         kv_blocks, block_size, kv_bytes_per_token: the KV cache that the device had room for.
         memory_bytes_per_s: read and written by a copy on the device.
         kv_to_host_bytes_per_s: gathering KV blocks into pinned host memory; 0 without swap space.
-        versions, command, date: for whoever measures it again.
+        versions, command, date: to measure it again.
     """
 
     device: str = ""

@@ -82,14 +82,14 @@ def read_rope(config: HFConfig) -> RopeConfig:
 
 
 class _RopeValues:
-    """Typed access to the RoPE settings of one config."""
+    """Typed access to the RoPE settings of one config. Methods raise ModelLoadError for a value of another type."""
 
     def __init__(self, config: HFConfig, given: dict[str, Any]) -> None:
         self._config = config
         self._given = given
 
     def number(self, key: str, default: float) -> float:
-        """A number that may be left out, but not be null."""
+        """A number; `default` where the key is absent, which `null` is not."""
         value = self._given.get(key, default)
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise self._error(key, "a number", value)

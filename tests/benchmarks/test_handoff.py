@@ -9,7 +9,8 @@ import pytest
 from benchmarks.handoff import duty_percent, lengths_of, more_percent, num_unequal, shape_8b, share_percent
 from benchmarks.link_cluster import Seen, add_rows, stages_ms
 from benchmarks.link_kernels import floor_gb_per_s
-from benchmarks.link_nodes import CacheEnd, LinkSettings, Node, open_links, pipes
+from benchmarks.link_nodes import CacheEnd, LinkSettings
+from benchmarks.nodes import Node, open_links, pipes
 from benchmarks.offline import Rows
 from phasewise.core.kv_spec import FP8, KVCacheSpec
 from phasewise.core.lifecycle import Stage

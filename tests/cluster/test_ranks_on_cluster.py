@@ -30,7 +30,7 @@ cache: {kv_cache_gib: 0.05}
 
 def children(pid: int) -> list[int]:
     rows = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True).stdout
-    return [int(row.split()[0]) for row in rows.splitlines() if "workers.follower" in row]
+    return [int(row.split()[0]) for row in rows.splitlines() if "workers.rank_process" in row]
 
 
 def test_tokens_a_lost_rank_and_an_orderly_end(tiny_model: tuple[Path, Any], tmp_path: Path) -> None:

@@ -131,8 +131,8 @@ def test_work_leaves_the_ledger_at_first_token_and_at_the_end() -> None:
     scheduler.finished("a", 5)  # told twice: no harm
     assert scheduler.num_open == 0
     assert all(
-        (w.num_prompts, w.num_prompt_tokens, w.num_decoding, w.num_pledged_tokens) == (0, 0, 0, 0)
-        for w in scheduler._work.values()
+        (w.num_pending_prompts, w.num_pending_prompt_tokens, w.num_decoding, w.num_pledged_tokens) == (0, 0, 0, 0)
+        for w in scheduler.candidates.values()
     )
 
 
@@ -149,8 +149,8 @@ def test_ledger_is_empty_after_any_history() -> None:
             scheduler.finished(open_ids.pop(rng.randrange(len(open_ids))), rng.randrange(300))
     for request_id in open_ids:
         scheduler.finished(request_id, 1)
-    for work in scheduler._work.values():
-        assert (work.num_prompts, work.num_prompt_tokens, work.num_decoding) == (0, 0, 0)
+    for work in scheduler.candidates.values():
+        assert (work.num_pending_prompts, work.num_pending_prompt_tokens, work.num_decoding) == (0, 0, 0)
         assert work.num_pledged_tokens == pytest.approx(0.0, abs=1e-6)
 
 
@@ -233,7 +233,8 @@ def test_a_further_attempt_is_not_refused_for_full_queues_and_its_work_is_counte
         scheduler.finished(request_id, num_tokens)
     assert scheduler.num_open == 0
     assert all(
-        work.num_prompts == work.num_prompt_tokens == work.num_decoding == 0 for work in scheduler._work.values()
+        work.num_pending_prompts == work.num_pending_prompt_tokens == work.num_decoding == 0
+        for work in scheduler.candidates.values()
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -103,21 +105,42 @@ class Engine:
         sequence = self.sequence(prompt)
         self.reserve(sequence, len(prompt))
         batch = ScheduledBatch((ScheduledSequence(sequence, len(prompt), 1),))
-        model, config = self.loaded.model, self.loaded.config
-        backend = select_backend(attention, self.cache, config.windows)
-        rotary = RotaryEmbedding(config, self.max_len, model.dtype, model.device)
+        hidden = plain_hidden(self.loaded, self.cache, batch, self.max_len, attention)
         with torch.inference_mode():
-            inputs = build_forward_inputs(batch, self.cache.block_size, self.max_len, model.device)
-            backend.plan(inputs)
-            hidden = model.embed(inputs.input_ids)
-            hidden = model.run_layers(hidden, 0, config.num_layers, rotary, rotary.plan(inputs.positions), backend)
-            logits = model.logits(hidden)
+            logits = self.loaded.model.logits(hidden)
         self.release(sequence)
         return logits
 
     def close(self) -> None:
         self.blocks.check()
         assert self.blocks.num_used_blocks == 0, "a test left blocks behind"
+
+
+@torch.inference_mode()
+def plain_hidden(
+    loaded: LoadedModel, cache: PagedKVCache, batch: ScheduledBatch, max_len: int, attention: str
+) -> torch.Tensor:
+    """[num_tokens, hidden_size] after the last layer, through the parts that the plain runner is made of."""
+    model, config = loaded.model, loaded.config
+    backend = select_backend(attention, cache, config.windows)
+    rotary = RotaryEmbedding(config, max_len, model.dtype, model.device)
+    inputs = build_forward_inputs(batch, cache.block_size, max_len, model.device)
+    backend.plan(inputs)
+    hidden = model.embed(inputs.input_ids)
+    return model.run_layers(hidden, 0, config.num_layers, rotary, rotary.plan(inputs.positions), backend)
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """New tensors of torch.empty hold NaN: what nobody wrote must not be read."""
+    empty = torch.empty
+
+    def poisoned(*size: Any, **options: Any) -> torch.Tensor:
+        tensor = empty(*size, **options)
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    with mock.patch.object(torch, "empty", poisoned):
+        yield
 
 
 def build_oracle(config: transformers.PretrainedConfig, directory: Path, seed: int = 0) -> torch.nn.Module:

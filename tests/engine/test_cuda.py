@@ -24,17 +24,19 @@ from phasewise.core.config import build_config
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.model_source import ModelSource
 from phasewise.core.request import Request, SamplingParams
-from tests.engine.conftest import SMALL, build_oracle, oracle_tokens
+from tests.engine.conftest import SMALL, build_oracle, oracle_tokens, poisoned_memory
 from tests.support.lone_worker import serve
 
 pytest.importorskip("triton")
 
 from engine.cuda.attention import RaggedAttention
 from engine.cuda.decode_attention import DecodeAttention
+from engine.cuda.executor import StepExecutor
 from engine.cuda.products import gate_up_silu, gemv, has_gate_up_silu, skinny_product
 from engine.cuda.prompt_attention import prompt_attention
-from engine.cuda.runner import CudaModelRunner, _needs_draw
+from engine.cuda.runner import CudaModelRunner
 from engine.cuda.step_inputs import PromptChunk, Upload
+from engine.cuda.step_plan import needs_draw
 
 pytestmark = [
     pytest.mark.gpu,
@@ -133,10 +135,10 @@ def attend_twice(
     reference.plan(inputs)
     wanted, wanted_lse = reference.run_with_lse(0, qkv[:, :num_heads].double(), keys_values.double())
     cache.storage[0].index_copy_(1, inputs.slot_mapping, keys_values.transpose(0, 1))
-    decode = DecodeAttention(num_heads, num_kv_heads, head_dim, 16, 64, torch.device("cuda"), torch_dtype)
-    decode._partial.fill_(torch.nan)
+    with poisoned_memory():
+        decode = DecodeAttention(num_heads, num_kv_heads, head_dim, 16, 64, torch.device("cuda"), torch_dtype)
     attend = batch.attention(decode, cache, window)
-    paged, worst = attend._paged, 0.0
+    paged, worst = attend.paged, 0.0
     if paged is not None:
         paged.workspace.partial.fill_(torch.nan)
         rows = torch.cat([torch.arange(first, first + count) for first, count, _ in paged.spans.T.tolist()]).cuda()
@@ -181,8 +183,8 @@ def test_contexts_cut_into_shares_against_the_plain_twin(
     for spans in ([(5000, 1)], [(4107, 16)], [(4096, 64)], [(5000, 64), (3, 3), (64, 64), (900, 17)], chosen):
         batch = ragged(spans, 0, rng.sample(range(1200), 1200), 16)
         attend, error = attend_twice(batch, num_heads, num_kv_heads, head_dim, dtype, window)
-        assert attend._paged is not None
-        assert spans is chosen or (attend._paged.work[3] > 1).any()
+        assert attend.paged is not None
+        assert spans is chosen or (attend.paged.work[3] > 1).any()
         assert error < tolerance, (spans, error)
 
 
@@ -276,7 +278,7 @@ def test_a_chunk_split_at_its_context_against_the_plain_twin() -> None:
         cache.storage[0].index_copy_(1, slots, keys_values.transpose(0, 1))
         decode = DecodeAttention(8, 2, 128, 16, 4, torch.device("cuda"))
         attend = batch.attention(decode, cache, None)
-        assert attend._split
+        assert attend.split
         out = torch.full((queries, 8, 128), torch.nan, device="cuda", dtype=torch.bfloat16)
         out = attend(0, qkv, out)
         assert (out.double() - wanted).norm() / wanted.norm() < 1e-2
@@ -350,13 +352,17 @@ def test_bfloat16_is_as_close_to_float64_as_transformers_in_bfloat16(tmp_path: P
     with torch.inference_mode():
         exact = oracle.double().cuda()(ids).logits[0, -1]
         theirs = oracle.to(torch.bfloat16)(ids).logits[0, -1].double()
-    engine = GpuEngine(tmp_path, "bfloat16", graphs=False)
-    sequence = Sequence("r", SamplingParams(), prompt, len(prompt))
-    sequence.block_table = engine.blocks.allocate(engine.blocks.blocks_for(len(prompt)))
+    source = ModelSource("hf", tmp_path, "test")
+    loaded = load_model(source, dtype="bfloat16", device="cuda", seed=0, progress=lambda share: None)
+    cache = PagedKVCache(loaded.kv_cache_spec(16), 32, "cuda")
+    cache.storage.fill_(torch.nan)
+    executor = StepExecutor(loaded, cache, 512, 16, graphs=False)
+    sequence = Sequence("r", SamplingParams(), prompt, len(prompt), block_table=list(range(-(-len(prompt) // 16))))
     with torch.inference_mode():
-        inputs = engine.runner._plan([], [ScheduledSequence(sequence, len(prompt), 1)], 3)
-        _, hidden = engine.runner._compute(inputs, None)
-        ours = engine.loaded.model.logits(hidden[-1:])[0].double()
+        inputs = executor.planner().plan([], [ScheduledSequence(sequence, len(prompt), 1)], 3)
+        hidden = executor.execute(inputs, None).hidden
+        assert hidden is not None
+        ours = loaded.model.logits(hidden[-1:])[0].double()
     their_error, our_error = (theirs - exact).norm(), (ours - exact).norm()
     assert our_error < 1.5 * their_error, (our_error.item(), their_error.item())
 
@@ -441,20 +447,20 @@ def test_min_tokens_gives_the_tokens_of_transformers(graphs: bool, tmp_path: Pat
 
 
 def test_a_greedy_step_draws_only_until_min_tokens_are_there() -> None:
-    def needs_draw(num_outputs: int, in_flight: int = 0, **sampling: Any) -> bool:
+    def draws(num_outputs: int, in_flight: int = 0, **sampling: Any) -> bool:
         params = SamplingParams(temperature=0.0, **sampling)
         sequence = Sequence("r", params, [1, 2, 3] + [5] * (num_outputs - in_flight), 3)
         sequence.num_computed_tokens = sequence.num_tokens - 1
         if in_flight:
             sequence.begin_step(1)
-        return _needs_draw(ScheduledSequence(sequence, 1, 1))
+        return needs_draw(ScheduledSequence(sequence, 1, 1))
 
     limits = {"min_tokens": 4, "stop_token_ids": (9,)}
-    assert [needs_draw(n, **limits) for n in range(1, 7)] == [True, True, True, False, False, False]
-    assert [needs_draw(n, 1, **limits) for n in range(2, 7)] == [True, True, False, False, False]
-    assert not needs_draw(1, min_tokens=4)  # nothing ends it
-    assert not needs_draw(1, stop_token_ids=(9,))
-    assert needs_draw(9, logprobs=0)
+    assert [draws(n, **limits) for n in range(1, 7)] == [True, True, True, False, False, False]
+    assert [draws(n, 1, **limits) for n in range(2, 7)] == [True, True, False, False, False]
+    assert not draws(1, min_tokens=4)  # nothing ends it
+    assert not draws(1, stop_token_ids=(9,))
+    assert draws(9, logprobs=0)
 
 
 def test_sampling_a_step_ahead_does_not_change_a_token(tmp_path: Path) -> None:

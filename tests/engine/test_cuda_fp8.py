@@ -15,17 +15,17 @@ from engine.block_manager import BlockManager
 from engine.kv_cache import PagedKVCache
 from engine.layers.fp8 import FP8_DTYPE, Fp8Weight, quantize_weight, saturate
 from engine.loader import load_model
-from engine.model_runner import ModelRunner
 from engine.sequence import Sequence
 from phasewise.core.kv_spec import FP8, KVCacheSpec
 from phasewise.core.model_source import ModelSource
 from phasewise.core.request import SamplingParams
-from tests.engine.conftest import build_oracle
+from tests.engine.conftest import build_oracle, plain_hidden, poisoned_memory
 
 pytest.importorskip("triton")
 
 from engine.cuda.decode_attention import DecodeAttention
 from engine.cuda.elementwise import rope_and_cache, row_scales
+from engine.cuda.executor import StepExecutor
 from engine.cuda.fp8 import (
     ROWS_FOR_FP8_ACTIVATIONS,
     Fp8Product,
@@ -236,8 +236,8 @@ def attention_error(
     exact = reference.run(0, qkv[:, :num_heads].double(), keys_values.double())
     written = saturate(keys_values.transpose(0, 1), FP8_DTYPE).contiguous().view(torch.uint8)
     cache.storage.view(torch.uint8)[0].index_copy_(1, inputs.slot_mapping, written)
-    decode = DecodeAttention(num_heads, num_kv_heads, head_dim, 16, 64, torch.device(DEVICE), dtype)
-    decode._partial.fill_(torch.nan)
+    with poisoned_memory():
+        decode = DecodeAttention(num_heads, num_kv_heads, head_dim, 16, 64, torch.device(DEVICE), dtype)
     attend = batch.attention(decode, cache, window)
     worst = 0.0
     for _ in range(2):  # twice: the arrival counters must be ready again
@@ -301,24 +301,28 @@ class Fp8Engine(GpuEngine):
         self.cache.storage.fill_(torch.nan)
         self.runner = CudaModelRunner(self.loaded, self.cache, 512, max_batch=8, graphs=graphs)
 
-    def plain_runner(self) -> ModelRunner:
-        """The plain twin over the same weights, with a cache of its own."""
+    @torch.inference_mode()
+    def twin_logits(self, prompt: list[int]) -> torch.Tensor:
+        """As `logits`, by the plain twin over the same weights, with a cache of its own."""
         cache = PagedKVCache(self.cache.spec, 400, DEVICE)
-        return ModelRunner(self.loaded, cache, 512, attention="reference")
+        sequence = Sequence("r", SamplingParams(), list(prompt), len(prompt))
+        sequence.block_table = list(range(-(-len(prompt) // 16)))
+        batch = ScheduledBatch((ScheduledSequence(sequence, len(prompt), 0),))
+        return self.loaded.model.logits(plain_hidden(self.loaded, cache, batch, 512, "reference")).double()
 
     @torch.inference_mode()
-    def logits(self, runner: ModelRunner, prompt: list[int], chunk: int) -> torch.Tensor:
-        """Of every prompt token.  # [len(prompt), vocab_size] float64"""
+    def logits(self, prompt: list[int], chunk: int) -> torch.Tensor:
+        """Of every prompt token, kernel by kernel.  # [len(prompt), vocab_size] float64"""
+        executor = StepExecutor(self.loaded, self.cache, 512, 8, graphs=False)
+        planner = executor.planner()
         sequence = Sequence("r", SamplingParams(), list(prompt), len(prompt))
         sequence.block_table = self.blocks.allocate(self.blocks.blocks_for(len(prompt)))
         parts = []
         while sequence.num_computed_tokens < len(prompt):
             count = min(chunk, len(prompt) - sequence.num_computed_tokens)
             item, num_layers = ScheduledSequence(sequence, count, 0), self.loaded.config.num_layers
-            if isinstance(runner, CudaModelRunner):
-                _, hidden = runner._compute(runner._plan([], [item], num_layers), None)
-            else:
-                hidden = runner._forward(ScheduledBatch((item,)), None, num_layers)
+            hidden = executor.execute(planner.plan([], [item], num_layers), None).hidden
+            assert hidden is not None
             parts.append(self.loaded.model.logits(hidden).double())
             sequence.num_computed_tokens += count
         self.blocks.release(sequence.block_table)
@@ -329,7 +333,7 @@ def test_logits_are_those_of_the_plain_twin_and_near_bfloat16(folder: Path) -> N
     rng = random.Random(3)
     prompt = [rng.randrange(SIZES["vocab_size"]) for _ in range(200)]
     plain = Fp8Engine(folder, "auto", "auto")
-    bf16 = plain.logits(plain.runner, prompt, 200)
+    bf16 = plain.logits(prompt, 200)
     # (weights, cache, chunk) → the most that the kernels may differ from the twin, and from bf16: one and a half times
     # what plain code in bf16 differs. Chunks of 200 quantise their activations, which the twin does not.
     for weights, cache, chunk, from_twin, from_bf16 in (
@@ -341,8 +345,8 @@ def test_logits_are_those_of_the_plain_twin_and_near_bfloat16(folder: Path) -> N
         ("fp8", FP8, 1, 0.09, 0.18),
     ):
         engine = Fp8Engine(folder, weights, cache)
-        ours = engine.logits(engine.runner, prompt, chunk)
-        twin = engine.logits(engine.plain_runner(), prompt, 200)
+        ours = engine.logits(prompt, chunk)
+        twin = engine.twin_logits(prompt)
         case = (weights, cache, chunk)
         assert (ours - twin).norm() / twin.norm() < from_twin, case
         assert (ours - bf16).norm() / bf16.norm() < from_bf16, case

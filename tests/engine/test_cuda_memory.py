@@ -17,7 +17,8 @@ from phasewise.core.config import build_config
 from phasewise.core.errors import ConfigError
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.placement import WorkerRole
-from workers.build import load_engine, prepare_engine
+from workers.build import load_engine
+from workers.prepare import prepare_engine
 from workers.profiler import full_grid, made_up_step, measure_profile, measure_rates
 from workers.settings import WorkerSettings
 from workers.sizing import CudaMemory, GpuSizer, StepLimits, largest_steps
@@ -125,7 +126,7 @@ def test_swapped_kv_comes_back_bit_for_bit_from_memory_that_is_pinned_once() -> 
     spec, rng = KVCacheSpec(3, 2, 64, 16, "bfloat16"), random.Random(0)
     for _ in range(3):  # memory that stayed pinned could not be pinned again
         cache = PagedKVCache(spec, 100, "cuda", num_swap_blocks=100)
-        assert cache.swap._host.is_pinned()
+        assert cache.swap.is_pinned
         cache.storage.copy_(torch.randn(cache.storage.shape))
         before, held = cache.blocks_view().clone(), list(range(100))
         rng.shuffle(held)

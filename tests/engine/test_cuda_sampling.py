@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from engine.random_numbers import uniforms
-from engine.sampler import SampleRow, _cutoff, apply_bias_and_penalties, sample
+from engine.sampler import SampleRow, apply_bias_and_penalties, draw_cutoff, sample
 from engine.sequence import Sequence
 from phasewise.core.request import SampledToken, SamplingParams
 
@@ -102,7 +102,7 @@ def assert_as_the_twin(drawn: list[SampledToken | None], logits: torch.Tensor, r
         apply_bias_and_penalties(values, row.sequence)
         scaled = values.double()
         scaled = (scaled - scaled.max()) / params.temperature
-        cumulative = torch.where(scaled >= _cutoff(scaled, params), scaled.exp(), 0.0).cumsum(0)
+        cumulative = torch.where(scaled >= draw_cutoff(scaled, params), scaled.exp(), 0.0).cumsum(0)
         cumulative /= cumulative[-1].item()
         number = uniforms([params.seed], [row.sample_index], [row.num_outputs])[0]
         start = cumulative[token - 1].item() if token else 0.0
@@ -154,7 +154,7 @@ def test_the_distribution_is_the_filtered_softmax() -> None:
     params = SamplingParams(temperature=0.8, top_k=30, top_p=0.95, seed=11)
     scaled = logits[0].double() / 0.8
     scaled -= scaled.max()
-    expected = torch.where(scaled >= _cutoff(scaled, params), scaled.exp(), 0.0)
+    expected = torch.where(scaled >= draw_cutoff(scaled, params), scaled.exp(), 0.0)
     expected /= expected.sum()
     n = 20_000
     sequence = Sequence("request", params, [1, 2, 3], 2)

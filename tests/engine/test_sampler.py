@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 
-from engine.random_numbers import _mix, uniforms
-from engine.sampler import SampleRow, _cutoff, apply_bias_and_penalties, sample
+from engine.random_numbers import splitmix64, uniforms
+from engine.sampler import SampleRow, apply_bias_and_penalties, draw_cutoff, sample
 from engine.sequence import Sequence
 from phasewise.core.request import SamplingParams
 
@@ -27,7 +27,7 @@ def row(
 
 
 def test_the_hash_is_splitmix64() -> None:
-    assert _mix(np.array([0], dtype=np.uint64))[0] == np.uint64(0xE220A8397B1DCDAF)  # its published first output
+    assert splitmix64(np.array([0], dtype=np.uint64))[0] == np.uint64(0xE220A8397B1DCDAF)  # its published first output
 
 
 def test_uniforms_are_uniform_and_independent() -> None:
@@ -82,7 +82,7 @@ def test_the_same_tokens_survive_as_in_transformers(params: SamplingParams, seed
     expected = logits.clone()
     for warper in warpers:
         expected = warper(torch.zeros(1, 1, dtype=torch.int64), expected)
-    assert torch.equal(scaled >= _cutoff(scaled, params), expected[0].isfinite())
+    assert torch.equal(scaled >= draw_cutoff(scaled, params), expected[0].isfinite())
 
 
 def test_the_distribution_is_the_filtered_softmax() -> None:
@@ -91,7 +91,7 @@ def test_the_distribution_is_the_filtered_softmax() -> None:
     params = SamplingParams(temperature=0.8, top_k=30, top_p=0.95, seed=11)
     scaled = logits[0].double() / 0.8
     scaled -= scaled.max()
-    expected = torch.where(scaled >= _cutoff(scaled, params), scaled.exp(), 0.0)
+    expected = torch.where(scaled >= draw_cutoff(scaled, params), scaled.exp(), 0.0)
     expected /= expected.sum()
     n = 20_000
     counts = torch.zeros(VOCAB, dtype=torch.float64)

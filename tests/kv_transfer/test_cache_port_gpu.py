@@ -10,8 +10,9 @@ import torch
 pytest.importorskip("triton")
 
 from engine.kv_cache import PagedKVCache
-from kv_transfer.cache_port import CachePort, KVPlace
-from kv_transfer.codec import Codec
+from kv_transfer.cache_port import CachePort
+from kv_transfer.cache_protocol import KVPlace
+from kv_transfer.codec import Codec, part_layout
 from kv_transfer.plan import PartSpan
 from phasewise.core.kv_spec import KVCacheSpec
 
@@ -47,16 +48,18 @@ def port() -> Iterator[CachePort]:
 def part_of_ones(port: CachePort) -> torch.Tensor:
     cache = PagedKVCache(SPEC, 8, torch.device("cuda", 0))
     cache.storage.fill_(1.0)
-    layout = port.layout(SPAN, "bfloat16", Codec.NONE)
+    layout = part_layout(port.spec, SPAN, "bfloat16", Codec.NONE)
     wire = torch.empty(layout.num_bytes, dtype=torch.uint8, device="cuda")
     CachePort(cache, SPEC).pack(KVPlace(BLOCKS), SPAN, layout, wire)
     torch.cuda.synchronize()
     return wire
 
 
-def land(port: CachePort, place: KVPlace, wire: torch.Tensor, wires_stream: torch.cuda.Stream) -> torch.cuda.Event:
+def write_beside(
+    port: CachePort, place: KVPlace, wire: torch.Tensor, wires_stream: torch.cuda.Stream
+) -> torch.cuda.Event:
     with torch.cuda.stream(wires_stream):
-        port.unpack(place, SPAN, port.layout(SPAN, "bfloat16", Codec.NONE), wire)
+        port.unpack(place, SPAN, part_layout(port.spec, SPAN, "bfloat16", Codec.NONE), wire)
         done = torch.cuda.Event()
         done.record()
     return done
@@ -67,11 +70,11 @@ def test_what_comes_in_waits_for_the_step_that_had_its_blocks(port: CachePort) -
     zeros = torch.zeros_like(wire)
     step_of(storage, 7.0)
     port.prepare(place)
-    assert not port.can_land(place), "a link's stream must not wait for a step"
-    land(port, place, zeros, torch.cuda.Stream())
-    land(port, place, wire, other := torch.cuda.Stream()).synchronize()  # not only the first one waits
+    assert not port.can_write_beside(place), "a link's stream must not wait for a step"
+    write_beside(port, place, zeros, torch.cuda.Stream())
+    write_beside(port, place, wire, other := torch.cuda.Stream()).synchronize()  # not only the first one waits
     other.synchronize()
-    assert port.can_land(place)
+    assert port.can_write_beside(place)
     found = storage[:, :, [b * 16 + i for b in BLOCKS for i in range(16)]].clone()
     assert torch.isin(found, torch.tensor([0.0, 1.0], device="cuda")).all()
 
@@ -91,7 +94,7 @@ def test_what_comes_in_does_not_wait_for_later_steps(port: CachePort) -> None:
     torch.cuda._sleep(LONG)
     step = torch.cuda.Event()
     step.record()
-    land(port, place, wire, torch.cuda.Stream()).synchronize()
+    write_beside(port, place, wire, torch.cuda.Stream()).synchronize()
     assert not step.query(), "the step computes still"
     read = storage[:, :, BLOCKS[0] * 16].clone()
     assert torch.equal(read, torch.ones_like(read))
@@ -100,7 +103,7 @@ def test_what_comes_in_does_not_wait_for_later_steps(port: CachePort) -> None:
 def test_what_goes_out_is_what_was_there_at_its_mark(port: CachePort) -> None:
     storage = port.cache.storage
     storage.fill_(1.0)
-    layout = port.layout(SPAN, "bfloat16", Codec.NONE)
+    layout = part_layout(port.spec, SPAN, "bfloat16", Codec.NONE)
     wire = torch.empty(layout.num_bytes, dtype=torch.uint8, device="cuda")
     torch.cuda._sleep(LONG)
     storage.fill_(2.0)

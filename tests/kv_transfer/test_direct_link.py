@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from kv_transfer import direct_link
 from kv_transfer.channel import Channel, Left, Token
-from kv_transfer.link import Landed, Landing
+from kv_transfer.link import WriteOutcome, WriteReceived
 from phasewise.core.errors import TransferFailed
 from phasewise.core.messages import KVCommit, KVPart, KVPartAck, LinkLost
 from phasewise.core.request import SampledToken
@@ -52,7 +51,7 @@ def node() -> Iterator[Make]:
     yield make
     for made in nodes:
         made.close()
-    until(lambda: not links_threads(), CLEAN_WITHIN_S)  # an accepted stranger may be ending still
+    until(lambda: not links_threads(), CLEAN_WITHIN_S)  # an accepted connection may be ending still
     assert len(list(Path("/proc/self/fd").iterdir())) <= num_files
     assert all(made.is_clean for made in nodes)
 
@@ -105,7 +104,7 @@ def test_a_small_commit_comes_with_the_parts(node: Make, token: SampledToken | N
     assert sender.try_send("decode-0", 0, 64)
     receiver.take(0, 64)  # and nothing before it: larger ones come by the workers' own way
     assert sender.next(KVPartAck) == KVPartAck("t", 0)
-    assert not sender.links.send_commit("stranger", commit)
+    assert not sender.links.send_commit("unknown", commit)
 
 
 def test_both_directions_of_a_pair_at_once(node: Make) -> None:
@@ -173,10 +172,10 @@ def test_slabs_go_to_the_sender_that_asked_first(node: Make) -> None:
         connect(sender, receiver)
     assert first.try_send("decode-0", 0, SLAB_BYTES)
     _, held = receiver.next(KVPart)
-    waiting = receiver.links._in.pool._waiting
+    pool = receiver.links.incoming.pool
     for number, (sender, index) in enumerate([(second, 1), (first, 2), (second, 3)], start=1):
         assert sender.try_send("decode-0", index, SLAB_BYTES)
-        until(lambda number=number: len(waiting) == number, 5.0)
+        until(lambda number=number: pool.num_waiting == number, 5.0)
     held.release()
     for index in (1, 2, 3):
         receiver.take(index, SLAB_BYTES)
@@ -259,40 +258,40 @@ def test_a_part_is_landed_as_soon_as_its_bytes_are_in_and_keeps_no_slab(node: Ma
         if part == 1:
             data[100] ^= 1
 
-    landed: dict[int, torch.Tensor] = {}
+    written: dict[int, torch.Tensor] = {}
 
-    def land(part: KVPart, wire: torch.Tensor) -> Landing:
+    def prepare_write(part: KVPart, wire: torch.Tensor) -> WriteReceived:
         def write() -> bool:
-            landed[part.part_index] = wire.clone()
+            written[part.part_index] = wire.clone()
             return part.part_index != 2
 
         return write
 
-    sender, receiver = node("prefill-0", HostDevice(alter=alter)), node("decode-0", land=land)
+    sender, receiver = node("prefill-0", HostDevice(alter=alter)), node("decode-0", prepare_write=prepare_write)
     connect(sender, receiver)
-    for index, outcome in enumerate((Landed.RIGHT, Landed.WRONG, None, Landed.RIGHT)):
+    for index, outcome in enumerate((WriteOutcome.RIGHT, WriteOutcome.WRONG, None, WriteOutcome.RIGHT)):
         assert sender.try_send("decode-0", index, 4096) or sender.next(KVPartAck)
         part, arrived = receiver.next(KVPart)
-        assert (part.part_index, arrived.landed) == (index, outcome)
+        assert (part.part_index, arrived.written) == (index, outcome)
         assert receiver.is_clean == (outcome is not None), "nobody has released anything yet"
-        assert torch.equal(landed[index], content(index, 4096)) == (outcome is not Landed.WRONG)
+        assert torch.equal(written[index], content(index, 4096)) == (outcome is not WriteOutcome.WRONG)
         assert (arrived.wire is None) == (outcome is not None)
         arrived.release()
         assert sender.next(KVPartAck).part_index == index
 
 
 def test_the_owner_hears_of_every_part_that_landed_also_of_those_lost_with_the_link(node: Make) -> None:
-    def landing(part: KVPart) -> bool:
+    def write(part: KVPart) -> bool:
         if part.part_index == 1:
             receiver.links.forget("prefill-0")
         return True
 
-    sender, receiver = node("prefill-0"), node("decode-0", land=lambda part, wire: partial(landing, part))
+    sender, receiver = node("prefill-0"), node("decode-0", prepare_write=lambda part, wire: partial(write, part))
     connect(sender, receiver)
-    for index, outcome in enumerate((Landed.RIGHT, Landed.LOST)):
+    for index, outcome in enumerate((WriteOutcome.RIGHT, WriteOutcome.LOST)):
         assert sender.try_send("decode-0", index, 4096)
         part, arrived = receiver.next(KVPart)
-        assert (part.part_index, arrived.landed) == (index, outcome)
+        assert (part.part_index, arrived.written) == (index, outcome)
     assert receiver.next(LinkLost).transfer_ids == {"t"}
 
 
@@ -304,16 +303,16 @@ def test_a_part_lands_before_it_is_checked(node: Make) -> None:
         seen.append("check")
         is_intact(wire, answer)
 
-    def landing() -> bool:
-        seen.append("land")
+    def write() -> bool:
+        seen.append("write")
         return True
 
-    sender, receiver = node("prefill-0"), node("decode-0", land=lambda part, wire: landing, check=check)
+    sender, receiver = node("prefill-0"), node("decode-0", prepare_write=lambda part, wire: write, check=check)
     connect(sender, receiver)
     seen.clear()
     assert sender.try_send("decode-0", 0, 4096)
     receiver.next(KVPart)
-    assert seen == ["land", "check"]
+    assert seen == ["write", "check"]
 
 
 def test_what_lands_while_its_wire_is_aborted_is_over_when_the_owner_hears_of_it(
@@ -323,37 +322,37 @@ def test_what_lands_while_its_wire_is_aborted_is_over_when_the_owner_hears_of_it
     aborts: list[str] = []
     abort = HostWire.abort
 
-    def landing() -> bool:
+    def write() -> bool:
         receiver.links.forget("prefill-0")
         until(lambda: bool(aborts), 5.0)
-        aborts.append("landed")
+        aborts.append("written")
         return True
 
     def watched(wire: HostWire) -> None:
-        if wire._device is receiver.device:
+        if wire.device is receiver.device:
             aborts.append("abort")
         abort(wire)
 
-    sender, receiver = node("prefill-0"), node("decode-0", land=lambda part, wire: landing)
+    sender, receiver = node("prefill-0"), node("decode-0", prepare_write=lambda part, wire: write)
     connect(sender, receiver)
     monkeypatch.setattr(HostWire, "abort", watched)
     assert sender.try_send("decode-0", 0, 4096)
-    assert receiver.next(KVPart)[1].landed is Landed.LOST
-    assert "abort" in aborts[aborts.index("landed") :]
+    assert receiver.next(KVPart)[1].written is WriteOutcome.LOST
+    assert "abort" in aborts[aborts.index("written") :]
 
 
 def test_lost_is_said_when_the_wire_is_quiet_and_not_before(node: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     said = threading.Event()
-    abort, post = HostWire.abort, LinkNode._post
+    abort, post = HostWire.abort, LinkNode.post
     was_said_before: list[bool] = []
 
-    def landing() -> bool:
+    def write() -> bool:
         receiver.links.forget("prefill-0")
         return True
 
     def slow(wire: HostWire) -> None:
         abort(wire)
-        if wire._device is receiver.device and not was_said_before:
+        if wire.device is receiver.device and not was_said_before:
             was_said_before.append(said.wait(0.3))
 
     def watched(here: LinkNode, message: Any, arrived: Any) -> None:
@@ -361,12 +360,12 @@ def test_lost_is_said_when_the_wire_is_quiet_and_not_before(node: Make, monkeypa
             said.set()
         post(here, message, arrived)
 
-    monkeypatch.setattr(LinkNode, "_post", watched)
-    sender, receiver = node("prefill-0"), node("decode-0", land=lambda part, wire: landing)
+    monkeypatch.setattr(LinkNode, "post", watched)
+    sender, receiver = node("prefill-0"), node("decode-0", prepare_write=lambda part, wire: write)
     connect(sender, receiver)
     monkeypatch.setattr(HostWire, "abort", slow)
     assert sender.try_send("decode-0", 0, 4096)
-    assert receiver.next(KVPart)[1].landed is Landed.LOST
+    assert receiver.next(KVPart)[1].written is WriteOutcome.LOST
     assert was_said_before[0] is False
 
 
@@ -375,29 +374,29 @@ def test_a_sender_hears_that_a_part_has_left_when_its_receiver_has_it(
 ) -> None:
     sender, receiver = node("prefill-0"), node("decode-0")
     connect(sender, receiver)
-    send, had_it = Channel.send, []
+    write, had_it = Channel.write, []
 
     def watched(channel: Channel, message: Any) -> None:
         if isinstance(message, Left):
             had_it.append(not receiver.mailbox.empty())
-        send(channel, message)
+        write(channel, message)
 
-    monkeypatch.setattr(Channel, "send", watched)
+    monkeypatch.setattr(Channel, "write", watched)
     assert sender.try_send("decode-0", 0, 4096)
     sender.next(KVPartAck)
     receiver.take(0, 4096)
     assert had_it == [True]
 
 
-def test_a_landing_is_made_ready_before_the_bytes_are_on_their_way(node: Make) -> None:
+def test_a_write_is_made_ready_before_the_bytes_are_on_their_way(node: Make) -> None:
     ready: list[tuple[int, int]] = []
     device = HostDevice()
 
-    def land(part: KVPart, wire: torch.Tensor) -> Landing:
+    def prepare_write(part: KVPart, wire: torch.Tensor) -> WriteReceived:
         ready.append((part.part_index, wire.data_ptr()))
         return lambda: wire.data_ptr() == ready[part.part_index][1]
 
-    sender, receiver = node("prefill-0", device), node("decode-0", land=land)
+    sender, receiver = node("prefill-0", device), node("decode-0", prepare_write=prepare_write)
     connect(sender, receiver)
     device.packed = threading.Event()
     for index in range(2):
@@ -406,15 +405,15 @@ def test_a_landing_is_made_ready_before_the_bytes_are_on_their_way(node: Make) -
     assert receiver.mailbox.empty()
     device.packed.set()
     for _ in range(2):
-        assert receiver.next(KVPart)[1].landed is Landed.RIGHT
+        assert receiver.next(KVPart)[1].written is WriteOutcome.RIGHT
     assert [index for index, _ in ready] == [0, 1], "once for each"
 
 
-def test_a_landing_that_fails_breaks_the_link(node: Make) -> None:
-    def landing() -> bool:
+def test_a_write_that_fails_breaks_the_link(node: Make) -> None:
+    def write() -> bool:
         raise RuntimeError("no memory")
 
-    sender, receiver = node("prefill-0"), node("decode-0", land=lambda part, wire: landing)
+    sender, receiver = node("prefill-0"), node("decode-0", prepare_write=lambda part, wire: write)
     connect(sender, receiver)
     assert sender.try_send("decode-0", 0, 4096)
     assert receiver.next(LinkLost).transfer_ids == {"t"}
@@ -442,11 +441,9 @@ def test_ends_that_do_not_fit_refuse_each_other(node: Make, settings: dict[str, 
     assert sender.mailbox.empty() and receiver.mailbox.empty()
 
 
-def test_another_version_is_refused(node: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_is_refused(node: Make) -> None:
     sender, receiver = node("prefill-0"), node("decode-0")
-    hello = direct_link.Hello
-    versions = iter([7, 1])
-    monkeypatch.setattr(direct_link, "Hello", lambda version, *rest: hello(next(versions), *rest))
+    sender.links.identity.version, receiver.links.identity.version = 7, 1
     with pytest.raises(TransferFailed, match="wire version 7 there, 1 here"):
         connect(sender, receiver)
 
@@ -473,9 +470,9 @@ def test_a_receiver_that_dies_while_the_wire_connects_is_noticed_at_once(node: M
         opener = threading.Thread(target=open_link)
         opener.start()
         receiver = Channel(listener.accept()[0])
-        hello = receiver.receive()
-        receiver.send(hello)
-        assert isinstance(receiver.receive(), Token)
+        hello = receiver.read()
+        receiver.write(hello)
+        assert isinstance(receiver.read(), Token)
         receiver.close()
         opener.join(CLEAN_WITHIN_S)
         assert failures
@@ -486,8 +483,8 @@ def test_a_link_that_breaks_while_its_wire_is_made_leaves_nothing(node: Make, mo
     token = sender.device.token
 
     def token_and_break() -> bytes:
-        for epoch in list(sender.links._epochs):
-            epoch.break_("a test broke it")
+        for end in sender.links.ends:
+            end.epoch.break_("a test broke it")
         return token()
 
     monkeypatch.setattr(sender.device, "token", token_and_break)
@@ -499,10 +496,10 @@ def test_noise_on_the_port_harms_nobody(node: Make) -> None:
     sender, receiver = node("prefill-0"), node("decode-0")
     port = int(receiver.links.address.rpartition(":")[2])
     for noise in (b"GET / HTTP/1.1\r\n\r\n", b"\0\0\0\2[]", b'\0\0\0\x0e["Grant",[{}]]', b"\0\0\0"):
-        with socket.create_connection(("127.0.0.1", port)) as stranger:
-            stranger.sendall(noise)
-            stranger.shutdown(socket.SHUT_WR)
-            assert stranger.recv(100) == b""
+        with socket.create_connection(("127.0.0.1", port)) as other:
+            other.sendall(noise)
+            other.shutdown(socket.SHUT_WR)
+            assert other.recv(100) == b""
     connect(sender, receiver)
 
 
@@ -525,7 +522,7 @@ def test_a_broken_link_is_opened_again_and_used(node: Make) -> None:
         assert sender.try_send("decode-0", epoch, 4096)
         receiver.take(epoch, 4096)
         sender.next(KVPartAck)
-        (sender if epoch % 2 else receiver).links._epochs.copy().pop().break_("of a test")
+        (sender if epoch % 2 else receiver).links.ends.pop().epoch.break_("of a test")
         assert not sender.next(LinkLost, CLEAN_WITHIN_S).transfer_ids
         assert not receiver.next(LinkLost, CLEAN_WITHIN_S).transfer_ids
         assert sender.is_clean and receiver.is_clean
@@ -543,11 +540,11 @@ def test_what_is_sent_while_the_link_is_down_is_told_lost(node: Make) -> None:
     assert sender.is_clean
 
 
-def test_an_error_of_the_wire_ends_both_ends(node: Make) -> None:
+def test_an_error_of_the_wire_ends_both_ends(node: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     sender, receiver = node("prefill-0", stall_s=0.4), node("decode-0")
     connect(sender, receiver)
-    (epoch,) = sender.links._epochs
-    epoch._wire._broken = "unhandled system error"
+    (end,) = sender.links.ends
+    monkeypatch.setattr(end.epoch.wire, "error", lambda: "unhandled system error")
     assert sender.next(LinkLost).reason == "unhandled system error"
     receiver.next(LinkLost)
 
@@ -637,9 +634,9 @@ def test_receiver_killed(node: Make, process: Make, state: str) -> None:
         assert sender.try_send("decode-0", index, SLAB_BYTES)
         sender.next(KVPartAck)
     assert sender.try_send("decode-0", 9, SLAB_BYTES)
-    (epoch,) = sender.links._epochs
+    (end,) = sender.links.ends
     if state == "granted":
-        until(lambda: epoch._parts[0].is_granted, 5.0)
+        until(lambda: end.num_ungranted_bytes == 0, 5.0)
     elif state == "sending":
         assert reached.wait(5.0)
     elif state == "received":
@@ -680,7 +677,7 @@ def test_sender_killed(node: Make, process: Make, state: str) -> None:
             held.append(receiver.next(KVPart)[1])
     assert sender.do("try_send", "decode-0", 9, SLAB_BYTES)
     if state == "before grant":
-        until(lambda: len(receiver.links._in.pool._waiting) == 1, 5.0)
+        until(lambda: receiver.links.incoming.pool.num_waiting == 1, 5.0)
     elif state == "granted":
         until(lambda: receiver.num_free[1] == 1, 5.0)
     elif state == "sending":

@@ -89,8 +89,8 @@ def test_receiver_killed(here: LinkNode, state: str) -> None:
         for index in range(2):
             assert here.try_send("there", index, 100 << 20)
     if state == "kernel waits":
-        (epoch,) = here.links._epochs
-        until(lambda: 0 in epoch._deadlines, 5.0)
+        (end,) = here.links.ends
+        until(lambda: end.epoch.is_on_wire(0), 5.0)
     killed_s = time.monotonic()
     process.kill()
     while isinstance(message := here.mailbox.get(timeout=CLEAN_WITHIN_S)[0], KVPartAck):

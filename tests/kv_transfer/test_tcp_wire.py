@@ -34,7 +34,7 @@ def ends() -> Iterator[Callable[..., tuple[TcpWire, TcpWire]]]:
     yield make
     for wire in wires:
         wire.abort()
-        assert not wire._stream.is_alive()
+    assert not [thread for thread in threading.enumerate() if thread.name == "kv-link-wire"]
 
 
 def both(one: Callable[[], object], other: Callable[[], object]) -> None:
@@ -47,12 +47,6 @@ def both(one: Callable[[], object], other: Callable[[], object]) -> None:
 
 def is_one(data: torch.Tensor, answer: torch.Tensor) -> None:
     answer.copy_((data == 1).all())
-
-
-def address_of(wire: TcpWire) -> tuple[str, int]:
-    assert wire._listener is not None
-    host, port = wire._listener.getsockname()
-    return host, port
 
 
 @pytest.mark.parametrize("size", [16, 1 << 20, LARGE])
@@ -80,7 +74,7 @@ def test_it_listens_on_its_own_address_until_the_other_end_has_come(
     ends: Callable[..., tuple[TcpWire, TcpWire]],
 ) -> None:
     sender, receiver = ends(is_connected=False)
-    address = address_of(sender)
+    address = sender.address
     assert address[0] == HOST
     both(sender.connect, receiver.connect)
     with socket.socket() as late:
@@ -88,23 +82,25 @@ def test_it_listens_on_its_own_address_until_the_other_end_has_come(
 
 
 @pytest.mark.parametrize("noise", [b"", b"GET / HTTP/1.1\r\n\r\n", b"x" * 32])
-def test_a_stranger_is_turned_away(ends: Callable[..., tuple[TcpWire, TcpWire]], noise: bytes) -> None:
+def test_who_does_not_know_the_secret_is_turned_away(
+    ends: Callable[..., tuple[TcpWire, TcpWire]], noise: bytes
+) -> None:
     sender, receiver = ends(is_connected=False)
-    with socket.create_connection(address_of(sender)) as stranger:
-        stranger.sendall(noise)
-        stranger.shutdown(socket.SHUT_WR)
+    with socket.create_connection(sender.address) as other:
+        other.sendall(noise)
+        other.shutdown(socket.SHUT_WR)
         both(sender.connect, receiver.connect)
-        assert stranger.recv(100) == b""
+        assert other.recv(100) == b""
     sender.send(torch.ones(16, dtype=torch.uint8))
     assert receiver.receive(torch.empty(16, dtype=torch.uint8), None, is_one).wait()
 
 
-def test_a_stranger_who_says_nothing_holds_nobody_up_for_long(
+def test_somebody_who_connects_and_says_nothing_holds_nobody_up_for_long(
     ends: Callable[..., tuple[TcpWire, TcpWire]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kv_transfer.tcp_wire._STRANGER_S", 0.2)
+    monkeypatch.setattr("kv_transfer.tcp_wire._SECRET_S", 0.2)
     sender, receiver = ends(is_connected=False)
-    with socket.create_connection(address_of(sender)):
+    with socket.create_connection(sender.address):
         both(sender.connect, receiver.connect)
 
 
@@ -115,9 +111,9 @@ def in_time(wire: TcpWire) -> None:
 
 
 def test_an_abort_ends_the_wait_for_the_other_end(ends: Callable[..., tuple[TcpWire, TcpWire]]) -> None:
-    for has_stranger in (False, True):
+    for has_other in (False, True):
         sender, _ = ends(is_connected=False)
-        address = address_of(sender)
+        address = sender.address
         failures: list[WireError] = []
 
         def connect(sender: TcpWire = sender, failures: list[WireError] = failures) -> None:
@@ -125,9 +121,9 @@ def test_an_abort_ends_the_wait_for_the_other_end(ends: Callable[..., tuple[TcpW
                 sender.connect()
             failures.append(failure.value)
 
-        with socket.socket() as stranger:
-            if has_stranger:
-                stranger.connect(address)
+        with socket.socket() as other:
+            if has_other:
+                other.connect(address)
             thread = threading.Thread(target=connect)
             thread.start()
             in_time(sender)
@@ -141,7 +137,7 @@ def test_an_abort_ends_a_connection_that_nobody_answers(ends: Callable[..., tupl
     sender, receiver = ends(is_connected=False)
     assert sender._listener is not None
     sender._listener.listen(0)
-    with socket.create_connection(address_of(sender)):  # fills the queue: further ones are not answered
+    with socket.create_connection(sender.address):  # fills the queue: further ones are not answered
         failures: list[WireError] = []
 
         def connect() -> None:

@@ -58,31 +58,31 @@ class HostWire(TcpWire):
     def __init__(self, device: HostDevice, token: bytes, listener: Any) -> None:
         super().__init__(token, listener)
         self.aborted = threading.Event()
-        self._device = device
+        self.device = device
         self._num_messages = -NUM_TRIALS
 
     def abort(self) -> None:
         self.aborted.set()
         super().abort()
 
-    def _send(self, data: torch.Tensor) -> bool:
+    def _write(self, data: torch.Tensor) -> bool:
         content = bytearray(data.numpy().data)
         half = len(content) // 2
         with self._Message(self) as message:
             if message >= 0:
-                self._device.alter(message, content)
-            super()._send(torch.frombuffer(content[:half], dtype=torch.uint8))
+                self.device.alter(message, content)
+            super()._write(torch.frombuffer(content[:half], dtype=torch.uint8))
             if message >= 0:
-                self._device.hook("sending", message, self)
+                self.device.hook("sending", message, self)
             if self.aborted.is_set():  # a kernel sends nothing more then
                 raise ConnectionError("aborted")
-            super()._send(torch.frombuffer(content[half:], dtype=torch.uint8))
+            super()._write(torch.frombuffer(content[half:], dtype=torch.uint8))
         return True
 
     def _receive(self, data: torch.Tensor, after: Mark | None, check: Check) -> bool:
         def hooked(received: torch.Tensor, answer: torch.Tensor) -> None:
             if message >= 0:
-                self._device.hook("received", message, self)
+                self.device.hook("received", message, self)
             check(received, answer)
 
         with self._Message(self) as message:

@@ -52,10 +52,10 @@ class LinkNode:
             "trial_bytes": 4096,
         }
         check = changes.pop("check", is_intact)
-        self.links = DirectLinks(worker_id, self.device, self._post, check, **{**settings, **changes})
+        self.links = DirectLinks(worker_id, self.device, self.post, check, **{**settings, **changes})
         self._num_bytes = self._num_free_bytes()
 
-    def _post(self, message: Any, arrived: ArrivedPart | None) -> None:
+    def post(self, message: Any, arrived: ArrivedPart | None) -> None:
         self.mailbox.put((message, arrived))
 
     def try_send(self, peer: str, index: int, num_bytes: int) -> bool:
@@ -91,7 +91,7 @@ class LinkNode:
     @property
     def num_free(self) -> tuple[int, int]:
         """The largest slabs that there is room for, to send from and to receive into."""
-        out, into = self.links._out.pool, self.links._in.pool
+        out, into = self.links.outgoing.pool, self.links.incoming.pool
         return out.num_free_bytes // out.slab_bytes, into.num_free_bytes // into.slab_bytes
 
     @property
@@ -99,7 +99,7 @@ class LinkNode:
         return self._num_free_bytes() == self._num_bytes
 
     def _num_free_bytes(self) -> tuple[int, int]:
-        return self.links._out.pool.num_free_bytes, self.links._in.pool.num_free_bytes
+        return self.links.outgoing.pool.num_free_bytes, self.links.incoming.pool.num_free_bytes
 
     def hold(self) -> None:
         """From here on, nothing is ever packed."""

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cli.launch import worker_settings
 from cli.model_check import check_model
+from cli.worker_plan import worker_settings
 from control_plane.cluster_scheduler import ClusterScheduler
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
 from control_plane.gateway.request_loop import RequestLoop
@@ -28,7 +28,7 @@ from control_plane.link_survey import LinkSurvey, look, measure
 from control_plane.metrics import GatewayMetrics
 from control_plane.serving_pools import ServingPools
 from kv_transfer.direct_link import DirectLinks
-from kv_transfer.link import Landing, Link
+from kv_transfer.link import Link, WriteReceived
 from kv_transfer.loopback_link import LoopbackLink
 from kv_transfer.routed_link import RoutedLink
 from kv_transfer.staging import check
@@ -116,15 +116,15 @@ class LocalCluster:
             if mailbox is not None:
                 mailbox(message, arrived)
 
-        def land(part: KVPart, wire: torch.Tensor) -> Landing:
-            return self.workers[info.worker_id].land(part, wire)
+        def prepare_write(part: KVPart, wire: torch.Tensor) -> WriteReceived:
+            return self.workers[info.worker_id].prepare_write(part, wire)
 
         return DirectLinks(
             info.worker_id,
             TcpDevice("127.0.0.1"),
             post,
             check,
-            land,
+            prepare_write,
             fingerprint=info.kv_spec.content,
             host="127.0.0.1",
             slab_bytes=2**16,

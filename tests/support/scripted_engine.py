@@ -13,9 +13,16 @@ from collections.abc import Callable
 
 import torch
 
-from engine.batch import DeviceLost, PendingStep, ScheduledBatch, ScheduledSequence, StepResult, all_or_none
+from engine.batch import (
+    DeviceLost,
+    PendingStep,
+    ScheduledBatch,
+    ScheduledSequence,
+    StepResult,
+    all_or_none,
+    sample_indices,
+)
 from engine.kv_cache import PagedKVCache
-from engine.model_runner import sample_indices
 from engine.sequence import Sequence
 from kv_transfer.staging import slots_of
 from phasewise.core.kv_spec import KVCacheSpec

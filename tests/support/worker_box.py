@@ -9,8 +9,10 @@ import torch
 
 from engine.kv_cache import PagedKVCache
 from kv_transfer.cache_port import CachePort
-from kv_transfer.link import ArrivedPart, Land
+from kv_transfer.incoming import IncomingHandoffs
+from kv_transfer.link import ArrivedPart, Link, PrepareWrite
 from kv_transfer.loopback_link import Fault, LoopbackLink
+from kv_transfer.outgoing import OutgoingHandoffs
 from kv_transfer.staging import is_intact
 from phasewise.core.clock import ManualClock
 from phasewise.core.config import build_config
@@ -37,11 +39,11 @@ class WorkerBox:
 
     Attributes:
         num_steps_ahead: how far their engines are ahead of the results that the loop takes: 1 on a GPU, 0 on a CPU.
-        has_landing: whether parts are written by their link, as direct ones do, or by the loop.
+        links_write: whether parts are written by their link, as direct ones do, or by the loop.
     """
 
     num_steps_ahead = 0
-    has_landing = False
+    links_write = False
 
     def __init__(
         self, roles: dict[WorkerId, str], *, num_blocks: int = 64, fault: Fault | None = None, **sections: Any
@@ -52,6 +54,8 @@ class WorkerBox:
         self.workers: dict[WorkerId, Worker] = {}
         self.runners: dict[WorkerId, ScriptedRunner] = {}
         self.caches: dict[WorkerId, PagedKVCache] = {}
+        self.cache_ports: dict[WorkerId, CachePort] = {}
+        self.links: dict[WorkerId, LoopbackLink] = {}
         self.sent: list[tuple[WorkerId, WorkerMessage]] = []
         self.lost: set[WorkerId] = set()
         self.tokens: defaultdict[tuple[str, int], dict[int, int]] = defaultdict(dict)
@@ -61,7 +65,7 @@ class WorkerBox:
         self.outputs: list[WorkerOutput] = []
         self.loads: dict[WorkerId, WorkerLoad] = {}
         mailboxes: dict[WorkerId, Any] = {}
-        lands: dict[WorkerId, Land] = {}
+        writers: dict[WorkerId, PrepareWrite] = {}
         for worker_id, role in roles.items():
             cache = PagedKVCache(SPEC, num_blocks, "cpu", self.num_swap_blocks)
             cache.storage.fill_(float("nan"))  # what was never written must never be read
@@ -80,15 +84,25 @@ class WorkerBox:
                 num_blocks * SPEC.block_size,
                 DeviceProfile.linear(0.0, 0.001, 0.0, 0.001),
             )
-            link = LoopbackLink(worker_id, mailboxes, fault)
-            link.lands = lands
-            ports = Ports(self, self, self, link)
-            port = CachePort(cache, SPEC)
+            link = self.links[worker_id] = LoopbackLink(worker_id, mailboxes, fault)
+            link.writers = writers
+            ports = Ports(self, self, self, self.link_of(worker_id, link))
+            port = self.cache_ports[worker_id] = CachePort(cache, SPEC)
             worker = assemble(info, self.runners[worker_id], port, self.config, ports, self.clock)
             self.workers[worker_id] = worker
             mailboxes[worker_id] = worker.post
-            if self.has_landing:
-                lands[worker_id] = worker.land
+            if self.links_write:
+                writers[worker_id] = worker.prepare_write
+
+    def link_of(self, worker_id: WorkerId, link: LoopbackLink) -> Link:
+        """What the worker sends parts over: another one than `link`, if a test wants that."""
+        return link
+
+    def outgoing(self, worker_id: WorkerId) -> OutgoingHandoffs:
+        return self.workers[worker_id]._parts.sender.outgoing
+
+    def incoming(self, worker_id: WorkerId) -> IncomingHandoffs:
+        return self.workers[worker_id]._parts.receiver.incoming
 
     # ---- ports
 

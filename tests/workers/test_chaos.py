@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from kv_transfer.link import ArrivedPart, Landed
+from kv_transfer.link import ArrivedPart, WriteOutcome
 from phasewise.core.errors import RequestCancelled, TransferFailed, Unavailable, WorkerLost
 from phasewise.core.messages import KVCommit, KVPart, LinkLost, PeerLost, WorkerMessage, WorkerOutput
 from phasewise.core.placement import WorkerId
+from tests.support.delayed_writes import delayed_write
 from tests.support.gateway_box import GatewayBox
-from tests.support.late_landing import late_land
 from tests.support.scripted_engine import expected_tokens
 from tests.support.worker_box import corrupt
 from tests.workers.test_request_life import prompt_of
@@ -39,27 +39,27 @@ class ChaosBox(GatewayBox):
         self._writing: list[Callable[[], None]] = []  # of the part that is on its way into the mailbox
         self._under_way: list[tuple[WorkerId | None, WorkerId | None, Callable[[], None]]] = []  # (to, from, arrival)
         super().__init__(roles, fault=self._fault, **options)
-        mailboxes = next(iter(self.workers.values()))._parts.sender._link._mailboxes  # type: ignore[attr-defined]
+        mailboxes = next(iter(self.links.values())).mailboxes
         for name, worker in self.workers.items():
             mailboxes[name] = self._late(name, worker.post)
             if rng.random() < 0.5:
-                worker._parts.sender._link.send_commit = self._commits_of(name, mailboxes)  # type: ignore[method-assign]
+                self.links[name].send_commit = self._commits_of(name, mailboxes)  # type: ignore[method-assign]
             self.runners[name].on_look = lambda: rng.random() < 0.7
-        if self.has_landing:
-            lands = next(iter(self.workers.values()))._parts.sender._link.lands  # type: ignore[attr-defined]
+        if self.links_write:
+            writers = next(iter(self.links.values())).writers
             for name in self.workers:
-                lands[name] = late_land(self, name, lands[name], self._writing.append)
+                writers[name] = delayed_write(self, name, writers[name], self._writing.append)
 
     def _late(self, to: WorkerId, post: Callable[..., None]) -> Callable[..., None]:
         def put(message: Any, arrived: Any = None) -> None:
-            if arrived is None or arrived.landed is None:
+            if arrived is None or arrived.written is None:
                 self._under_way.append((to, self._said_by, lambda: post(message, arrived)))
             else:  # whoever dies, the link's own end says what became of it
-                self._under_way.append((to, None, partial(self._touch_down, to, message, arrived, self._writing.pop())))
+                self._under_way.append((to, None, partial(self._end_write, to, message, arrived, self._writing.pop())))
 
         return put
 
-    def _touch_down(self, to: WorkerId, part: KVPart, arrived: ArrivedPart, write: Callable[[], None]) -> None:
+    def _end_write(self, to: WorkerId, part: KVPart, arrived: ArrivedPart, write: Callable[[], None]) -> None:
         """The device has written a part, or the link broke meanwhile, which both ends hear of."""
         is_lost = self._rng.random() < self._bad
         if not is_lost or self._rng.random() < 0.5:
@@ -67,7 +67,7 @@ class ChaosBox(GatewayBox):
         if not is_lost:
             self.workers[to].post(part, arrived)
             return
-        self.workers[to].post(part, ArrivedPart(None, lambda: None, Landed.LOST))
+        self.workers[to].post(part, ArrivedPart(None, lambda: None, WriteOutcome.LOST))
         sender = part.transfer_id.rpartition("#")[2].rpartition(".")[0]
         for end, peer in ((to, sender), (sender, to)):
             if end not in self.lost:
@@ -116,7 +116,7 @@ class ChaosBox(GatewayBox):
 
     def break_link(self, worker_id: WorkerId, peer: WorkerId) -> None:
         """The news alone, which may be wrong: as if it were late."""
-        transfers = self.workers[worker_id]._parts.sender._transfers
+        transfers = self.outgoing(worker_id).transfer_ids
         named = frozenset(name for name in transfers if self._rng.random() < 0.5)
         self.workers[worker_id].post(LinkLost(peer, "chaos", named))
 
@@ -237,7 +237,7 @@ async def run(seed: int) -> int:
     await box.assert_nothing_left()
     for worker_id in box.workers.keys() - box.lost:
         parts = box.workers[worker_id]._parts
-        assert not parts.sender._transfers and not parts.prefill._jobs and not parts.decode._swapped
+        assert not parts.sender.outgoing.transfer_ids and not parts.prefill._jobs and not parts.decode._swapped
     return sum(box.metrics._recoveries.values())
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from phasewise.core.lifecycle import Stage
@@ -29,7 +27,7 @@ def test_the_first_token_does_not_wait_for_the_answer_and_the_kv_does(transfer: 
         box.round()
     assert len(box.tokens[("r", 0)]) == len(box.tokens[("r", 1)]) == 1
     assert kept and not sent(box, KVCommit)
-    assert box.workers["prefill-0"]._parts.sender.num_bytes_sent == 0
+    assert box.workers["prefill-0"].load().counters["handoff_bytes_out"] == 0
     assert box.stages["r"][-1] is Stage.FIRST_TOKEN
     deliver(*kept[0])
     box.run()
@@ -120,16 +118,16 @@ def test_parts_go_on_leaving_while_a_step_computes() -> None:
     box.num_steps_ahead = 1
     prefill, decode, runner = box.workers["prefill-0"], box.workers["decode-0"], box.runners["prefill-0"]
     runner.num_steps_ahead = 1
-    sender = prefill._parts.sender
-    sender._limits = replace(sender._limits, window_bytes=1)  # a part at a time
+    outgoing = box.outgoing("prefill-0")
+    outgoing.window.num_bytes = 1  # a part at a time
     box.submit("r", prompt_of(100), "prefill-0", "decode-0", max_tokens=8)
-    sent_inside: list[int] = []
+    sent_inside: list[float] = []
 
     def on_look() -> bool:
         decode.round()
         box.abort("somebody else")
-        sent_inside.append(sender.num_bytes_sent)
-        return not sender.is_held_back
+        sent_inside.append(prefill.load().counters["handoff_bytes_out"])
+        return not outgoing.is_held_back
 
     runner.on_look = on_look
     box.run()

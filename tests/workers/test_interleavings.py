@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from kv_transfer.loopback_link import LoopbackLink
 from phasewise.core.errors import ERROR_BY_CODE, TransferFailed
 from phasewise.core.lifecycle import Stage
 from phasewise.core.messages import (
@@ -55,11 +53,6 @@ def hold_first(
             real(worker_id, message)
 
     box.send = send  # type: ignore[method-assign]
-    for worker in box.workers.values():
-        worker._peers = worker._parts.sender._peers = box
-        worker._parts.receiver._peers = worker._parts.decode._peers = box
-    for part in (w._parts for w in box.workers.values()):
-        assert part.sender._peers.send == send
     return kept, real
 
 
@@ -124,8 +117,8 @@ def test_a_window_freed_by_a_failure_is_used_at_once() -> None:
         return wire
 
     box = WorkerBox({**PAIR, "decode-1": "decode"}, fault=fault)
-    sender = box.workers["prefill-0"]._parts.sender
-    sender._limits = replace(sender._limits, window_bytes=7000)
+    outgoing = box.outgoing("prefill-0")
+    outgoing.window.num_bytes = 7000
     box.submit("a", prompt_of(100, 1), "prefill-0", "decode-1", max_tokens=5)
     box.run_until(lambda: lost)
     box.submit("b", prompt_of(100, 2), "prefill-0", "decode-0", max_tokens=5)
@@ -133,7 +126,7 @@ def test_a_window_freed_by_a_failure_is_used_at_once() -> None:
         box.round()
     box.abort("a")
     box.run()
-    assert sender._bytes_in_flight == 0
+    assert outgoing.window.num_bytes_in_flight == 0
     assert box.output("b") == expected_tokens(prompt_of(100, 2), 5)
 
 
@@ -222,9 +215,9 @@ def test_a_lease_does_not_outlive_the_request() -> None:
     box.round()
     end_s = box.clock.now_s() + 60
     box.clock.advance(50)
-    receiver = box.workers["decode-0"]._parts.receiver
-    box.run_until(lambda: receiver.reservations)
-    (reservation,) = receiver.reservations
+    incoming = box.incoming("decode-0")
+    box.run_until(lambda: incoming.reservations)
+    (reservation,) = incoming.reservations
     assert reservation.offer.request.request_id == "b"
     assert reservation.lease_end_s <= end_s + 0.1
     box.run()
@@ -263,7 +256,7 @@ def test_a_second_offer_behind_the_commit_in_one_drain() -> None:
 
 def test_small_parts_do_not_keep_a_large_one_out_of_the_window() -> None:
     box = WorkerBox(PAIR, num_blocks=512)
-    sender, decode = box.workers["prefill-0"]._parts.sender, box.workers["decode-0"]
+    outgoing, decode = box.outgoing("prefill-0"), box.workers["decode-0"]
     on_the_way: list[tuple[Any, Any]] = []
     names: list[str] = []
 
@@ -271,9 +264,8 @@ def test_small_parts_do_not_keep_a_large_one_out_of_the_window() -> None:
         on_the_way.append((part, arrived))
         names.append(part.transfer_id.partition("#")[0])
 
-    assert isinstance(sender._link, LoopbackLink)
-    sender._link._mailboxes["decode-0"] = post  # type: ignore[assignment]
-    sender._limits = replace(sender._limits, window_bytes=130 * box.workers["prefill-0"].info.kv_spec.bytes_per_token)
+    box.links["prefill-0"].mailboxes["decode-0"] = post  # type: ignore[assignment]
+    outgoing.window.num_bytes = 130 * box.workers["prefill-0"].info.kv_spec.bytes_per_token
 
     def submit(name: str, length: int) -> None:
         box.submit(name, prompt_of(length, len(names)), "prefill-0", "decode-0", max_tokens=2)
@@ -352,8 +344,8 @@ def test_random_order_corruption_and_aborts_leave_nothing_and_change_no_token(se
         transfer={"layerwise_threshold_tokens": 60, "layers_per_part": rng.choice([1, 3])},
         scheduler={"reserve_headroom": rng.choice([0.0, 0.05]), "token_budget": rng.choice([16, 64, 128])},
     )
-    for worker in box.workers.values():
-        worker._parts.sender._window_bytes = rng.choice([2000, 20000, 1 << 30])
+    for worker_id in box.workers:
+        box.outgoing(worker_id).window.num_bytes = rng.choice([2000, 20000, 1 << 30])
     pairs = [(p, d) for p in ("prefill-0", "prefill-1") for d in ("decode-0", "decode-1", "mixed-0")]
     pairs.append(("mixed-0", "mixed-0"))
     expected: dict[tuple[str, int], list[int]] = {}
@@ -375,8 +367,8 @@ def test_random_order_corruption_and_aborts_leave_nothing_and_change_no_token(se
     box.run(5000)
     box.assert_empty()
     for worker_id, worker in box.workers.items():
-        assert worker._parts.sender._bytes_in_flight == 0
-        assert worker._parts.sender._transfers == {}
+        assert box.outgoing(worker_id).window.num_bytes_in_flight == 0
+        assert box.outgoing(worker_id).transfer_ids == []
         assert worker._parts.decode._swapped == {}
         assert box.caches[worker_id].swap.num_free == box.num_swap_blocks
     for (request_id, sample), tokens in expected.items():
@@ -395,8 +387,7 @@ def test_a_first_offer_that_becomes_whole_beside_the_second(is_reserved: bool) -
         is_late = isinstance(message, KVCommit | KVAbort) and message.transfer_id.endswith(".1")
         late.append((worker_id, message)) if is_late else real(worker_id, message)
 
-    for part in (w._parts for w in box.workers.values()):
-        part.sender._peers = part.receiver._peers = part.decode._peers = _Port(send)  # type: ignore[assignment]
+    box.send = send  # type: ignore[method-assign]
     num_blocks = 3 if is_reserved else 5  # of 8: beside the first, there is no room for a second of five
     prompt = prompt_of(16 * num_blocks)
     box.submit("r", prompt, "prefill-0", "decode-0", max_tokens=20, time_left_s=600)
@@ -411,8 +402,3 @@ def test_a_first_offer_that_becomes_whole_beside_the_second(is_reserved: bool) -
     assert box.output("r") == expected_tokens(prompt, 20)
     assert box.workers["decode-0"].load().counters["handoffs_in"] == 1
     box.assert_empty()
-
-
-class _Port:
-    def __init__(self, send: Callable[[str, WorkerMessage], None]) -> None:
-        self.send = send

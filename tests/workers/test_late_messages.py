@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from engine.batch import ScheduledBatch
-from kv_transfer.loopback_link import LoopbackLink
 from phasewise.core.messages import KVCommit, KVDone, KVOffer
 from tests.support.scripted_engine import expected_tokens
 from tests.support.worker_box import WorkerBox
@@ -73,8 +72,7 @@ def test_an_offer_goes_out_inside_the_step_of_its_prompt() -> None:
 def test_a_commit_goes_one_way_and_before_the_first_token_where_it_is_slow(brings_commits: bool) -> None:
     # The offer is answered before the last chunk: a commit does not wait for it.
     box = WorkerBox(PAIR, scheduler={"token_budget": 64})
-    link = box.workers["prefill-0"]._parts.sender._link
-    assert isinstance(link, LoopbackLink)
+    link = box.links["prefill-0"]
     link.brings_commits = brings_commits
     seen = watched(box)
     box.submit("r", prompt_of(200), "prefill-0", "decode-0", max_tokens=5)

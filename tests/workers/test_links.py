@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from kv_transfer.link import DeviceFull, Link
 from kv_transfer.loopback_link import LoopbackLink
 from kv_transfer.routed_link import RoutedLink
 from phasewise.core.config import build_config
@@ -62,14 +62,13 @@ class LinkedBox(WorkerBox):
     """A prefill and a decode worker with a direct link beside the other one."""
 
     def __init__(self, **sections: Any) -> None:
-        super().__init__(PAIR, **sections)
-        mailboxes = {name: worker.post for name, worker in self.workers.items()}
+        mailboxes: dict[str, Any] = {}
         self.direct = Direct("prefill-0", mailboxes)
+        self._routed = RoutedLink(self.direct, LoopbackLink("prefill-0", mailboxes, self._count))
         self.parts_beside = 0
-        self.direct.lands = {name: worker.land for name, worker in self.workers.items() if self.has_landing}
-        parts = self.workers["prefill-0"]._parts
-        routed = RoutedLink(self.direct, LoopbackLink("prefill-0", mailboxes, self._count))
-        parts.sender._link = parts.prober._link = routed
+        super().__init__(PAIR, **sections)
+        mailboxes |= {name: worker.post for name, worker in self.workers.items()}
+        self.direct.writers = {name: worker.prepare_write for name, worker in self.workers.items() if self.links_write}
 
         def post(message: Any, arrived: Any = None) -> None:
             if isinstance(message, KVPartAck):
@@ -77,6 +76,9 @@ class LinkedBox(WorkerBox):
             self.workers["prefill-0"].post(message, arrived)
 
         mailboxes["prefill-0"] = post
+
+    def link_of(self, worker_id: str, link: LoopbackLink) -> Link:
+        return self._routed if worker_id == "prefill-0" else link
 
     def _count(self, part: KVPart, wire: torch.Tensor) -> torch.Tensor:
         self.parts_beside += 1
@@ -144,7 +146,7 @@ def test_a_commit_lost_with_the_link_is_sent_beside_it(arrives: bool) -> None:
 def test_a_link_that_breaks_with_nothing_on_it_costs_nothing() -> None:
     box = LinkedBox()
     box.submit("a", prompt_of(100), "prefill-0", "decode-0", max_tokens=8)
-    box.run_until(lambda: committed(box) and not box.workers["prefill-0"]._parts.sender._bytes_in_flight)
+    box.run_until(lambda: committed(box) and not box.outgoing("prefill-0").window.num_bytes_in_flight)
     box.break_link("prefill-0", "decode-0")
     box.submit("b", prompt_of(90), "prefill-0", "decode-0", max_tokens=8)
     box.run()
@@ -164,14 +166,14 @@ def test_news_of_a_break_that_come_twice_or_late_leave_the_second_attempt_alone(
     box.run_until(lambda: committed(box))
     box.break_link("prefill-0")
     prefill, decode = box.workers["prefill-0"], box.workers["decode-0"]
-    sender = prefill._parts.sender
-    sender._limits = replace(sender._limits, window_bytes=1)  # a part at a time
+    outgoing = box.outgoing("prefill-0")
+    outgoing.window.num_bytes = 1  # a part at a time
     for _ in range(10):
         prefill.round()
         if box.parts_beside:
             break
         decode.round()
-    assert sender._bytes_in_flight
+    assert outgoing.window.num_bytes_in_flight
     for _ in range(3):
         box.break_link(late)
         box.round()
@@ -186,8 +188,8 @@ def test_parts_that_took_another_road_outlive_the_link() -> None:
     box = LinkedBox()
     box.direct.up = False  # broken, but its end is not told yet
     box.submit("r", prompt_of(100), "prefill-0", "decode-0", max_tokens=8)
-    sender = box.workers["prefill-0"]._parts.sender
-    box.run_until(lambda: sender._bytes_in_flight)
+    outgoing = box.outgoing("prefill-0")
+    box.run_until(lambda: outgoing.window.num_bytes_in_flight)
     box.break_link("prefill-0", "decode-0")
     box.run()
     assert box.output("r") == expected_tokens(prompt_of(100), 8)
@@ -230,7 +232,7 @@ def test_a_full_device_fails_a_handoff_and_not_the_worker(
 
     def full(peer: str, num_bytes: int) -> torch.Tensor | None:
         if is_full_for_ever or box.direct.num_out:
-            raise torch.OutOfMemoryError
+            raise DeviceFull
         return buffer(peer, num_bytes)
 
     with monkeypatch.context() as patched:
@@ -249,7 +251,7 @@ def test_a_full_device_fails_a_handoff_and_not_the_worker(
 
 def test_large_parts_are_cut_to_what_the_link_takes() -> None:
     box = LinkedBox(num_blocks=512)
-    box.direct._max_part_bytes = 1000
+    box.direct.largest_part_bytes = 1000
     box.submit("r", prompt_of(300), "prefill-0", "decode-0", max_tokens=5)
     box.run()
     assert box.output("r") == expected_tokens(prompt_of(300), 5)
@@ -277,7 +279,7 @@ def test_channels_become_fewer_with_peers_and_are_the_same_at_all_workers(monkey
     made: list[int] = []
 
     class Device(HostDevice):
-        def __init__(self, index: int, channels: int, *, is_alone: bool) -> None:
+        def __init__(self, index: int, channels: int, *, is_only_user: bool) -> None:
             super().__init__()
             made.append(channels)
 

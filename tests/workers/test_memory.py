@@ -21,7 +21,6 @@ from phasewise.core.errors import ConfigError
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.model_source import ModelSource
 from phasewise.core.placement import WorkerRole
-from workers.build import prepare_engine
 from workers.memory import (
     GIB,
     GpuMemory,
@@ -32,6 +31,7 @@ from workers.memory import (
     num_kv_blocks,
     out_of_memory,
 )
+from workers.prepare import prepare_engine
 from workers.profiler import PreparedEngine
 from workers.settings import WorkerSettings
 from workers.sizing import GpuSizer, StepLimits, largest_steps
@@ -267,7 +267,7 @@ def test_a_gpu_worker_from_settings_to_cache(
 ) -> None:
     """The CPU by another name plays a GPU of 1 MiB."""
     memory = FakeMemory()
-    monkeypatch.setattr("workers.build.CudaMemory", lambda device: memory)
+    monkeypatch.setattr("workers.prepare.CudaMemory", lambda device: memory)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "FAKE 1 MiB")
     config_of(tmp_path, **TINY)
 

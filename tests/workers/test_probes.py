@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from kv_transfer.link import DeviceFull
 from kv_transfer.prober import ProbeLink
 from kv_transfer.staging import is_intact
 from phasewise.core.links import LinkProbe
@@ -49,7 +50,7 @@ def test_a_probe_takes_the_time_until_its_acknowledgement() -> None:
 @pytest.mark.parametrize("num_bytes", [0, 16, 40, -32, 2048])
 def test_a_size_that_the_link_does_not_take_is_refused(num_bytes: int) -> None:
     box = LinkedBox()
-    box.direct._max_part_bytes = 1024
+    box.direct.largest_part_bytes = 1024
     answers = probe(box, num_bytes)
     box.run()
     (answer,) = answers
@@ -100,7 +101,7 @@ def test_a_full_device_fails_the_probe_and_not_the_worker(monkeypatch: pytest.Mo
     box = LinkedBox()
 
     def buffer(*_: Any) -> None:
-        raise torch.OutOfMemoryError
+        raise DeviceFull
 
     with monkeypatch.context() as patched:
         patched.setattr(box.direct, "buffer", buffer)
@@ -165,8 +166,8 @@ def test_a_damaged_probe_is_counted() -> None:
 
 def test_what_a_worker_tells_of_its_links() -> None:
     box = LinkedBox(transfer={"layers_per_part": 2})
-    box.direct._max_part_bytes = 1 << 20
-    box.direct._rate, box.direct._part_s = 5e9, 1e-4
+    box.direct.largest_part_bytes = 1 << 20
+    box.direct.rate, box.direct.seconds_per_part = 5e9, 1e-4
     worker, peer = box.workers["prefill-0"], box.workers["decode-0"].info
     narrow, odd_spec = replace(SPEC, dtype="bfloat16", block_size=32), replace(SPEC, num_layers=7)
     others = [replace(peer, worker_id="narrow", kv_spec=narrow), replace(peer, worker_id="odd", kv_spec=odd_spec)]
@@ -187,7 +188,7 @@ def test_prompts_are_pushed_layer_by_layer_where_the_link_makes_that_pay(
     rate: float, part_s: float, num_parts: int
 ) -> None:
     box = LinkedBox(transfer={"layers_per_part": 1})
-    box.direct._rate, box.direct._part_s = rate, part_s
+    box.direct.rate, box.direct.seconds_per_part = rate, part_s
     box.submit("r", prompt_of(100), "prefill-0", "decode-0", max_tokens=5)
     box.run()
     assert box.output("r") == expected_tokens(prompt_of(100), 5)
@@ -197,13 +198,13 @@ def test_prompts_are_pushed_layer_by_layer_where_the_link_makes_that_pay(
 
 def test_a_prompt_goes_on_as_it_began_when_the_rate_becomes_known_meanwhile() -> None:
     box = LinkedBox(num_blocks=512, transfer={"layers_per_part": 1})
-    box.direct._part_s = 1.0
+    box.direct.seconds_per_part = 1.0
 
     def learn(part: Any, wire: torch.Tensor) -> torch.Tensor:
-        box.direct._rate = 1e9  # from here on nothing would be pushed layer by layer
+        box.direct.rate = 1e9  # from here on nothing would be pushed layer by layer
         return wire
 
-    box.direct._fault = learn
+    box.direct.fault = learn
     box.submit("r", prompt_of(600), "prefill-0", "decode-0", max_tokens=5)
     box.run()
     assert box.output("r") == expected_tokens(prompt_of(600), 5)

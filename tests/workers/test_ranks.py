@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 
 from engine.batch import ScheduledBatch, ScheduledSequence
+from engine.models.llama import LlamaModel
 from engine.sequence import Sequence
-from kv_transfer.cache_port import KVPlace
-from kv_transfer.codec import Codec
+from kv_transfer.cache_protocol import KVPlace
+from kv_transfer.codec import Codec, part_layout
 from kv_transfer.plan import PartSpan
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.config import build_config
@@ -124,7 +125,7 @@ def test_two_ranks_give_the_tokens_of_one(folder: Path, started: Started) -> Non
 def test_a_rank_that_is_killed_ends_the_worker_within_a_second(started: Started) -> None:
     generate(started.engine, 2)
     killed_s = time.monotonic()
-    started.ranks._processes[0].kill()
+    os.kill(started.ranks.pids[0], signal.SIGKILL)
     assert "rank 1 of mixed-0 ended (exit code -9); so the whole worker ends" in started.lost.get(timeout=5.0)
     assert time.monotonic() - killed_s < 1.0
 
@@ -133,7 +134,7 @@ def test_a_step_that_fails_on_rank_0_ends_the_worker(started: Started, monkeypat
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(started.engine.runner._model, "embed", fail)
+    monkeypatch.setattr(LlamaModel, "embed", fail)  # in this process, which is rank 0
     with pytest.raises(RuntimeError, match="out of memory"):
         generate(started.engine, 1)
     assert "rank 0 of mixed-0: RuntimeError in a step: out of memory" in started.lost.get(timeout=1.0)
@@ -149,7 +150,7 @@ def test_a_part_that_fails_on_rank_0_ends_the_worker(
         raise torch.OutOfMemoryError("no memory for a part")
 
     port, span = started.engine.port, PartSpan(0, 1, 0, 16)
-    layout = port.layout(span, port.spec.dtype, Codec.NONE)
+    layout = part_layout(port.spec, span, port.spec.dtype, Codec.NONE)
     monkeypatch.setattr("workers.ranked_cache.pack" if does == "pack" else "workers.ranked_cache.decode", fail)
     with pytest.raises(torch.OutOfMemoryError):
         getattr(port, does)(KVPlace([0]), span, layout, torch.zeros(layout.num_bytes, dtype=torch.uint8))
@@ -164,7 +165,7 @@ def test_ranks_end_with_a_worker_that_is_killed(folder: Path) -> None:
         "from workers.ranks import Ranks\n"
         "ranks = Ranks(settings_for(Path(sys.argv[1]), 2))\n"
         "ranks.wait_loaded()\n"
-        "print(ranks._processes[0].pid, flush=True)\n"
+        "print(ranks.pids[0], flush=True)\n"
         "time.sleep(100)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -192,7 +193,7 @@ def test_errors_at_the_start(folder: Path, tmp_path: Path, monkeypatch: pytest.M
         ranks.wait_loaded()
     ranks.close()
     ranks = Ranks(settings_for(folder, 2))
-    ranks._processes[0].kill()
+    os.kill(ranks.pids[0], signal.SIGKILL)
     with pytest.raises(InternalError, match="rank 1 of mixed-0 ended while it started"):
         ranks.wait_loaded()
     ranks.close()

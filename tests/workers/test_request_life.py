@@ -196,7 +196,7 @@ def test_a_worker_without_work_sleeps_until_there_may_be_some(last: str, monkeyp
     box = WorkerBox(PAIR, transfer={"layerwise_threshold_tokens": 1, "layers_per_part": 1})
     prefill, decode = box.workers["prefill-0"], box.workers["decode-0"]
     box.submit("r", prompt_of(60), "prefill-0", "decode-0", max_tokens=4)
-    box.run_until(lambda: bool(decode._parts.receiver.reservations))
+    box.run_until(lambda: bool(box.incoming("decode-0").reservations))
     if last == "abort":
         decode.post(AbortRequest("x"))
     else:
@@ -209,7 +209,7 @@ def test_a_worker_without_work_sleeps_until_there_may_be_some(last: str, monkeyp
         patch.setattr(decode, "_mailbox", _Mailbox(decode._mailbox))
         decode._wait()
     assert decode._mailbox.empty()
-    assert decode._parts.receiver.has_ended == (last != "abort")
+    assert box.incoming("decode-0").has_ended == (last != "abort")
     box.run()
     assert box.output("r") == expected_tokens(prompt_of(60), 4)
 
@@ -218,7 +218,7 @@ def test_a_handoff_is_found_by_the_next_offer_and_when_it_ends_before_its_first_
     box = WorkerBox(PAIR)
     prefill, decode = box.workers["prefill-0"], box.workers["decode-0"]
     box.submit("a", prompt_of(100), "prefill-0", "decode-0", max_tokens=4)
-    box.run_until(lambda: bool(decode._parts.receiver.reservations))
+    box.run_until(lambda: bool(box.incoming("decode-0").reservations))
     for _ in range(6):
         prefill.round()
     box.submit("b", [*prompt_of(100)[:96], 7, 7, 7], "prefill-0", "decode-0", max_tokens=4)
@@ -226,7 +226,7 @@ def test_a_handoff_is_found_by_the_next_offer_and_when_it_ends_before_its_first_
         prefill.round()
     decode.post(AbortRequest("a"))
     decode.round()
-    (reservation,) = decode._parts.receiver.reservations
+    (reservation,) = box.incoming("decode-0").reservations
     assert reservation.num_cached_tokens == 96
 
 
@@ -430,19 +430,19 @@ def test_window_holds_parts_back_and_drops_none() -> None:
 
     def watch(part: KVPart, wire: torch.Tensor) -> torch.Tensor:
         in_flight.append(part.num_bytes)
-        acks.append(box.workers["prefill-0"]._parts.sender._bytes_in_flight)
+        acks.append(box.outgoing("prefill-0").window.num_bytes_in_flight)
         return wire
 
     box = WorkerBox(PAIR, num_blocks=512, fault=watch)
-    sender = box.workers["prefill-0"]._parts.sender
-    sender._limits = replace(sender._limits, window_bytes=20_000)
+    outgoing = box.outgoing("prefill-0")
+    outgoing.window.num_bytes = 20_000
     for i in range(6):
         box.submit(f"r{i}", prompt_of(200, seed=i), "prefill-0", "decode-0", max_tokens=5)
     box.run()
     assert max(acks) <= 20_000
     for i in range(6):
         assert box.output(f"r{i}") == expected_tokens(prompt_of(200, seed=i), 5)
-    assert sender._bytes_in_flight == 0
+    assert outgoing.window.num_bytes_in_flight == 0
     box.assert_empty()
 
 
@@ -507,7 +507,6 @@ def test_roles_refuse_what_is_not_theirs() -> None:
 
 def test_an_offer_of_other_weights_is_refused_saying_what_differs() -> None:
     box = WorkerBox(PAIR)
-    from dataclasses import replace
 
     box.submit("r", prompt_of(10), "prefill-0", "decode-0", max_tokens=3)
     real_send = box.send

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from kv_transfer.link import ArrivedPart
@@ -18,8 +20,8 @@ from tests.workers.test_request_life import PAIR, prompt_of
 class SlabLink(LoopbackLink):
     """Parts lie in slabs until the test lets the oldest arrive."""
 
-    def __init__(self, link: LoopbackLink, num_bytes: int) -> None:
-        super().__init__(link._worker_id, link._mailboxes)
+    def __init__(self, worker_id: WorkerId, link: LoopbackLink, num_bytes: int) -> None:
+        super().__init__(worker_id, link.mailboxes)
         self.pool = SlabPool(torch.zeros(num_bytes, dtype=torch.uint8), num_bytes)
         self.under_way: list[tuple[WorkerId, KVPart, Slab]] = []
         self._slab: Slab | None = None
@@ -39,16 +41,24 @@ class SlabLink(LoopbackLink):
     def arrive(self) -> None:
         peer, part, slab = self.under_way.pop(0)
         wire = slab.buffer.clone()
-        self._mailboxes[peer](part, ArrivedPart(wire if is_intact(wire) else None, lambda: None))
+        self.mailboxes[peer](part, ArrivedPart(wire if is_intact(wire) else None, lambda: None))
         self.pool.give_back(slab)
-        self._mailboxes[self._worker_id](KVPartAck(part.transfer_id, part.part_index))
+        self.mailboxes[self._worker_id](KVPartAck(part.transfer_id, part.part_index))
+
+
+class SlabBox(WorkerBox):
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        self.slab_links: dict[WorkerId, SlabLink] = {}
+        super().__init__(*arguments, **named)
+
+    def link_of(self, worker_id: WorkerId, link: LoopbackLink) -> SlabLink:
+        self.slab_links[worker_id] = SlabLink(worker_id, link, 130 * SPEC.bytes_per_token)
+        return self.slab_links[worker_id]
 
 
 def test_small_parts_do_not_keep_a_large_one_out_for_ever() -> None:
-    box = WorkerBox(PAIR, num_blocks=1000)
-    sender = box.workers["prefill-0"]._parts.sender
-    assert isinstance(sender._link, LoopbackLink)
-    link = sender._link = SlabLink(sender._link, 130 * SPEC.bytes_per_token)
+    box = SlabBox(PAIR, num_blocks=1000)
+    link = box.slab_links["prefill-0"]
     for i in range(2):
         box.submit(f"before-{i}", prompt_of(50, i), "prefill-0", "decode-0", max_tokens=2)
     box.submit("large", prompt_of(120), "prefill-0", "decode-0", max_tokens=2)

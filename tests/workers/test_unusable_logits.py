@@ -156,7 +156,7 @@ def test_a_handoff_that_shares_blocks_with_a_damaged_request_does_not_bring_them
     box.submit("a", prompt_of(100), "prefill-0", "decode-0", max_tokens=60)
     box.run_until(lambda: len(box.tokens[("a", 0)]) >= 3)
     box.submit("b", [*prompt_of(64), *prompt_of(40, 3)], "prefill-0", "decode-0", max_tokens=60)
-    box.run_until(lambda: bool(decode._parts.receiver.reservations))
+    box.run_until(lambda: bool(box.incoming("decode-0").reservations))
     (damaged,) = sequences_of(box, "a", "decode-0")
     for _ in range(6):
         prefill.round()

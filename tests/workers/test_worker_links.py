@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from kv_transfer.link import Land, Landed, Landing, to_mailbox
+from kv_transfer.link import PrepareWrite, WriteOutcome, WriteReceived, write_nothing
 from kv_transfer.routed_link import RoutedLink
 from phasewise.core.config import build_config
 from phasewise.core.errors import ConfigError
@@ -35,11 +35,11 @@ def links() -> Iterator[Make]:
         device: str = "cpu",
         head: str = "",
         post: Any = None,
-        land: Land = lambda part, wire: to_mailbox,
+        prepare_write: PrepareWrite = lambda part, wire: write_nothing,
     ) -> Links:
         config = build_config({"transfer": {"link": link, "slab_mib": 1}}, source="test")
         settings = WorkerSettings(f"{role.value}-0", role, device, 1, config, secret="s", head=head)
-        made.append(Links(settings, WorkerHandles(), post or (lambda message, arrived=None: None), land))
+        made.append(Links(settings, WorkerHandles(), post or (lambda message, arrived=None: None), prepare_write))
         made[-1].agree_on(SPEC)
         return made[-1]
 
@@ -52,16 +52,18 @@ def test_a_pair_hands_over_across_tcp(links: Make) -> None:
     acks: queue.SimpleQueue[Any] = queue.SimpleQueue()
     parts: queue.SimpleQueue[Any] = queue.SimpleQueue()
     sender = links(WorkerRole.PREFILL, post=lambda message, arrived=None: acks.put(message))
-    landed: list[Any] = []
+    written: list[Any] = []
 
-    def land(part: KVPart, wire: torch.Tensor) -> Landing:
+    def prepare_write(part: KVPart, wire: torch.Tensor) -> WriteReceived:
         def write() -> bool:
-            landed.append(part)
+            written.append(part)
             return True
 
         return write
 
-    receiver = links(WorkerRole.DECODE, post=lambda message, arrived=None: parts.put((message, arrived)), land=land)
+    receiver = links(
+        WorkerRole.DECODE, post=lambda message, arrived=None: parts.put((message, arrived)), prepare_write=prepare_write
+    )
     assert sender.open({"decode-0": receiver.address}) is None
     buffer = sender.link.buffer("decode-0", 4096)
     assert buffer is not None and not sender.link.uses_store
@@ -69,8 +71,8 @@ def test_a_pair_hands_over_across_tcp(links: Make) -> None:
     sender.link.send_part("decode-0", header(3, 4096), buffer)
     message, arrived = parts.get(timeout=10.0)
     assert message == header(3, 4096)
-    assert arrived.landed is Landed.WRONG, "the checksum of this content is not that of a part"
-    assert landed == [message]
+    assert arrived.written is WriteOutcome.WRONG, "the checksum of this content is not that of a part"
+    assert written == [message]
     assert acks.get(timeout=10.0) == KVPartAck("t", 3)
     assert sender.link.bytes_per_s("decode-0") > 0
 

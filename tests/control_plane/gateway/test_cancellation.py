@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from control_plane.actors import RemotePlacer
 from control_plane.gateway.bodies import Bodies
 from control_plane.gateway.grpc_front.server import InferenceServicer
 from control_plane.gateway.http_front.openai_server import build_app
@@ -24,6 +23,7 @@ from control_plane.gateway.service import ModelCard
 from control_plane.gateway.text.tokenizer import TextTokenizer
 from control_plane.gateway.text.vocabulary import ByteVocabulary
 from control_plane.metrics import GatewayMetrics
+from control_plane.remote_placer import RemotePlacer
 from control_plane.serving_pools import ServingPools
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.messages import AbortRequest, NewTokens, PrefillTask, WorkerOutput

@@ -19,8 +19,8 @@ from engine.sharding import Shard
 from engine.tensor_parallel import Group
 from phasewise.core.errors import ServingError
 from phasewise.core.logs import setup_logging
-from workers.build import load_part, make_part
-from workers.ranked_cache import FollowingCache
+from workers.rank_parts import load_part, make_part
+from workers.ranked_cache import CacheCommands
 from workers.ranks import Join, Loaded, Ready
 from workers.settings import WorkerSettings
 
@@ -34,10 +34,10 @@ def main() -> None:
     logs, name = settings.config.logging, f"{settings.worker_id}.{rank}"
     setup_logging(name, log_format=logs.format, level=logs.level, collector=settings.log_collector)
     commands: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    # Daemon, and it ends the process: the main thread may hang on a device whose other ranks are gone.
+    # This thread ends the process: the main thread may hang on a device whose other ranks are gone.
     threading.Thread(target=_receive, args=(pipe, commands, store_path), daemon=True).start()
     try:
-        _follow(pipe, commands, settings, Group(Shard(rank, settings.tensor_parallel)), store_path)
+        _serve(pipe, commands, settings, Group(Shard(rank, settings.tensor_parallel)), store_path)
     except Exception:
         logger.exception("the rank broke", extra={"worker_id": settings.worker_id})
         logging.shutdown()
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _receive(pipe: Connection, commands: queue.SimpleQueue[Any], store_path: str) -> None:
-    """Puts what comes into the queue; ends the process when rank 0 has closed the pipe, or is gone."""
+    """Puts received commands into the queue; ends the process when rank 0 has closed the pipe, or is gone."""
     while True:
         try:
             commands.put(pickle.loads(pipe.recv_bytes()))
@@ -54,9 +54,10 @@ def _receive(pipe: Connection, commands: queue.SimpleQueue[Any], store_path: str
             os._exit(0)
 
 
-def _follow(
+def _serve(
     pipe: Connection, commands: queue.SimpleQueue[Any], settings: WorkerSettings, group: Group, store_path: str
 ) -> None:
+    """Loads this rank's part, joins the group, and carries out commands for ever."""
     torch.set_num_threads(settings.num_threads)
     try:
         loaded = load_part(settings, group, progress=lambda share: None)
@@ -67,11 +68,11 @@ def _follow(
     join: Join = commands.get()
     cache, runner = make_part(loaded, settings, group, join, store_path)
     pipe.send(Ready())
-    following = FollowingCache(cache, group)
+    cache_commands = CacheCommands(cache, group)
     while True:
         command = commands.get()
-        if not following.follow(command):
-            runner.follow(command)
+        if not cache_commands.carry_out(command):
+            runner.carry_out(command)
 
 
 if __name__ == "__main__":

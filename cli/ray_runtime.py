@@ -1,0 +1,138 @@
+"""Ray for one cluster: starts a private one or joins one that runs, makes actors in it, and asks them.
+
+Ray is imported by `start` and not before: it reads its environment then. What its calls return is a *ref*, to be asked
+or waited for here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from cli.private_ray import private_ray_environment
+from phasewise.core.config import RayConfig
+from phasewise.core.errors import ConfigError
+from phasewise.core.handles import ActorHandle, value_of
+from phasewise.core.logs import LogCollector
+
+LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
+"""Where a private Ray listens. On Linux it replaces 127.0.0.1 itself by an address that the network can reach."""
+
+_CALL_TIMEOUT_S = 120.0
+
+
+class RayRuntime:
+    """A Ray for a cluster of `num_workers`. `close` leaves no process and no memory of a private one.
+
+    What an actor answers with a ServingError as a value (handles.py) is raised by the asking methods.
+    """
+
+    def __init__(self, config: RayConfig, num_workers: int) -> None:
+        self._config = config
+        self._num_workers = num_workers
+        self._exit = contextlib.ExitStack()
+        self._ray: Any = None  # the module
+
+    def start(self) -> str | None:
+        """Starts or joins Ray. Gives the path of the socket that collects logs, if this Ray is private.
+
+        Raises:
+            ConfigError: there is no Ray at the configured address.
+        """
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+        if self._config.address == "local":
+            os.environ.update(private_ray_environment(self._config, secrets.token_hex(32)))
+        else:
+            check_ray_address(self._config.address)
+        import ray
+
+        self._ray = ray
+        options = {
+            "namespace": f"phasewise-{os.getpid()}",
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+        }
+        if self._config.address == "local":
+            return self._start_private(options)
+        self._join(options)
+        return None
+
+    def close(self) -> None:
+        """Shuts Ray down, at whatever point of its life this is; a joined one goes on for others."""
+        self._exit.close()
+
+    def num_gpus(self) -> int:
+        return int(self._ray.cluster_resources().get("GPU", 0))
+
+    def head_address(self) -> str:
+        """The address of the cluster's first node."""
+        nodes = self._ray.nodes()
+        return next(str(n["NodeManagerAddress"]) for n in nodes if "node:__internal_head__" in n["Resources"])
+
+    def make(self, actor_class: type, name: str, *arguments: Any, **options: Any) -> ActorHandle:
+        """A process with one object of `actor_class`, made of `arguments`. `options`: of Ray's actors."""
+        return self._ray.remote(num_cpus=0)(actor_class).options(name=name, **options).remote(*arguments)
+
+    def ask(self, ref: Any, timeout_s: float = _CALL_TIMEOUT_S) -> Any:
+        return value_of(self._ray.get(ref, timeout=timeout_s))
+
+    def ask_all(self, refs: Sequence[Any], timeout_s: float | None = _CALL_TIMEOUT_S) -> list[Any]:
+        return [value_of(value) for value in self._ray.get(list(refs), timeout=timeout_s)]
+
+    def ask_next(self, refs: Sequence[Any], timeout_s: float) -> list[Any]:
+        """Waits until one of `refs` has its answer, or for `timeout_s`. Gives those that have none yet."""
+        done, waiting = self._ray.wait(list(refs), num_returns=1, timeout=timeout_s)
+        self.ask_all(done)
+        return list(waiting)
+
+    def wait_all(self, refs: Sequence[Any], timeout_s: float) -> None:
+        """Waits for all answers, also where some are errors: a worker that is lost must not hurry the others."""
+        self._ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s)
+
+    def _join(self, options: dict[str, Any]) -> None:
+        address = self._config.address
+        try:
+            self._ray.init(address=address, **options)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"ray.address: no Ray cluster at {address}: {reason}") from None
+        self._exit.callback(self._ray.shutdown)
+
+    def _start_private(self, options: dict[str, Any]) -> str:
+        folder = tempfile.mkdtemp(prefix="pw-")  # short: Unix socket paths end at 107 bytes
+        self._exit.callback(shutil.rmtree, folder, ignore_errors=True)
+        collector = self._exit.enter_context(LogCollector(f"{folder}/log"))
+        self._exit.callback(self._ray.shutdown)
+        self._ray.init(
+            address="local",
+            num_cpus=self._num_workers + 2,
+            include_dashboard=False,
+            object_store_memory=self._config.object_store_mib * 2**20,
+            _temp_dir=f"{folder}/r",
+            _node_ip_address=LOOPBACK,
+            **options,
+        )
+        return collector.path
+
+
+def check_ray_address(address: str) -> None:
+    """Raises ConfigError when nobody listens there: Ray itself would try for over a minute."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not separator or not port.isdigit():
+        return  # "auto" and the like: Ray knows what they mean
+    try:
+        socket.create_connection((host, int(port)), timeout=5.0).close()
+    except OSError as error:
+        raise ConfigError(
+            f"ray.address: nothing answers at {address} ({error.strerror or error}); start Ray there with "
+            "'ray start --head', or leave ray.address out for a private cluster"
+        ) from None
