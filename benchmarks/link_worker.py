@@ -29,10 +29,10 @@ from phasewise.core.profile import DeviceProfile
 from phasewise.core.request import Request, SamplingParams
 from workers.assemble import Ports, assemble
 from workers.build import LoadedEngine, worker_info
+from workers.driver import WorkerDriver
 from workers.prepare import prepare_engine
 from workers.ranks import Ranks
 from workers.settings import WorkerSettings
-from workers.worker import Worker
 
 
 class WorkerEnd(LinkEnd):
@@ -59,7 +59,7 @@ class WorkerEnd(LinkEnd):
         engine = LoadedEngine(
             prepared.runner, prepared.cache, prepared.port, prepared.max_model_len, profile, dtype, self._ranks
         )
-        self._worker: Worker | None = None
+        self._worker: WorkerDriver | None = None
         super().__init__(name, controls, settings)
         self._spec = engine.port.spec
         self._vocab_size = prepared.vocab_size
@@ -126,7 +126,7 @@ class WorkerEnd(LinkEnd):
             self._worker.post(AbortRequest(request_id))
 
     def num_checksum_failures(self) -> int:
-        return self._worker._parts.receiver.incoming.counters.checksum_failures
+        return self._worker.rounds.parts.receiver.incoming.counters.checksum_failures
 
     def close(self) -> None:
         self._worker.stop()

@@ -25,8 +25,8 @@ from phasewise.core.placement import Placement
 from phasewise.core.request import Request, SamplingParams
 from workers.assemble import Ports, assemble
 from workers.build import LoadedEngine, load_engine, worker_info
+from workers.driver import WorkerDriver
 from workers.settings import WorkerSettings
-from workers.worker import Worker
 
 SHAPES = {
     "8b": {
@@ -111,7 +111,7 @@ class LoneWorker:
         self._on_load = on_load
         info = worker_info(settings, engine)
         ports = Ports(self, self, self, self)
-        self.worker: Worker = assemble(info, engine.runner, engine.port, settings.config, ports, MonotonicClock())
+        self.worker: WorkerDriver = assemble(info, engine.runner, engine.port, settings.config, ports, MonotonicClock())
 
     def generate(self, request: Request, time_left_s: float = 1e6) -> None:
         worker_id = self.worker.info.worker_id

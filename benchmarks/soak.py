@@ -147,8 +147,8 @@ class Soak:
         vocab_size = model_facts(resolve_model(config.model.path)).vocab_size
         self._mix = RequestMix(vocab_size, arguments.max_prompt, arguments.max_output)
         self._lone = LoneWorker(settings, engine, self._on_output, self._on_load)
-        self._blocks = self._lone.worker._parts.blocks
-        self._decode = self._lone.worker._parts.decode
+        self._blocks = self._lone.worker.rounds.parts.blocks
+        self._decode = self._lone.worker.rounds.parts.decode
         self._lock = threading.Lock()  # guards the requests that are open
         self._open: dict[str, OpenRequest] = {}
         self._is_sending = True

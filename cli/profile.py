@@ -82,10 +82,9 @@ def measure(config: ServingConfig, threads: int | None, budget_s: float) -> Devi
     from engine.loader import resolve_device
     from phasewise.core.clock import MonotonicClock
     from phasewise.core.placement import WorkerRole
-    from workers.engine_facts import token_budget
     from workers.prepare import prepare_engine
     from workers.profiler import full_grid, measure_profile, measure_rates
-    from workers.settings import WorkerSettings
+    from workers.settings import WorkerSettings, token_budget
 
     clock = MonotonicClock()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

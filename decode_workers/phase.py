@@ -2,7 +2,7 @@
 
 One request's life here:
 
-    KVOffer → waits for room (decode_workers/reservations.py)
+    KVOffer → waits for room (decode_workers/reservations.py, joining.py)
       → reserved: blocks set aside, parts come in (kv_transfer/receiver.py)
       → commit, all parts right: one sequence per living sample joins the running batch → one token a step
       → ends with a reason: blocks released, full ones remembered by the prefix cache
@@ -12,10 +12,12 @@ Sequences of a mixed worker come in through `adopt`, with their blocks. A preemp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from typing import Protocol
 
-from decode_workers.reservations import ReservationQueue, Room
+from decode_workers.joining import JoiningRules, Occupancy
+from decode_workers.reservations import ReservationQueue
 from decode_workers.scheduler import DecodeJob, DecodePlan, DecodeScheduler
 from engine.batch import ScheduledSequence
 from engine.block_manager import BlockManager
@@ -26,7 +28,7 @@ from kv_transfer.state import ReceiveStatus
 from phasewise.core.clock import Clock
 from phasewise.core.errors import DeadlineExceeded, Overloaded, ServingError
 from phasewise.core.lifecycle import RequestStatus, Stage
-from phasewise.core.messages import KVDone, KVFailed, KVOffer, KVRefused, NewTokens, PrefillTask
+from phasewise.core.messages import KVDone, KVFailed, KVOffer, KVRefused, NewTokens
 from phasewise.core.outbox import Outbox
 from phasewise.core.placement import WorkerId
 from phasewise.core.ports import PeerPort
@@ -57,34 +59,30 @@ class Cache(Protocol):
 
 
 class DecodePhase:
-    """Plans decode steps and takes their results. Used by the step loop's thread alone.
-
-    `num_staying()`: samples of prompts that run on this worker now and will join through `adopt`.
-    """
+    """Plans decode steps and takes their results. Used by the step loop's thread alone."""
 
     def __init__(
         self,
         blocks: BlockManager,
-        scheduler: DecodeScheduler,
-        offers: ReservationQueue,
+        rules: JoiningRules,
         receiver: KVReceiver,
         cache: Cache,
         peers: PeerPort,
         outbox: Outbox,
         clock: Clock,
-        num_staying: Callable[[], int],
     ) -> None:
         self._blocks = blocks
-        self.scheduler = scheduler
-        self._offers = offers
+        self.scheduler = DecodeScheduler(blocks, rules.max_running)
+        self._rules = rules
+        self._offers = ReservationQueue(rules)
         self._receiver = receiver
         self._incoming = receiver.incoming
         self._cache = cache
         self._peers = peers
         self._outbox = outbox
         self._clock = clock
-        self._num_staying = num_staying
         self._swapped: dict[DecodeJob, list[int]] = {}  # the places of its blocks
+        self._first_deadline_s = float("inf")  # no job's is before
         self._handed_in = RecentNames()
         self.has_made_room = False  # the last plan preempted somebody, who may come back at once
         self.counters: dict[str, float] = dict.fromkeys(("output_tokens", "preemptions", "handoffs_in"), 0.0)
@@ -96,7 +94,7 @@ class DecodePhase:
         if offer.request.request_id in self._handed_in:  # only our word that it came was lost
             self._peers.send(offer.sender, KVDone(offer.transfer_id))
             return
-        reason = refusal(offer, self._incoming.spec) or self._offers.impossible(offer, self._room())
+        reason = refusal(offer, self._incoming.spec) or self._rules.impossible(offer)
         if reason:
             self._peers.send(offer.sender, KVRefused(offer.transfer_id, reason))
         else:
@@ -145,30 +143,37 @@ class DecodePhase:
                 self._incoming.fail(reservation.offer.transfer_id, "its gateway was lost")
 
     def fail(self, request_id: str, error: ServingError) -> None:
-        """Ends all samples of a request with an error, if any decodes here."""
-        for job in list(self.scheduler.jobs()):
-            if job.sequence.request_id == request_id:
-                self._fail(job, error)
-                return
+        """Ends all samples of a request with an error, if any decodes here: a request fails as a whole."""
+        jobs = [job for job in self.scheduler.jobs() if job.sequence.request_id == request_id]
+        if jobs:
+            self._outbox.failure(jobs[0].gateway_id, request_id, error)
+        for job in jobs:
+            self._end(job, RequestStatus.FAILED)
 
-    def adopt(self, sequences: list[Sequence], task: PrefillTask, deadline_s: float) -> None:
-        """Sequences whose prompt was computed on this worker; they bring their references to its blocks."""
+    def adopt(self, sequences: Iterable[Sequence], gateway_id: str, deadline_s: float) -> None:
+        """Takes sequences into the running batch. They bring their references to this worker's blocks."""
         for sequence in sequences:
-            self.scheduler.add(sequence, task.gateway_id, deadline_s)
+            self.scheduler.add(sequence, gateway_id, deadline_s)
+        self._first_deadline_s = min(self._first_deadline_s, deadline_s)
 
     # ---- once a step
 
-    def poll(self) -> None:
-        """Deadlines, leases, ended handoffs, waiting offers: before a step is planned."""
+    def poll(self, num_staying: int) -> None:
+        """Deadlines, leases, ended handoffs, waiting offers: before a step is planned.
+
+        `num_staying`: samples of prompts that run on this worker now and are to be adopted.
+        """
         now_s = self._clock.now_s()
-        for job in list(self.scheduler.jobs()):
-            if job.deadline_s <= now_s:
-                self._fail(job, DeadlineExceeded("the request's deadline passed during decode"))
+        if self._first_deadline_s <= now_s:
+            for job in list(self.scheduler.jobs()):
+                if job.deadline_s <= now_s:
+                    self.fail(job.sequence.request_id, DeadlineExceeded("the request's deadline passed during decode"))
+            self._first_deadline_s = min((job.deadline_s for job in self.scheduler.jobs()), default=float("inf"))
         for offer in self._offers.expired(now_s):
             self._peers.send(offer.sender, KVFailed(offer.transfer_id, "no room came free in the request's time"))
         self._incoming.expire()
         self._settle()
-        while (waiting := self._offers.next_acceptable(self._room())) is not None:
+        while self._offers and (waiting := self._offers.next_acceptable(self._occupancy(num_staying))):
             self._reserve(waiting.offer, waiting.deadline_s)
 
     def plan(self) -> list[ScheduledSequence]:
@@ -177,35 +182,35 @@ class DecodePhase:
         self.has_made_room = bool(plan.swap_out)
         self._carry_out(plan)
         # A request that failed for want of swap space may have taken planned samples with it.
-        live = (job for job in plan.jobs if job.status is RequestStatus.DECODING)
-        return [ScheduledSequence(job.sequence, 1, 1) for job in live]
+        return [ScheduledSequence(job.sequence, 1, 1) for job in plan.jobs if job.status is RequestStatus.DECODING]
 
-    def take(self, items: Iterable[tuple[ScheduledSequence, SampledToken]]) -> None:
-        """Takes the tokens of one step. What ended or was cancelled while the step ran leaves no trace."""
-        job_of = {id(job.sequence): job for job in self.scheduler.jobs()}
-        for item, token in items:
-            job = job_of.get(id(item.sequence))
-            if job is None:
+    def take(self, items: Seq[ScheduledSequence], results: Seq[tuple[SampledToken, ...] | None]) -> None:
+        """Takes the tokens of one step, as StepResult.tokens. What ended while the step ran leaves no trace."""
+        job_of, num_tokens = self.scheduler.job_of, 0
+        for item, tokens in zip(items, results, strict=True):
+            sequence = item.sequence
+            job = job_of.get(sequence)
+            if job is None or tokens is None:
                 continue
-            sequence = job.sequence
+            num_tokens += 1
             sequence.end_step(1)
-            sequence.token_ids.append(token.token_id)
+            sequence.token_ids.append(tokens[0].token_id)
             if job.status is RequestStatus.DECODING:  # else it was preempted meanwhile, and has no blocks
                 self._blocks.publish(sequence)
-            self.counters["output_tokens"] += 1
             if not job.has_stepped:
                 job.has_stepped = True
                 self._outbox.event(job.gateway_id, sequence.request_id, Stage.DECODE_START)
-            reason = sequence.finish_reason()
-            position = sequence.num_output_tokens - 1
-            chunk = NewTokens(sequence.request_id, sequence.sample_index, position, (token,), reason)
+            reason, position = sequence.finish_reason(), sequence.num_output_tokens - 1
+            chunk = NewTokens(sequence.request_id, sequence.sample_index, position, tokens, reason)
             self._outbox.chunk(job.gateway_id, chunk)
             if reason is not None:
                 self._end(job, RequestStatus.FINISHED)
+        self.counters["output_tokens"] += num_tokens
 
-    def has_room(self, num_sequences: int) -> bool:
-        """Whether so many more sequences may join: prompts that stay on this worker."""
-        return self.scheduler.has_room(self._num_coming() + num_sequences)
+    @property
+    def num_free_seats(self) -> int:
+        """How many samples may join the batch: those of prompts that run on this worker now are not taken off."""
+        return self._rules.num_free_seats(self._occupancy(num_staying=0))
 
     @property
     def num_reservations(self) -> int:
@@ -225,17 +230,14 @@ class DecodePhase:
             else:
                 self._blocks.release(reservation.block_table)
 
-    def _room(self) -> Room:
-        return Room(
-            num_blocks=self._blocks.num_blocks,
-            num_free_blocks=self._blocks.num_free_blocks,
-            num_live=self.scheduler.num_live + self._num_coming(),
-            num_preempted=len(self.scheduler.preempted),
+    def _occupancy(self, num_staying: int) -> Occupancy:
+        num_reserved = sum(r.offer.request.sampling.n for r in self._incoming.reservations)
+        return Occupancy(
+            self._blocks.num_free_blocks,
+            len(self.scheduler.running),
+            len(self.scheduler.preempted),
+            num_reserved + num_staying,
         )
-
-    def _num_coming(self) -> int:
-        """Samples that have their place in the batch already: of reservations, and of prompts that stay here."""
-        return sum(r.offer.request.sampling.n for r in self._incoming.reservations) + self._num_staying()
 
     def _reserve(self, offer: KVOffer, lease_end_s: float) -> None:
         """Sets blocks aside; what the prefix cache has of the prompt need not travel."""
@@ -272,6 +274,7 @@ class DecodePhase:
             num_bytes=reservation.num_bytes,
             duration_s=duration_s,
         )
+        sequences = []
         for index, token in enumerate(commit.first_tokens, request.sample_index):
             if token is None or index in reservation.dropped_samples:
                 continue
@@ -289,7 +292,8 @@ class DecodePhase:
             )
             self._blocks.share(sequence.block_table)
             self._blocks.publish(sequence)
-            self.scheduler.add(sequence, offer.gateway_id, reservation.lease_end_s)
+            sequences.append(sequence)
+        self.adopt(sequences, offer.gateway_id, reservation.lease_end_s)
         self._blocks.release(reservation.block_table)
 
     def _carry_out(self, plan: DecodePlan) -> None:
@@ -298,7 +302,8 @@ class DecodePhase:
                 continue  # its request failed a moment ago, in this loop
             self.counters["preemptions"] += 1
             if len(blocks) > self._cache.swap.num_free:
-                self._fail(job, Overloaded("KV blocks and swap space are used up", retry_after_s=5.0))
+                error = Overloaded("KV blocks and swap space are used up", retry_after_s=5.0)
+                self.fail(job.sequence.request_id, error)
                 continue
             self._swapped[job] = self._cache.copy_out(blocks)
             self._outbox.event(job.gateway_id, job.sequence.request_id, Stage.PREEMPTED)
@@ -307,14 +312,6 @@ class DecodePhase:
         for job in plan.swap_in:
             self._cache.copy_in(self._swapped.pop(job), job.sequence.block_table[: job.num_swapped_blocks])
             self._outbox.event(job.gateway_id, job.sequence.request_id, Stage.RESUMED)
-
-    def _fail(self, job: DecodeJob, error: ServingError) -> None:
-        """Ends all samples of the job's request: a request fails as a whole."""
-        request_id = job.sequence.request_id
-        self._outbox.failure(job.gateway_id, request_id, error)
-        for other in list(self.scheduler.jobs()):
-            if other.sequence.request_id == request_id:
-                self._end(other, RequestStatus.FAILED)
 
     def _end(self, job: DecodeJob, status: RequestStatus) -> None:
         """Nothing of the sample is left here afterwards."""

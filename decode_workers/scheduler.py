@@ -26,6 +26,7 @@ class DecodeJob:
     order: int  # of arrival on this worker
     status: RequestStatus = RequestStatus.DECODING
     num_swapped_blocks: int = 0
+    writable_end: int = 0  # tokens before this position have a slot that no other sequence refers to
     has_stepped: bool = False
 
     def move(self, status: RequestStatus) -> None:
@@ -55,15 +56,8 @@ class DecodeScheduler:
         self._max_running = max_running
         self.running: list[DecodeJob] = []
         self.preempted: list[DecodeJob] = []
+        self.job_of: dict[Sequence, DecodeJob] = {}  # of all sequences here
         self._num_seen = 0
-
-    @property
-    def num_live(self) -> int:
-        return len(self.running) + len(self.preempted)
-
-    def has_room(self, num_sequences: int) -> bool:
-        """True when so many more sequences may join now."""
-        return not self.preempted and len(self.running) + num_sequences <= self._max_running
 
     def jobs(self) -> Iterator[DecodeJob]:
         yield from self.running
@@ -74,6 +68,7 @@ class DecodeScheduler:
         job = DecodeJob(sequence, gateway_id, deadline_s, self._num_seen)
         self._num_seen += 1
         self.running.append(job)
+        self.job_of[sequence] = job
         return job
 
     def remove(self, job: DecodeJob) -> None:
@@ -82,6 +77,7 @@ class DecodeScheduler:
             self.preempted.remove(job)
         else:
             self.running.remove(job)
+        del self.job_of[job.sequence]
         self._blocks.release(job.sequence.block_table)
         job.sequence.block_table = []
 
@@ -96,7 +92,7 @@ class DecodeScheduler:
                 break  # only younger ones follow
             if job.sequence.awaits_last_token:
                 continue
-            while not self._grow(job, plan):
+            while job.sequence.num_scheduled_tokens >= job.writable_end and not self._grow(job, plan):
                 if any(other.sequence.awaits_last_token for other in self.running):
                     break  # blocks come free with the step in flight: this sequence waits for it, and nobody leaves
                 youngest = self.running[-1]
@@ -112,8 +108,7 @@ class DecodeScheduler:
     def _grow(self, job: DecodeJob, plan: DecodePlan) -> bool:
         """Makes sure that the next token has a slot of its own. False when no block is free."""
         sequence = job.sequence
-        position = sequence.num_scheduled_tokens
-        index = position // self._blocks.block_size
+        index = sequence.num_scheduled_tokens // self._blocks.block_size
         if index == len(sequence.block_table):
             if self._blocks.num_free_blocks == 0:
                 return False
@@ -126,6 +121,7 @@ class DecodeScheduler:
             plan.copies.append((shared, own))
             sequence.block_table[index] = own
             self._blocks.release([shared])
+        job.writable_end = (index + 1) * self._blocks.block_size
         return True
 
     def _preempt(self, job: DecodeJob, plan: DecodePlan) -> None:
@@ -138,6 +134,7 @@ class DecodeScheduler:
         job.num_swapped_blocks = len(held)
         job.sequence.block_table = []
         job.sequence.num_published_blocks = 0
+        job.writable_end = 0
         self._blocks.release(held)
 
     def _resume(self, plan: DecodePlan) -> None:

@@ -10,7 +10,7 @@ from engine.sequence import Sequence
 from phasewise.core.request import SampledToken
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class ScheduledSequence:
     """Compute the next `num_tokens` tokens of `sequence`, from position `start` on: after those in flight.
 
@@ -24,7 +24,7 @@ class ScheduledSequence:
     start: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "start", self.sequence.num_scheduled_tokens)
+        self.start = self.sequence.num_scheduled_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,10 +126,10 @@ class BlockManager:
 
     def publish(self, sequence: Sequence) -> None:
         """Makes the sequence's full computed blocks findable for others."""
-        if not self._prefix_caching:
+        num_full = sequence.num_computed_tokens // self.block_size
+        if not self._prefix_caching or num_full == sequence.num_published_blocks:
             return
         self.hash_ahead(sequence, sequence.num_computed_tokens)
-        num_full = sequence.num_computed_tokens // self.block_size
         for i in range(sequence.num_published_blocks, num_full):
             key, block = sequence.block_hashes[i], sequence.block_table[i]
             if key not in self._block_by_hash and block not in self._hash_by_block:

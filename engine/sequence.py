@@ -34,15 +34,16 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)
     num_published_blocks: int = 0
     num_in_flight_tokens: int = 0
+    first_output: int = field(init=False)  # the position of the first output token
+    max_length: int = field(init=False)  # `num_tokens` with the last output token
+
+    def __post_init__(self) -> None:
+        self.first_output = self.num_prompt_tokens - self.num_resumed_tokens
+        self.max_length = self.first_output + self.sampling.max_tokens
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
-
-    @property
-    def first_output(self) -> int:
-        """The position of the first output token."""
-        return self.num_prompt_tokens - self.num_resumed_tokens
 
     @property
     def num_output_tokens(self) -> int:
@@ -74,15 +75,12 @@ class Sequence:
     @property
     def awaits_last_token(self) -> bool:
         """True when the output token in flight will be the last, whatever it is."""
-        return (
-            self.num_in_flight_tokens > 0
-            and self.num_output_tokens + self.num_in_flight_tokens >= self.sampling.max_tokens
-        )
+        return self.num_in_flight_tokens > 0 and len(self.token_ids) + self.num_in_flight_tokens >= self.max_length
 
     def finish_reason(self) -> FinishReason | None:
         """Why the sequence ends with the token that was sampled last, or None when it goes on."""
         if self.token_ids[-1] in self.sampling.stop_token_ids:
             return FinishReason.STOP
-        if self.num_output_tokens >= self.sampling.max_tokens:
+        if len(self.token_ids) >= self.max_length:
             return FinishReason.LENGTH
         return None

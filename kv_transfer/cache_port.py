@@ -36,6 +36,8 @@ class CachePort:
     written on any (`prepare`, `unpack`): steps under way, or enqueued already, hold nothing up.
     """
 
+    packs_inside_steps = True
+
     def __init__(self, cache: Cache, spec: KVCacheSpec) -> None:
         self.cache = cache
         self.spec = spec

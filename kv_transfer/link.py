@@ -72,7 +72,7 @@ def write_nothing() -> bool:
 
 
 class Post(Protocol):
-    """A worker's mailbox, from any thread (workers/worker.py)."""
+    """A worker's mailbox, from any thread (workers/driver.py)."""
 
     def __call__(
         self, message: KVPart | KVPartAck | KVCommit | LinkLost, arrived: ArrivedPart | None = None

@@ -17,8 +17,8 @@ with `TransferFailed`, and its gateway may try other workers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from engine.batch import ScheduledSequence
 from engine.block_manager import BlockManager
@@ -29,19 +29,25 @@ from kv_transfer.state import SendStatus
 from phasewise.core.clock import Clock
 from phasewise.core.errors import DeadlineExceeded, InternalError, Overloaded, ServingError, TransferFailed, WorkerLost
 from phasewise.core.lifecycle import RequestStatus, Stage
-from phasewise.core.messages import KVAccepted, KVFailed, KVRefused, NewTokens, PrefillTask, PromptLogprobs
+from phasewise.core.messages import KVAccepted, KVRefused, NewTokens, PrefillTask, PromptLogprobs
 from phasewise.core.outbox import Outbox
 from phasewise.core.placement import WorkerId
 from phasewise.core.request import FinishReason, SampledToken
-from prefill_workers.scheduler import PrefillJob, PrefillScheduler
+from prefill_workers.job import PrefillJob
+from prefill_workers.scheduler import PrefillScheduler
+
+
+@dataclass(frozen=True, slots=True)
+class Staying:
+    """Sequences whose prompt is computed and that this worker decodes; they bring references to its blocks."""
+
+    sequences: list[Sequence]
+    gateway_id: str
+    deadline_s: float
 
 
 class PrefillPhase:
-    """Plans prompt chunks and takes their results. Used by the step loop's thread alone.
-
-    `adopt(sequences, task, deadline_s)` gives sequences that stay on this worker to its decode phase;
-    `has_decode_room(n)` tells whether it would take n more, beside those of `scheduler.num_staying`.
-    """
+    """Plans prompt chunks and takes their results. Used by the step loop's thread alone."""
 
     def __init__(
         self,
@@ -51,8 +57,6 @@ class PrefillPhase:
         outbox: Outbox,
         clock: Clock,
         max_waiting: int,
-        adopt: Callable[[list[Sequence], PrefillTask, float], None],
-        has_decode_room: Callable[[int], bool],
     ) -> None:
         self._blocks = blocks
         self.scheduler = scheduler
@@ -60,8 +64,6 @@ class PrefillPhase:
         self._outbox = outbox
         self._clock = clock
         self._max_waiting = max_waiting
-        self._adopt = adopt
-        self._has_decode_room = has_decode_room
         self._jobs: dict[str, PrefillJob] = {}
         self.counters: dict[str, float] = dict.fromkeys(
             ("handoffs_out", "handoff_failures", "prompt_tokens", "prefix_query_tokens", "prefix_hit_tokens"), 0.0
@@ -100,10 +102,10 @@ class PrefillPhase:
             return False
         if sample_index is not None:
             job.ended_samples.add(sample_index)
-            if len(job.ended_samples) < job.task.request.sampling.n:
+            if len(job.ended_samples) < job.num_samples:
                 job.handoff.end_sample(sample_index)  # the receiver may have no reservation in which it could note this
                 return True
-        self._drop(job, RequestStatus.CANCELLED, "the request was cancelled")
+        self._end(job, RequestStatus.CANCELLED, "the request was cancelled")
         return True
 
     def on_accepted(self, message: KVAccepted) -> None:
@@ -113,34 +115,32 @@ class PrefillPhase:
                 self._event(job, Stage.RESERVED)
                 self._note_push(job)
 
-    def on_failed(self, message: KVFailed) -> None:
-        """The receiver gave up; another attempt may succeed."""
-        self._sender.on_failed(message.transfer_id, message.reason)
-
     def on_refused(self, message: KVRefused) -> None:
         """The receiver can never take it: another attempt, or another request like it, would end the same way."""
         self._sender.on_failed(message.transfer_id, message.reason)
         for job in list(self._jobs.values()):
             if job.handoff.transfer_id == message.transfer_id:
-                self._fail(job, InternalError(f"the KV handoff was refused: {message.reason}"))
+                self.fail(job.request_id, InternalError(f"the KV handoff was refused: {message.reason}"))
 
     def on_peer_lost(self, worker_id: WorkerId) -> None:
         """The decode worker is gone: no second offer to it can help."""
         self._sender.on_peer_lost(worker_id)
         for job in list(self._jobs.values()):
-            if job.task.placement.decode_worker == worker_id:
-                self._fail(job, WorkerLost(f"worker {worker_id} was lost; sending the request again is safe"))
+            if job.decode_worker == worker_id:
+                error = WorkerLost(f"worker {worker_id} was lost; sending the request again is safe")
+                self.fail(job.request_id, error)
 
     def on_gateway_lost(self, gateway_id: str) -> None:
         for job in list(self._jobs.values()):
             if job.task.gateway_id == gateway_id:
-                self._drop(job, RequestStatus.CANCELLED, "its gateway was lost")
+                self._end(job, RequestStatus.CANCELLED, "its gateway was lost")
 
     def fail(self, request_id: str, error: ServingError) -> None:
         """Ends a request with an error, if it is here."""
         job = self._jobs.get(request_id)
         if job is not None:
-            self._fail(job, error)
+            self._outbox.failure(job.task.gateway_id, request_id, error)
+            self._end(job, RequestStatus.FAILED, error.message)
 
     # ---- once a step
 
@@ -150,27 +150,23 @@ class PrefillPhase:
         self._sender.poll()
         for job in list(self._jobs.values()):
             if job.deadline_s <= now_s:
-                self._fail(job, DeadlineExceeded("the request's deadline passed during prefill"))
+                self.fail(job.request_id, DeadlineExceeded("the request's deadline passed during prefill"))
             else:
                 self._poll_handoff(job)
-        computed = self._computed_without_room()
         for job in self.scheduler.jobs_to_reserve():
-            if not self._may_reserve_beside(job, computed):
-                continue
             job.move(RequestStatus.RESERVING)
             self._sender.offer(job.handoff)
             self._event(job, Stage.RESERVE_ASKED)
 
-    def plan(self, budget: int) -> list[ScheduledSequence]:
-        """Prompt chunks for the next step, within `budget` tokens."""
+    def plan(self, budget: int, num_seats: int) -> list[ScheduledSequence]:
+        """Prompt chunks for the next step, within `budget` tokens. `num_seats`: as PrefillScheduler.schedule."""
         items = []
-        has_computed = bool(self._computed_without_room())  # once: the queue may be long, and each job is asked about
-        for job, num_tokens in self.scheduler.schedule(budget, lambda job: self._may_start(job, has_computed)):
+        for job, num_tokens in self.scheduler.schedule(budget, num_seats):
             sequence = job.sequence
             if sequence.num_scheduled_tokens == job.num_cached_tokens:
                 self._begin(job)
             last = num_tokens == sequence.num_unscheduled_tokens
-            items.append(ScheduledSequence(sequence, num_tokens, sequence.sampling.n if last else 0))
+            items.append(ScheduledSequence(sequence, num_tokens, job.num_samples if last else 0))
         return items
 
     def on_layers_done(self, items: Iterable[ScheduledSequence], first_layer: int, num_layers: int) -> None:
@@ -184,27 +180,21 @@ class PrefillPhase:
 
     def take(
         self, item: ScheduledSequence, tokens: tuple[SampledToken, ...], prompt_logprobs: tuple[SampledToken, ...]
-    ) -> None:
-        """Takes one item's result. What was cancelled while the step ran leaves no trace."""
+    ) -> Staying | None:
+        """Takes one item's result. Returns what is to be decoded here.
+
+        What was cancelled while the step ran leaves no trace.
+        """
         sequence = item.sequence
         job = self._jobs.get(sequence.request_id)
         if job is None or job.sequence is not sequence:
-            return
+            return None
         sequence.end_step(item.num_tokens)
         self.counters["prompt_tokens"] += item.num_tokens
         self._blocks.publish(sequence)
         if sequence.sampling.prompt_logprobs is not None:
             job.prompt_logprobs.extend(prompt_logprobs)
-        if not sequence.is_prefilling:
-            self._finish(job, tokens)
-
-    @property
-    def num_handoffs(self) -> int:
-        return sum(job.status is RequestStatus.HANDOFF for job in self._jobs.values())
-
-    @property
-    def waiting_prompt_tokens(self) -> int:
-        return sum(j.sequence.num_unscheduled_tokens for j in self.scheduler.waiting + self.scheduler.running)
+        return None if sequence.is_prefilling else self._finish(job, tokens)
 
     def next_deadline_s(self) -> float:
         return min((job.deadline_s for job in self._jobs.values()), default=float("inf"))
@@ -221,104 +211,44 @@ class PrefillPhase:
             self._sender.begin(job.handoff, job.sequence.block_table, job.num_cached_tokens)
             self._note_push(job)
 
-    def _finish(self, job: PrefillJob, tokens: tuple[SampledToken, ...]) -> None:
+    def _finish(self, job: PrefillJob, tokens: tuple[SampledToken, ...]) -> Staying | None:
         """The prompt is computed and its first tokens are sampled, one per sample."""
-        self.scheduler.finish_prefill(job)
         self._event(job, Stage.PREFILL_END)
         if job.sequence.sampling.prompt_logprobs is not None:
             first = SampledToken(job.sequence.token_ids[0])
             logprobs = PromptLogprobs(job.request_id, (first, *job.prompt_logprobs))
             self._outbox.prompt_logprobs(job.task.gateway_id, logprobs)
         live: list[SampledToken | None] = []
+        sequences: list[Sequence] = []
         position = job.sequence.num_output_tokens
         has_output = job.task.request.max_new_tokens > 0
         for index, token in enumerate(tokens, job.sequence.sample_index):
+            sequence = job.fork(index, token)
             # Without output the token only showed that the prompt's logits are usable.
-            reason = self._fork(job.sequence, index, token).finish_reason() if has_output else FinishReason.LENGTH
+            reason = sequence.finish_reason() if has_output else FinishReason.LENGTH
             goes_on = reason is None and index not in job.ended_samples
             live.append(token if goes_on else None)
+            if goes_on:
+                sequences.append(sequence)
             chunk = NewTokens(job.request_id, index, position, (token,) if has_output else (), reason)
             self._outbox.chunk(job.task.gateway_id, chunk)
         if has_output:
             self._event(job, Stage.FIRST_TOKEN)
-        if all(token is None for token in live):
-            self._drop(job, RequestStatus.FINISHED, "every sample ended with its first token, or without one")
-        elif job.needs_handoff:
-            self._hand_off(job, tuple(live))
-        else:
-            self._keep(job, live)
-
-    def _fork(self, sequence: Sequence, sample_index: int, token: SampledToken) -> Sequence:
-        """The sequence of one sample: the prompt and its first token. Blocks are shared by the caller."""
-        return replace(
-            sequence,
-            sample_index=sample_index,
-            token_ids=[*sequence.token_ids, token.token_id],
-            block_table=list(sequence.block_table),
-            block_hashes=list(sequence.block_hashes),
-        )
-
-    def _keep(self, job: PrefillJob, live: list[SampledToken | None]) -> None:
-        """Decoding goes on here: the decode phase takes over, with a reference to the blocks for each sample."""
-        first = job.sequence.sample_index
-        sequences = [self._fork(job.sequence, i, token) for i, token in enumerate(live, first) if token is not None]
+        if not sequences:
+            self._end(job, RequestStatus.FINISHED, "every sample ended with its first token, or without one")
+            return None
+        if job.needs_handoff:
+            self.scheduler.hand_off(job)
+            self._sender.commit(job.handoff, tuple(live))
+            if job.is_unanswered:
+                self._give_back()
+            return None
         for sequence in sequences:
             self._blocks.share(sequence.block_table)
-        self._adopt(sequences, job.task, job.deadline_s)
-        job.move(RequestStatus.DECODING)
-        self._forget(job, "it is decoded here")
-
-    def _hand_off(self, job: PrefillJob, first_tokens: tuple[SampledToken | None, ...]) -> None:
-        job.move(RequestStatus.HANDOFF)
-        self._sender.commit(job.handoff, first_tokens)
-        if self._is_unanswered(job):
-            self._unreserve_waiting()
+        self._end(job, RequestStatus.DECODING, "it is decoded here")
+        return Staying(sequences, job.task.gateway_id, job.deadline_s)
 
     # ---- inside: the handoff
-
-    def _computed_without_room(self) -> list[PrefillJob]:
-        """Computed prompts that nobody has accepted yet: they hold blocks here until somebody does."""
-        return [j for j in self._jobs.values() if j.status is RequestStatus.HANDOFF and self._is_unanswered(j)]
-
-    def _may_reserve_beside(self, job: PrefillJob, computed: list[PrefillJob]) -> bool:
-        """Whether `job` would neither take the room that they wait for, nor wait for the blocks that they hold."""
-        peers = {other.task.placement.decode_worker for other in computed}
-        if not peers:
-            return True
-        return job.task.placement.decode_worker not in peers and self._fits(job)
-
-    def _fits(self, job: PrefillJob) -> bool:
-        return self._blocks.blocks_for(job.sequence.num_tokens) <= self._blocks.num_free_blocks
-
-    def _is_unanswered(self, job: PrefillJob) -> bool:
-        return job.handoff.status is SendStatus.OFFERED
-
-    def _may_start(self, job: PrefillJob, has_computed: bool) -> bool:
-        """Is there room to decode what this prompt leads to? Never needed when its first token is its last, or it has
-        no output.
-
-        `has_computed`: whether computed prompts wait for room.
-        """
-        request = job.task.request
-        if has_computed and not self._fits(job):
-            return False  # it waits for blocks that they hold; those behind it may have the room that they wait for
-        if request.max_new_tokens <= 1:
-            return True
-        if job.needs_handoff:
-            if self._is_unanswered(job):
-                return not has_computed and self._may_start_unanswered(job)
-            return job.handoff.status is SendStatus.ACCEPTED
-        return self._has_decode_room(request.sampling.n)
-
-    def _may_start_unanswered(self, job: PrefillJob) -> bool:
-        """Nothing else would run; and if the answer takes long, others can pass: half of the free blocks are left.
-
-        Only the first in the queue: one that passed others would then take their offers' places, again and again.
-        """
-        first = next(other for other in self.scheduler.waiting if other.needs_handoff)
-        if first is not job or self.scheduler.running:
-            return False
-        return 2 * self._blocks.blocks_for(job.sequence.num_tokens) <= self._blocks.num_free_blocks
 
     def _note_push(self, job: PrefillJob) -> None:
         if job.handoff.has_begun_sending and not job.has_pushed:
@@ -331,39 +261,26 @@ class PrefillPhase:
             job.num_failures = handoff.num_failures
             self.counters["handoff_failures"] += 1
             if handoff.has_failed:
-                self._fail(job, TransferFailed(f"the KV handoff failed {job.num_failures} times: {handoff.reason}"))
+                error = TransferFailed(f"the KV handoff failed {job.num_failures} times: {handoff.reason}")
+                self.fail(job.request_id, error)
             elif job.status is RequestStatus.HANDOFF:
-                self._unreserve_waiting()
+                self._give_back()
         elif handoff.status is SendStatus.DONE:
             self.counters["handoffs_out"] += 1
-            job.move(RequestStatus.FINISHED)
-            self._forget(job, "it is done")
+            self._end(job, RequestStatus.FINISHED, "it is done")
 
-    def _unreserve_waiting(self) -> None:
-        """Gives back what prompts that do not run yet have reserved, where that could be in each other's way.
-
-        A computed prompt without room there holds blocks here; a prompt that has room there may be waiting for blocks
-        here. Without this the two would wait for each other.
-        """
-        computed = self._computed_without_room()
-        for job in self.scheduler.waiting:
-            if job.status is RequestStatus.RESERVING and not self._may_reserve_beside(job, computed):
-                self._sender.withdraw(job.handoff, "a prompt that is computed goes first")
-                job.move(RequestStatus.WAITING)
+    def _give_back(self) -> None:
+        """A computed prompt waits for room: prompts that do not run yet must not be in its way."""
+        for job in self.scheduler.jobs_to_give_back():
+            self._sender.withdraw(job.handoff, "a prompt that is computed goes first")
+            job.move(RequestStatus.WAITING)
 
     # ---- inside: endings
 
-    def _fail(self, job: PrefillJob, error: ServingError) -> None:
-        self._outbox.failure(job.task.gateway_id, job.request_id, error)
-        self._drop(job, RequestStatus.FAILED, error.message)
-
-    def _drop(self, job: PrefillJob, status: RequestStatus, reason: str) -> None:
+    def _end(self, job: PrefillJob, status: RequestStatus, reason: str) -> None:
+        """Nothing of the job is left here afterwards. `reason`: for its decode worker, if its handoff goes on."""
         self.scheduler.remove(job)
         job.move(status)
-        self._forget(job, reason)
-
-    def _forget(self, job: PrefillJob, reason: str) -> None:
-        """Nothing of the job is left here afterwards."""
         self._sender.forget(job.handoff, reason)
         self._blocks.release(job.sequence.block_table)
         job.sequence.block_table = []

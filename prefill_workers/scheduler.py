@@ -1,60 +1,23 @@
 """Which prompts run next, and how much of each. Pure: no clock, no tensors, no I/O.
 
 A prompt is in exactly one place:
-    waiting    first come first served; holds no blocks. When it is about to run and is to be handed off, blocks are
-               asked for at its decode worker (RESERVING); until they are granted, later prompts may pass it
-    running    holds blocks for its whole prompt; runs in chunks inside the token budget
-It leaves when its last chunk has run (`finish_prefill`) or when it is cancelled (`remove`).
+    waiting      first come first served; holds no blocks. When it is about to run and is to be handed off, blocks are
+                 asked for at its decode worker (RESERVING); until they are granted, later prompts may pass it
+    running      holds blocks for its whole prompt; runs in chunks inside the token budget
+    handing_off  computed; holds its blocks until the decode worker has its KV
+It leaves when it is handed off, when decoding begins here, or when it ends (`remove`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
 from engine.block_manager import BlockManager
-from engine.sequence import Sequence
-from kv_transfer.outgoing import Handoff
-from phasewise.core.lifecycle import RequestStatus, check_transition
-from phasewise.core.messages import PrefillTask
+from phasewise.core.lifecycle import RequestStatus
 from phasewise.core.placement import WorkerId
-from phasewise.core.request import SampledToken
+from prefill_workers.admission import Admission
+from prefill_workers.job import PrefillJob
 
 CHUNK_STEP = 256
 """Prompts are cut at multiples of it, where the budget allows."""
-
-
-@dataclass(slots=True, eq=False)
-class PrefillJob:
-    """One prompt on this worker, from its arrival until its KV has left, or decoding begins here."""
-
-    task: PrefillTask
-    sequence: Sequence
-    deadline_s: float
-    status: RequestStatus = RequestStatus.PLACED
-    handoff: Handoff = field(init=False)
-    num_cached_tokens: int = 0  # of the prompt, found in this worker's prefix cache
-    num_failures: int = 0  # of the handoff, as far as they are counted
-    has_pushed: bool = False
-    prompt_logprobs: list[SampledToken] = field(default_factory=list)
-    ended_samples: set[int] = field(default_factory=set)  # cancelled one by one
-
-    def __post_init__(self) -> None:
-        task = self.task
-        self.handoff = Handoff(task.placement.decode_worker, task.request, task.gateway_id, self.deadline_s)
-
-    @property
-    def request_id(self) -> str:
-        return self.task.request.request_id
-
-    @property
-    def needs_handoff(self) -> bool:
-        """False when decoding happens on this worker, or when the first token is the last or there is none."""
-        return not self.task.placement.is_local and self.task.request.max_new_tokens > 1
-
-    def move(self, status: RequestStatus) -> None:
-        check_transition(self.status, status)
-        self.status = status
 
 
 def _chunk(job: PrefillJob, budget: int) -> int:
@@ -76,6 +39,7 @@ class PrefillScheduler:
         self._lookahead_tokens = lookahead_tokens
         self.waiting: list[PrefillJob] = []
         self.running: list[PrefillJob] = []
+        self.handing_off: list[PrefillJob] = []
 
     def add(self, job: PrefillJob) -> None:
         job.move(RequestStatus.WAITING)
@@ -83,35 +47,54 @@ class PrefillScheduler:
 
     def remove(self, job: PrefillJob) -> None:
         """Takes a job out, wherever it is; the caller releases its blocks."""
-        for queue in (self.waiting, self.running):
+        for queue in (self.waiting, self.running, self.handing_off):
             if job in queue:
                 queue.remove(job)
 
+    def hand_off(self, job: PrefillJob) -> None:
+        """The prompt is computed and its KV is to leave: its blocks stay."""
+        job.move(RequestStatus.HANDOFF)
+        self.running.remove(job)
+        self.handing_off.append(job)
+
+    @property
     def num_staying(self) -> int:
         """Samples that running prompts will bring into this worker's own decoding batch."""
-        return sum(job.task.request.sampling.n for job in self.running if not job.needs_handoff)
+        return sum(job.num_samples for job in self.running if not job.needs_handoff)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Prompt tokens that are not computed."""
+        return sum(job.sequence.num_unscheduled_tokens for job in self.waiting + self.running)
 
     def jobs_to_reserve(self) -> list[PrefillJob]:
-        """Waiting prompts that are about to run and have not asked for their reservation.
+        """Waiting prompts that are about to run and are to ask for their reservation now.
 
         Counted for each decode worker by itself, at least one for each, so that a full one does not starve others.
         """
+        admission = Admission(self._blocks, self.handing_off)
         running = sum(job.sequence.num_unscheduled_tokens for job in self.running)
         ahead: dict[WorkerId, int] = {}
         wanted: list[PrefillJob] = []
         for job in self.waiting:
-            peer = job.task.placement.decode_worker
+            peer = job.decode_worker
             if peer in ahead and ahead[peer] >= self._lookahead_tokens:
                 continue
             ahead[peer] = ahead.get(peer, running) + job.sequence.num_unscheduled_tokens
-            if job.needs_handoff and job.status is RequestStatus.WAITING:
+            if job.needs_handoff and job.status is RequestStatus.WAITING and admission.may_reserve(job):
                 wanted.append(job)
         return wanted
 
-    def schedule(self, budget: int, may_start: Callable[[PrefillJob], bool]) -> list[tuple[PrefillJob, int]]:
+    def jobs_to_give_back(self) -> list[PrefillJob]:
+        """Waiting prompts that may not keep what they asked for: a computed one goes first."""
+        admission = Admission(self._blocks, self.handing_off)
+        reserving = (job for job in self.waiting if job.status is RequestStatus.RESERVING)
+        return [job for job in reserving if not admission.may_reserve(job)]
+
+    def schedule(self, budget: int, num_seats: int) -> list[tuple[PrefillJob, int]]:
         """(job, number of tokens) for the next step: running prompts first, then new ones while budget and blocks last.
 
-        `may_start` tells whether there is room to decode: a reservation elsewhere, or space here if the prompt stays.
+        `num_seats`: free ones in this worker's own decoding batch, those of running prompts that stay not taken off.
         """
         planned: list[tuple[PrefillJob, int]] = []
         for job in self.running:
@@ -122,10 +105,14 @@ class PrefillScheduler:
             num_tokens = _chunk(job, budget)
             planned.append((job, num_tokens))
             budget -= num_tokens
+        admission = Admission(self._blocks, self.handing_off)
+        is_first = True  # of those that are to be handed off
         for job in list(self.waiting):
             if budget <= 0:
                 break
-            if not may_start(job):
+            may_be_early = is_first and not self.running
+            is_first = is_first and not job.needs_handoff
+            if not admission.may_begin(job, num_seats - self.num_staying, may_be_early=may_be_early):
                 continue
             if not self._admit(job):
                 break
@@ -133,10 +120,6 @@ class PrefillScheduler:
             planned.append((job, num_tokens))
             budget -= num_tokens
         return planned
-
-    def finish_prefill(self, job: PrefillJob) -> None:
-        """The prompt is computed: the job leaves the queue, its blocks stay with the caller."""
-        self.running.remove(job)
 
     def _admit(self, job: PrefillJob) -> bool:
         """Gives the job blocks for its whole prompt, shared with known prefixes. False when too few are free."""

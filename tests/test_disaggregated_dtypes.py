@@ -25,7 +25,7 @@ from phasewise.core.profile import DeviceProfile
 from phasewise.core.request import Request, SamplingParams
 from tests.engine.conftest import SMALL, build_oracle, load, random_prompt
 from workers.assemble import Ports, assemble
-from workers.worker import Worker
+from workers.driver import WorkerDriver
 
 
 class Workers:
@@ -41,7 +41,7 @@ class Workers:
         dtype: str = FP8,
         **transfer: str,
     ) -> None:
-        self.workers: dict[str, Worker] = {}
+        self.workers: dict[str, WorkerDriver] = {}
         self.caches: dict[str, PagedKVCache] = {}
         self.tokens: defaultdict[str, list[int]] = defaultdict(list)
         self.failures: list[str] = []

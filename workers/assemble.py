@@ -1,19 +1,22 @@
-"""Wires the parts of a worker around an engine: phases, both halves of handoffs, messages out, and the step loop."""
+"""Wires the parts of a worker: phases, both halves of handoffs, messages out, its rounds, and the driver of those.
+
+Nothing here needs torch: a virtual worker has other ports and a cache without tensors, and no driver.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
+from typing import Protocol
 
-from decode_workers.phase import DecodePhase
-from decode_workers.reservations import ReservationQueue
-from decode_workers.scheduler import DecodeScheduler
+from decode_workers.joining import JoiningRules
+from decode_workers.phase import Cache, DecodePhase
 from engine.block_manager import BlockManager
-from kv_transfer.cache_port import CachePort
+from kv_transfer.cache_protocol import ReceivingCache, SendingCache
 from kv_transfer.codec import Codec
 from kv_transfer.link import Link
 from kv_transfer.paths import SendLimits
-from kv_transfer.prober import LinkProber
+from kv_transfer.prober import LinkProber, ProbingCache
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
 from phasewise.core.clock import Clock
@@ -23,10 +26,10 @@ from phasewise.core.outbox import Outbox, PeerOutbox
 from phasewise.core.ports import GatewayPort, LoadPort, PeerPort
 from prefill_workers.phase import PrefillPhase
 from prefill_workers.scheduler import PrefillScheduler
-from workers.engine_facts import token_budget
+from workers.driver import Runner, WorkerDriver
 from workers.link_sizes import link_sizes
-from workers.ranked_cache import LeadingCachePort
-from workers.worker import LoopSettings, Runner, Worker, WorkerParts
+from workers.round import RoundLimits, WorkerParts, WorkerRound
+from workers.settings import token_budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,61 +42,72 @@ class Ports:
     link: Link
 
 
+class WorkerCache(SendingCache, ReceivingCache, ProbingCache, Protocol):
+    """A worker's cache as handoffs see it (kv_transfer/cache_port.py). `cache`: as the decode phase sees it."""
+
+    @property
+    def cache(self) -> Cache: ...
+
+    @property
+    def packs_inside_steps(self) -> bool:
+        """Whether a part may be packed between two layers of a step. Several ranks are not there together."""
+
+
 def assemble(
     info: WorkerInfo,
     runner: Runner,
-    port: CachePort,
+    port: WorkerCache,
     config: ServingConfig,
     ports: Ports,
     clock: Clock,
     *,
     codec_bytes_per_s: float = 0.0,
-) -> Worker:
+) -> WorkerDriver:
     """Wires a worker around an engine. `codec_bytes_per_s`: as SendLimits has it."""
-    spec, scheduler, transfer = info.kv_spec, config.scheduler, config.transfer
-    budget = token_budget(config, info.device)
-    blocks = BlockManager(info.num_kv_blocks, spec.block_size, prefix_caching=config.cache.prefix_caching)
+    rounds = make_round(info, port, config, ports, clock, codec_bytes_per_s=codec_bytes_per_s)
+    layers_per_part = config.transfer.layers_per_part if port.packs_inside_steps else None
+    return WorkerDriver(rounds, runner, clock, layers_per_part)
+
+
+def make_round(
+    info: WorkerInfo,
+    port: WorkerCache,
+    config: ServingConfig,
+    ports: Ports,
+    clock: Clock,
+    *,
+    codec_bytes_per_s: float = 0.0,
+) -> WorkerRound:
+    """What decides in a worker, without an engine and without a thread."""
+    scheduler, budget = config.scheduler, token_budget(config, info.device)
+    blocks = BlockManager(info.num_kv_blocks, info.kv_spec.block_size, prefix_caching=config.cache.prefix_caching)
     outbox, peers = Outbox(info.worker_id, ports.gateways, clock), PeerOutbox(ports.peers)
-    is_alone = not isinstance(port, LeadingCachePort)
-    loop = LoopSettings(
-        budget, transfer.layers_per_part if is_alone else 0, config.health.heartbeat_s, is_alone=is_alone
-    )
+    limits = _send_limits(info, config, budget, codec_bytes_per_s, packs_inside_steps=port.packs_inside_steps)
+    sender = KVSender(info.worker_id, port, ports.link, peers, clock, limits)
+    receiver = KVReceiver(port, peers, clock)
+    prober = LinkProber(info.worker_id, port, ports.link, clock)
+    prompts = PrefillScheduler(blocks, lookahead_tokens=2 * budget)
+    prefill = PrefillPhase(blocks, prompts, sender, outbox, clock, scheduler.max_waiting)
+    rules = JoiningRules(info.num_kv_blocks, info.kv_spec.block_size, scheduler.max_running, scheduler.reserve_headroom)
+    decode = DecodePhase(blocks, rules, receiver, port.cache, peers, outbox, clock)
+    parts = WorkerParts(blocks, prefill, decode, sender, receiver, prober, outbox, peers)
+    return WorkerRound(info, parts, ports.loads, clock, RoundLimits(budget, config.health.heartbeat_s))
+
+
+def _send_limits(
+    info: WorkerInfo, config: ServingConfig, budget: int, codec_bytes_per_s: float, *, packs_inside_steps: bool
+) -> SendLimits:
+    transfer, num_layers = config.transfer, info.kv_spec.num_layers
     # What has room in slabs must not wait for the window. A part is more than its KV: by less than a hundredth.
     sizes = link_sizes(config)
     slabs_mib = sizes.num_slabs * sizes.slab_mib * 1.01
-    sending = SendLimits(
+    layers_per_part = transfer.layers_per_part if packs_inside_steps else 0
+    return SendLimits(
         int(max(transfer.window_mib, slabs_mib) * 2**20),
         transfer.timeout_s,
         Codec(transfer.codec),
         codec_bytes_per_s,
-        num_groups=ceil(spec.num_layers / (loop.layers_per_part or spec.num_layers)),
+        num_groups=ceil(num_layers / (layers_per_part or num_layers)),
         chunk_tokens=budget,
         threshold_tokens=transfer.layerwise_threshold_tokens,
     )
-    sender = KVSender(info.worker_id, port, ports.link, peers, clock, sending)
-    receiver = KVReceiver(port, peers, clock)
-    prompts = PrefillScheduler(blocks, lookahead_tokens=2 * budget)
-    decode = DecodePhase(
-        blocks,
-        DecodeScheduler(blocks, scheduler.max_running),
-        ReservationQueue(spec.block_size, scheduler.max_running, scheduler.reserve_headroom),
-        receiver,
-        port.cache,
-        ports.peers,
-        outbox,
-        clock,
-        prompts.num_staying,
-    )
-    prefill = PrefillPhase(
-        blocks,
-        prompts,
-        sender,
-        outbox,
-        clock,
-        scheduler.max_waiting,
-        decode.adopt,
-        decode.has_room,
-    )
-    prober = LinkProber(info.worker_id, port, ports.link, clock)
-    parts = WorkerParts(runner, blocks, prefill, decode, sender, receiver, prober, outbox, peers)
-    return Worker(info, parts, ports.peers, ports.loads, clock, loop)

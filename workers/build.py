@@ -14,12 +14,12 @@ from kv_transfer.codec import Codec
 from phasewise.core.clock import Clock
 from phasewise.core.messages import WorkerInfo
 from phasewise.core.profile import DeviceProfile
-from workers.engine_facts import cache_dtypes, token_budget, written_profile
+from workers.driver import Runner
+from workers.engine_facts import cache_dtypes, written_profile
 from workers.prepare import prepare_engine
 from workers.profiler import measure_codec, measure_profile, start_up_grid, warm_up
 from workers.ranks import Ranks
-from workers.settings import WorkerSettings
-from workers.worker import Runner
+from workers.settings import WorkerSettings, token_budget
 
 
 @dataclass(frozen=True, slots=True)

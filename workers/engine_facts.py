@@ -5,21 +5,12 @@ from __future__ import annotations
 from engine.gguf_config import read_gguf_config
 from engine.loader import resolve_dtype
 from engine.model_config import ModelConfig, read_model_config
-from phasewise.core.config import ServingConfig
 from phasewise.core.gguf_file import GGUFFile
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.model_source import ModelSource, config_file, resolve_model
 from phasewise.core.profile import DeviceProfile, ProfileFacts
 from workers.profiler import device_name, model_shape
 from workers.settings import WorkerSettings
-
-CPU_TOKEN_BUDGET = 128  # a step stays short enough for an abort to be heard within a second
-GPU_TOKEN_BUDGET = 2048  # Splitwise, figure 6: prompt throughput falls beyond
-
-
-def token_budget(config: ServingConfig, device: str) -> int:
-    """Most tokens in one step."""
-    return config.scheduler.token_budget or (CPU_TOKEN_BUDGET if device == "cpu" else GPU_TOKEN_BUDGET)
 
 
 def read_config(source: ModelSource) -> ModelConfig:

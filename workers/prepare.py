@@ -16,12 +16,12 @@ from phasewise.core.context_length import ContextLength
 from phasewise.core.errors import ConfigError
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.model_source import model_facts, resolve_model
-from workers.engine_facts import profile_facts, read_config, token_budget
+from workers.engine_facts import profile_facts, read_config
 from workers.memory import CPU_KV_CACHE_GIB, blocks_of_size
 from workers.profiler import PreparedEngine
 from workers.rank_parts import load_part, make_part, make_port, make_runner
 from workers.ranks import Join, Ranks
-from workers.settings import WorkerSettings
+from workers.settings import WorkerSettings, token_budget
 from workers.sizing import CudaMemory, GpuSizer, StepLimits
 
 logger = logging.getLogger(__name__)

@@ -8,12 +8,12 @@ import contextlib
 from kv_transfer.prober import ProbeLink
 from phasewise.core.links import LinkProbe
 from phasewise.core.placement import WorkerId
-from workers.worker import Worker
+from workers.driver import WorkerDriver
 
 _GRACE_S = 1.0
 
 
-async def probe_link(worker: Worker, peer: WorkerId, num_bytes: int, timeout_s: float) -> LinkProbe:
+async def probe_link(worker: WorkerDriver, peer: WorkerId, num_bytes: int, timeout_s: float) -> LinkProbe:
     """Sends a probe and returns what came of it, a little later than `timeout_s` at the latest."""
     loop = asyncio.get_running_loop()
     answered: asyncio.Future[LinkProbe] = loop.create_future()

@@ -24,10 +24,10 @@ from phasewise.core.messages import GatewayLost, KVPart, PeerLost, WorkerInfo, W
 from phasewise.core.placement import WorkerId
 from workers.assemble import Ports, assemble
 from workers.build import LoadedEngine, load_engine, worker_info
+from workers.driver import WorkerDriver
 from workers.links import Links
 from workers.probing import probe_link
 from workers.settings import WorkerSettings
-from workers.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class WorkerProcess:
     def __init__(self, settings: WorkerSettings) -> None:
         self.progress = 0.0
         self.links: Links | None = None
-        self.worker: Worker | None = None
+        self.worker: WorkerDriver | None = None
         self._settings = settings
         self._peers = WorkerHandles()
         self._gateways = GatewayHandles()

@@ -23,7 +23,7 @@ from kv_transfer.plan import PartSpan
 from phasewise.core.clock import Clock
 from phasewise.core.profile import DeviceProfile, Point, ProfileFacts, StepTimes
 from phasewise.core.request import SamplingParams
-from workers.worker import Runner
+from workers.driver import Runner
 
 _COPY_BYTES = 256 * 2**20
 _HOST_COPY_BYTES = 64 * 2**20

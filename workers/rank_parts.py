@@ -13,10 +13,10 @@ from engine.tensor_parallel import Command, Group, OtherRanks
 from kv_transfer.cache_port import CachePort
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.model_source import resolve_model
+from workers.driver import Runner
 from workers.ranked_cache import LeadingCachePort, LeadingKVCache
 from workers.ranks import Join, Ranks
 from workers.settings import WorkerSettings
-from workers.worker import Runner
 
 logger = logging.getLogger(__name__)
 

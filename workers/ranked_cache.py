@@ -47,6 +47,8 @@ class LeadingKVCache(PagedKVCache):
 class LeadingCachePort(CachePort):
     """Rank 0's port: parts of all heads. `spec` is that of the whole worker; `cache` has rank 0's heads."""
 
+    packs_inside_steps = False  # all ranks take part, and they are not between two layers together
+
     def __init__(self, cache: PagedKVCache, spec: KVCacheSpec, group: Group, ranks: Ranks) -> None:
         super().__init__(cache, spec)
         self._side = None  # all ranks take part, on the stream of their steps

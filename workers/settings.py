@@ -27,3 +27,12 @@ class WorkerSettings:
     tensor_parallel: int = 1
     secret: str = field(default="", repr=False)
     head: str = ""
+
+
+CPU_TOKEN_BUDGET = 128  # a step stays short enough for an abort to be heard within a second
+GPU_TOKEN_BUDGET = 2048  # Splitwise, figure 6: prompt throughput falls beyond
+
+
+def token_budget(config: ServingConfig, device: str) -> int:
+    """Most tokens in one step."""
+    return config.scheduler.token_budget or (CPU_TOKEN_BUDGET if device == "cpu" else GPU_TOKEN_BUDGET)

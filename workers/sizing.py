@@ -17,6 +17,7 @@ from engine.model_config import ModelConfig
 from engine.sharding import Shard
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.request import SamplingParams
+from workers.driver import Runner
 from workers.memory import (
     GpuMemory,
     LargestStep,
@@ -27,7 +28,6 @@ from workers.memory import (
     out_of_memory,
 )
 from workers.profiler import made_up_step
-from workers.worker import Runner
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ All are frozen, hold no tensors, and can be pickled. Times that cross a process 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.lifecycle import Stage
@@ -154,9 +154,11 @@ class KVFailed:
 # ---- from a worker to a gateway
 
 
-@dataclass(frozen=True, slots=True)
-class NewTokens:
-    """New tokens of one sample. `position` is the output position of the first, so order can be restored."""
+class NewTokens(NamedTuple):
+    """New tokens of one sample. `position` is the output position of the first, so order can be restored.
+
+    A tuple, because each step makes one for every sequence: a frozen dataclass takes three times as long to make.
+    """
 
     request_id: str
     sample_index: int

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import random
 
-import pytest
-
-from decode_workers.reservations import ReservationQueue, Room
 from decode_workers.scheduler import DecodePlan, DecodeScheduler
 from engine.block_manager import BlockManager
 from engine.sequence import Sequence
-from phasewise.core.kv_spec import KVCacheSpec
-from phasewise.core.messages import KVOffer
-from phasewise.core.request import Request, SamplingParams
+from phasewise.core.request import SamplingParams
 
 
 def sequence_of(name: str, num_tokens: int, blocks: BlockManager) -> Sequence:
@@ -80,7 +75,12 @@ def test_random_histories_lose_no_block_and_always_get_on() -> None:
         left: dict[str, int] = {}
         names = iter(range(1000))
         for _ in range(400):
-            if rng.random() < 0.2 and scheduler.has_room(1) and blocks.num_free_blocks > 3:
+            if (
+                rng.random() < 0.2
+                and not scheduler.preempted
+                and len(scheduler.running) < 6
+                and blocks.num_free_blocks > 3
+            ):
                 name = str(next(names))
                 scheduler.add(sequence_of(name, rng.randrange(1, 9), blocks), "g", 1e9)
                 left[name] = rng.randrange(1, 20)
@@ -100,39 +100,40 @@ def test_random_histories_lose_no_block_and_always_get_on() -> None:
             blocks.check()
 
 
-def offer_of(name: str, num_tokens: int, n: int = 1) -> KVOffer:
-    request = Request(name, tuple(range(num_tokens)), SamplingParams(n=n))
-    return KVOffer(f"{name}#0.0", 1, "prefill-0", KVCacheSpec(1, 1, 2, 4, "float32"), request, "g", 60.0)
+def test_a_sequence_is_asked_for_a_block_only_where_the_next_one_begins() -> None:
+    blocks = BlockManager(8, 4, prefix_caching=False)
+    scheduler = DecodeScheduler(blocks, max_running=8)
+    job = scheduler.add(sequence_of("a", 7, blocks), "g", 1e9)
+    num_blocks = []
+    for _ in range(7):
+        step(scheduler.schedule())
+        num_blocks.append(len(job.sequence.block_table))
+    assert num_blocks == [2, 3, 3, 3, 3, 4, 4]
 
 
-@pytest.mark.parametrize(
-    ("room", "expected"),
-    [
-        (Room(100, 100, 0, 0), True),
-        (Room(100, 11, 3, 0), False),  # 10 blocks would leave less than the head-room of 5
-        (Room(100, 15, 3, 0), True),
-        (Room(100, 50, 3, 1), False),  # somebody preempted waits to come back
-        (Room(100, 50, 8, 0), False),  # the batch is full
-        (Room(100, 10, 0, 0), True),  # nobody runs: no head-room needed
-        (Room(100, 9, 0, 0), False),
-    ],
-)
-def test_reservations_leave_room_for_what_runs(room: Room, expected: bool) -> None:
-    queue = ReservationQueue(4, max_running=8, headroom=0.05)
-    queue.add(offer_of("r", 40), 60.0)
-    assert (queue.next_acceptable(room) is not None) is expected
+def test_what_comes_back_from_host_memory_leaves_blocks_that_it_shares() -> None:
+    """Its blocks are others than those that it could write to before."""
+    blocks = BlockManager(6, 4, prefix_caching=False)
+    scheduler = DecodeScheduler(blocks, max_running=8)
+    old = scheduler.add(sequence_of("old", 10, blocks), "g", 1e9)
+    young = scheduler.add(sequence_of("young", 8, blocks), "g", 1e9)
+    for _ in range(3):
+        step(scheduler.schedule())
+    assert scheduler.preempted == [young] and young.sequence.num_computed_tokens == 10
+    scheduler.remove(old)
+    step(plan := scheduler.schedule())
+    assert plan.swap_in == [young]
+    shared = list(young.sequence.block_table)
+    blocks.share(shared)
+    assert [source for source, _ in scheduler.schedule().copies] == [shared[2]]
+    blocks.release(shared)
+    blocks.check()
 
 
-def test_offers_are_first_come_first_served_and_expire() -> None:
-    queue = ReservationQueue(4, max_running=8, headroom=0.0)
-    queue.add(offer_of("big", 80), 50.0)
-    queue.add(offer_of("small", 4), 60.0)
-    assert queue.next_acceptable(Room(30, 10, 1, 0)) is None, "a small one must not starve the big one"
-    assert queue.next_deadline_s() == 50.0
-    assert [offer.request.request_id for offer in queue.expired(50.0)] == ["big"]
-    taken = queue.next_acceptable(Room(30, 10, 1, 0))
-    assert taken is not None
-    assert taken.offer.request.request_id == "small"
-    assert taken.deadline_s == 60.0
-    assert queue.impossible(offer_of("r", 200), Room(30, 30, 0, 0))
-    assert queue.impossible(offer_of("r", 4, n=9), Room(30, 30, 0, 0))
+def test_a_job_is_found_by_its_sequence_as_long_as_it_is_here() -> None:
+    blocks = BlockManager(8, 4, prefix_caching=False)
+    scheduler = DecodeScheduler(blocks, max_running=8)
+    job = scheduler.add(sequence_of("a", 7, blocks), "g", 1e9)
+    assert scheduler.job_of == {job.sequence: job}
+    scheduler.remove(job)
+    assert scheduler.job_of == {}

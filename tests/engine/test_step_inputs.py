@@ -99,7 +99,8 @@ def test_random_histories_a_step_ahead(seed: int) -> None:
 def arrive(scheduler: DecodeScheduler, blocks: BlockManager, rng: random.Random) -> None:
     """A prompt with its first tokens, one or more samples that share its blocks."""
     length, num_samples = rng.randrange(1, 20), rng.choice([1, 1, 2, 3])
-    if not scheduler.has_room(num_samples) or blocks.blocks_for(length) > blocks.num_free_blocks:
+    is_full = scheduler.preempted or len(scheduler.running) + num_samples > MAX_ROWS
+    if is_full or blocks.blocks_for(length) > blocks.num_free_blocks:
         return
     table, prompt = blocks.allocate(blocks.blocks_for(length)), [rng.randrange(1000) for _ in range(length)]
     params = SamplingParams(max_tokens=rng.randrange(2, 25))

@@ -136,8 +136,13 @@ class GatewayBox(WorkerBox):
         self.assert_empty()
         assert not self.loop._open and not self.loop._streams and not self.loop._tasks
         assert self.scheduler.num_open == 0
-        for worker_id, work in self.scheduler._work.items():
-            left = (work.num_prompts, work.num_prompt_tokens, work.num_decoding, round(work.num_pledged_tokens, 6))
+        for worker_id, work in self.scheduler.candidates.items():
+            left = (
+                work.num_pending_prompts,
+                work.num_pending_prompt_tokens,
+                work.num_decoding,
+                round(work.num_pledged_tokens, 6),
+            )
             assert left == (0, 0, 0, 0), worker_id
 
     async def _read(self, stream: OpenStream) -> None:

@@ -41,8 +41,8 @@ from phasewise.core.model_source import resolve_model
 from phasewise.core.placement import Placement, PlaceRequest, WorkerId
 from workers.assemble import Ports, assemble
 from workers.build import LoadedEngine, load_engine, worker_info
+from workers.driver import WorkerDriver
 from workers.probing import probe_link
-from workers.worker import Worker
 
 
 class LocalCluster:
@@ -59,7 +59,7 @@ class LocalCluster:
         self.scheduler = ClusterScheduler(
             self._clock, max_waiting=config.scheduler.max_waiting, overdue_s=1e9, heartbeat_s=1.0
         )
-        self.workers: dict[WorkerId, Worker] = {}
+        self.workers: dict[WorkerId, WorkerDriver] = {}
         self.engines: dict[WorkerId, LoadedEngine] = {}
         self.direct: dict[WorkerId, DirectLinks] = {}
         self._threads: list[threading.Thread] = []
@@ -235,7 +235,7 @@ class LocalCluster:
 class _Asker:
     """LinkAsker over workers of this process."""
 
-    def __init__(self, workers: dict[WorkerId, Worker]) -> None:
+    def __init__(self, workers: dict[WorkerId, WorkerDriver]) -> None:
         self._workers = workers
 
     async def links(self, worker_id: WorkerId, peers: Sequence[WorkerInfo]) -> WorkerLinks:

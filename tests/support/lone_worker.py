@@ -10,7 +10,7 @@ from phasewise.core.placement import Placement, WorkerRole
 from phasewise.core.profile import DeviceProfile
 from phasewise.core.request import Request
 from workers.assemble import Ports, assemble
-from workers.worker import Runner
+from workers.driver import Runner
 
 
 class Outputs:
@@ -50,6 +50,6 @@ def serve(
         worker.post(PrefillTask(request, Placement(request.request_id, "w", "w"), "gateway", 1e6))
     while worker.round():
         pass
-    worker._parts.blocks.check()
+    worker.rounds.parts.blocks.check()
     assert worker.load().num_used_blocks == 0
     return outputs.tokens

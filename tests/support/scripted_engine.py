@@ -73,7 +73,7 @@ class ScriptedStep:
 
 
 class ScriptedRunner:
-    """Runs batches as workers.worker.Runner. `fail_next` makes the next step raise, `fail_late` when it is collected.
+    """Runs batches as workers.driver.Runner. `fail_next` makes the next step raise, `fail_late` when it is collected.
 
     With `num_steps_ahead` 1 it feeds a sequence the token of the step before, which the host has not seen, as a device
     does; and as there, that holds for the very next step only.

@@ -31,7 +31,7 @@ from phasewise.core.profile import DeviceProfile
 from phasewise.core.request import FinishReason, Request, SamplingParams
 from tests.support.scripted_engine import SPEC, ScriptedRunner
 from workers.assemble import Ports, assemble
-from workers.worker import Worker
+from workers.driver import WorkerDriver
 
 
 class WorkerBox:
@@ -51,7 +51,7 @@ class WorkerBox:
         self.clock = ManualClock(100.0)
         self.config = build_config(sections, source="test")
         self.num_swap_blocks = min(int(self.config.cache.swap_gib * 2**30) // SPEC.bytes_per_block, 1024)
-        self.workers: dict[WorkerId, Worker] = {}
+        self.workers: dict[WorkerId, WorkerDriver] = {}
         self.runners: dict[WorkerId, ScriptedRunner] = {}
         self.caches: dict[WorkerId, PagedKVCache] = {}
         self.cache_ports: dict[WorkerId, CachePort] = {}
@@ -99,10 +99,10 @@ class WorkerBox:
         return link
 
     def outgoing(self, worker_id: WorkerId) -> OutgoingHandoffs:
-        return self.workers[worker_id]._parts.sender.outgoing
+        return self.workers[worker_id].rounds.parts.sender.outgoing
 
     def incoming(self, worker_id: WorkerId) -> IncomingHandoffs:
-        return self.workers[worker_id]._parts.receiver.incoming
+        return self.workers[worker_id].rounds.parts.receiver.incoming
 
     # ---- ports
 
@@ -181,7 +181,7 @@ class WorkerBox:
             if worker_id in self.lost:
                 continue
             assert not self.holds(worker_id), worker.load()
-            worker._parts.blocks.check()
+            worker.rounds.parts.blocks.check()
 
     def output(self, request_id: str, sample_index: int = 0) -> list[int]:
         tokens = self.tokens[(request_id, sample_index)]

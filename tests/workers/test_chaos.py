@@ -236,8 +236,10 @@ async def run(seed: int) -> int:
         box.clock.advance(rng.choice([0.0, 5.0]))  # what nobody answers any more runs out of time
     await box.assert_nothing_left()
     for worker_id in box.workers.keys() - box.lost:
-        parts = box.workers[worker_id]._parts
-        assert not parts.sender.outgoing.transfer_ids and not parts.prefill._jobs and not parts.decode._swapped
+        parts = box.workers[worker_id].rounds.parts
+        assert not parts.sender.outgoing.transfer_ids and not parts.decode.scheduler.job_of
+        assert parts.prefill.next_deadline_s() == float("inf"), "a prompt that is in no queue"
+        assert box.caches[worker_id].swap.num_free == box.num_swap_blocks
     return sum(box.metrics._recoveries.values())
 
 

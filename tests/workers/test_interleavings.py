@@ -187,7 +187,7 @@ def test_max_running_bounds_a_mixed_worker() -> None:
     most = 0
     while len(box.finish) < sum(1 + i % 3 for i in range(8)):
         box.round()
-        most = max(most, len(box.workers["mixed-0"]._parts.decode.scheduler.running))
+        most = max(most, len(box.workers["mixed-0"].rounds.parts.decode.scheduler.running))
     assert most <= 4
     box.assert_empty()
 
@@ -200,7 +200,7 @@ def test_max_running_bounds_prompts_that_stay_and_handoffs_together() -> None:
     most = 0
     while len(box.finish) < 12:
         box.round()
-        most = max(most, len(box.workers["mixed-0"]._parts.decode.scheduler.running))
+        most = max(most, len(box.workers["mixed-0"].rounds.parts.decode.scheduler.running))
     assert most == 2
     box.run()
     box.assert_empty()
@@ -298,14 +298,12 @@ def test_swap_space_is_given_back_and_no_request_fails_twice(seed: int) -> None:
         cache={"swap_gib": num_swap * 1024 / 2**30},
         scheduler={"reserve_headroom": 0.0},
     )
-    decode = box.workers["mixed-0"]._parts.decode
     assert box.caches["mixed-0"].swap.num_free == num_swap
     for i in range(rng.randrange(1, 4)):
         prompt, max_tokens = prompt_of(rng.randrange(5, 60), i), rng.randrange(2, num_blocks * 16 - 60)
         box.submit(f"r{i}", prompt, "mixed-0", "mixed-0", max_tokens=max_tokens, n=rng.choice([1, 3, 4, 5]))
     box.run(5000)
     assert box.caches["mixed-0"].swap.num_free == num_swap
-    assert decode._swapped == {}
     assert len([f for output in box.outputs for f in output.failures]) == len(box.failures)
     box.assert_empty()
 
@@ -323,7 +321,7 @@ def test_a_worker_that_says_it_is_idle_has_nothing_to_do(seed: int) -> None:
         box.submit(f"r{i}", prompt, *pair, max_tokens=max_tokens, n=rng.choice([1, 1, 3]))
     for _ in range(3000):
         for worker in box.workers.values():
-            if not worker.round() and worker._mailbox.empty():
+            if not worker.round():
                 before = len(box.sent)
                 assert not worker.round(), "it slept although there was work"
                 assert len(box.sent) == before
@@ -366,10 +364,9 @@ def test_random_order_corruption_and_aborts_leave_nothing_and_change_no_token(se
         box.workers[rng.choice(list(roles))].round()
     box.run(5000)
     box.assert_empty()
-    for worker_id, worker in box.workers.items():
+    for worker_id in box.workers:
         assert box.outgoing(worker_id).window.num_bytes_in_flight == 0
         assert box.outgoing(worker_id).transfer_ids == []
-        assert worker._parts.decode._swapped == {}
         assert box.caches[worker_id].swap.num_free == box.num_swap_blocks
     for (request_id, sample), tokens in expected.items():
         if request_id not in aborted and request_id not in box.failures:

@@ -83,7 +83,7 @@ def test_a_probe_for_which_there_is_no_buffer_waits_no_longer_than_its_time() ->
     box.direct.num_buffers = 0
     answers = probe(box, timeout_s=2.0)
     box.round()
-    assert box.workers["prefill-0"]._parts.prober.next_deadline_s() == box.clock.now_s() + 2.0
+    assert box.workers["prefill-0"].rounds.parts.prober.next_deadline_s() == box.clock.now_s() + 2.0
     box.clock.advance(1.9)
     box.round()
     assert answers == []

@@ -217,7 +217,7 @@ async def test_a_mixed_worker_takes_over_from_a_pair() -> None:
     helper = GatewayBox({"mixed-0": "mixed"})
     box.workers["mixed-0"] = helper.workers["mixed-0"]
     box.scheduler.worker_joined(helper.workers["mixed-0"].info)
-    helper.workers["mixed-0"]._parts.outbox._port = box
+    helper.deliver = box.deliver  # type: ignore[method-assign]
     box.lose("decode-0")
     await box.answer("r")
     assert box.ids[("r", 0)] == expected_tokens(prompt_of(30), 20)
@@ -350,7 +350,7 @@ async def test_a_preempted_request_is_moved() -> None:
     await box.until(lambda: Stage.PREEMPTED in box.stages_of("r1"))
     spare = GatewayBox({"mixed-3": "mixed"}, num_blocks=64)
     box.workers["mixed-3"] = spare.workers["mixed-3"]
-    spare.workers["mixed-3"]._parts.outbox._port = box
+    spare.deliver = box.deliver  # type: ignore[method-assign]
     box.scheduler.worker_joined(spare.workers["mixed-3"].info)
     box.lose("mixed-0")
     for i in range(2):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import queue
 import random
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -163,13 +163,13 @@ def test_no_token_waits_for_its_prompt_to_be_hashed(roles: dict[str, str], monke
             seen.extend(("submit", len(item.sequence.block_hashes)) for item in batch.items)
             return submit(batch, *arguments)
 
-        def publish(sequence: Sequence, publish: Any = worker._parts.blocks.publish) -> None:
+        def publish(sequence: Sequence, publish: Any = worker.rounds.parts.blocks.publish) -> None:
             seen.append(("publish", len(sequence.block_hashes)))
             publish(sequence)
             assert len(sequence.block_hashes) == seen[-1][1]
 
         monkeypatch.setattr(runner, "submit", submit)
-        monkeypatch.setattr(worker._parts.blocks, "publish", publish)
+        monkeypatch.setattr(worker.rounds.parts.blocks, "publish", publish)
     prefill, decode = next(iter(roles)), list(roles)[-1]
     box.submit("r", prompt_of(100), prefill, decode, max_tokens=3)
     box.run()
@@ -177,39 +177,34 @@ def test_no_token_waits_for_its_prompt_to_be_hashed(roles: dict[str, str], monke
     assert {number for name, number in seen if name == "publish"} == {6}
 
 
-class _Mailbox:
-    """What it has; whoever would sleep is told."""
-
-    def __init__(self, mailbox: Any) -> None:
-        self._mailbox = mailbox
-
-    def get(self, timeout: float) -> Any:
-        try:
-            return self._mailbox.get_nowait()
-        except queue.Empty:
-            raise AssertionError("it would sleep") from None
-
-
 @pytest.mark.parametrize("last", ["commit", "part", "abort"])
-def test_a_worker_without_work_sleeps_until_there_may_be_some(last: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_without_work_sleeps_until_there_may_be_some(last: str) -> None:
     """That is when a handoff is whole, whatever comes last of it; not at each of its parts."""
-    box = WorkerBox(PAIR, transfer={"layerwise_threshold_tokens": 1, "layers_per_part": 1})
+    hours = {"heartbeat_s": 3600.0, "overdue_s": 36_000.0}  # who sleeps for no message does not wake up here
+    box = WorkerBox(PAIR, transfer={"layerwise_threshold_tokens": 1, "layers_per_part": 1}, health=hours)
     prefill, decode = box.workers["prefill-0"], box.workers["decode-0"]
-    box.submit("r", prompt_of(60), "prefill-0", "decode-0", max_tokens=4)
+    box.submit("r", prompt_of(60), "prefill-0", "decode-0", max_tokens=4, time_left_s=7200.0)
     box.run_until(lambda: bool(box.incoming("decode-0").reservations))
+    came: list[tuple[Any, ...]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(box.links["prefill-0"].mailboxes, "decode-0", lambda *entry: came.append(entry))
+        patch.setattr(box, "send", lambda worker_id, message: came.append((message,)))
+        for _ in range(4):
+            prefill.round()
+    assert len(came) == 5
     if last == "abort":
         decode.post(AbortRequest("x"))
     else:
-        for _ in range(4):
-            prefill.round()
-        entries = [decode._mailbox.get_nowait() for _ in range(5)]
-        for entry in entries if last == "commit" else (entries[-1], *entries[:-1]):
-            decode._mailbox.put(entry)
-    with monkeypatch.context() as patch:
-        patch.setattr(decode, "_mailbox", _Mailbox(decode._mailbox))
-        decode._wait()
-    assert decode._mailbox.empty()
+        for entry in came if last == "commit" else (came[-1], *came[:-1]):
+            decode.post(*entry)
+    sleeper = threading.Thread(target=decode.wait, daemon=True)
+    sleeper.start()
+    sleeper.join(20.0)
+    assert not sleeper.is_alive(), "it sleeps although there may be work"
     assert box.incoming("decode-0").has_ended == (last != "abort")
+    if last == "abort":
+        for entry in came:
+            decode.post(*entry)
     box.run()
     assert box.output("r") == expected_tokens(prompt_of(60), 4)
 
@@ -339,7 +334,7 @@ def test_abort_while_preempted_frees_the_swapped_copy() -> None:
     box.run()
     assert box.output("r0") == expected_tokens(prompt_of(40, seed=0), 60)
     box.assert_empty()
-    assert box.workers["mixed-0"]._parts.decode._swapped == {}
+    assert not box.workers["mixed-0"].rounds.parts.decode.scheduler.job_of
     assert box.caches["mixed-0"].swap.num_free == box.num_swap_blocks
 
 

@@ -20,9 +20,10 @@ def mixed_box(**sections: object) -> WorkerBox:
 
 def sequences_of(box: WorkerBox, request_id: str, worker_id: str = "mixed-0") -> list[Sequence]:
     """Those that hold blocks on the worker."""
-    parts = box.workers[worker_id]._parts
-    jobs = (*parts.prefill._jobs.values(), *parts.decode.scheduler.jobs())
-    found = (job.sequence for job in jobs)
+    parts = box.workers[worker_id].rounds.parts
+    prompts, decodes = parts.prefill.scheduler, parts.decode.scheduler
+    found = [job.sequence for job in (*prompts.waiting, *prompts.running, *prompts.handing_off)]
+    found += decodes.job_of
     return [sequence for sequence in found if sequence.request_id == request_id and sequence.block_table]
 
 
@@ -165,4 +166,4 @@ def test_a_handoff_that_shares_blocks_with_a_damaged_request_does_not_bring_them
     for _ in range(2 + WorkerBox.num_steps_ahead):
         decode.round()
     assert set(box.failures) == {"a"} and sequences_of(box, "b", "decode-0")
-    assert not shared & set(decode._parts.blocks._hash_by_block)
+    assert not shared & set(decode.rounds.parts.blocks._hash_by_block)
