@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=10_000, help="a shorter trace begins again behind its end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--speed", type=float, default=1.0, help="how many times faster than recorded requests come")
-    parser.add_argument("--blocks", type=int, default=2048, help="KV blocks of each worker")
+    parser.add_argument("--blocks", type=int, default=1024, help="KV blocks of each worker")
     parser.add_argument("--faults", action="store_true", help="two workers die, links break, messages are late")
     arguments = parser.parse_args()
 

@@ -9,7 +9,7 @@ AssertionError.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import count
@@ -17,7 +17,6 @@ from operator import eq
 from zlib import crc32
 
 from kv_transfer.cache_protocol import KVPlace
-
 from kv_transfer.codec import WireLayout
 from kv_transfer.plan import PartSpan
 from phasewise.core.kv_spec import KVCacheSpec
@@ -56,9 +55,12 @@ class VirtualSwap:
 
 
 class VirtualCache:
-    """The cache of one worker, for both halves of handoffs (kv_transfer/cache_protocol.py) and for the decode phase."""
+    """The cache of one worker. Implements WorkerCache (workers/assemble.py), and Cache for the decode phase."""
+
+    packs_inside_steps = True
 
     def __init__(self, spec: KVCacheSpec, num_blocks: int, num_swap_blocks: int) -> None:
+        self.cache = self
         self.spec = spec
         self.swap = VirtualSwap(num_swap_blocks)
         self._places = [-1] * num_blocks
@@ -69,11 +71,13 @@ class VirtualCache:
 
     def write(self, name: str, blocks: Sequence[int], first: int, num_tokens: int) -> None:
         """All layers of some tokens are computed."""
-        origin = _origin(name)
-        for index, start, end in self._blocks(first, first + num_tokens):
-            if start:
-                self._check_block(blocks, index, origin, start)
-            self._set(blocks[index], (origin + index, end * self.spec.num_layers))
+        origin, size = _origin(name), self.spec.block_size
+        end, rest = first + num_tokens, first % size
+        if rest:
+            self._check_block(blocks, first // size, origin, rest)
+        for index in range(first // size, -(-end // size)):
+            num_cells = min(end - index * size, size) * self.spec.num_layers
+            self._set(blocks[index], (origin + index, num_cells))
 
     def check(self, name: str, blocks: Sequence[int], num_tokens: int) -> None:
         """That the first `num_tokens` tokens of a request are there."""
@@ -105,6 +109,9 @@ class VirtualCache:
     def beside(self, mark: None) -> AbstractContextManager[object]:
         return contextlib.nullcontext()
 
+    def aside(self) -> AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
     def rejoin(self) -> None: ...
 
     def pack(self, place: KVPlace, span: PartSpan, layout: WireLayout, wire: VirtualWire) -> None:
@@ -119,14 +126,17 @@ class VirtualCache:
         return False  # the virtual links leave the writing to the receiving worker's round
 
     def unpacking(self, place: KVPlace, span: PartSpan, layout: WireLayout, wire: VirtualWire) -> Callable[[], None]:
+        size = self.spec.block_size
+
         def write() -> None:
-            blocks, num_layers = place.block_table, span.num_layers
-            for index, start, end in self._blocks(span.first_token, span.first_token + span.num_tokens):
+            blocks, first, end = place.block_table, span.first_token, span.first_token + span.num_tokens
+            for index in range(first // size, -(-end // size)):
                 block = blocks[index]
                 if self._writers[block] is not place:
                     self._set(block, (wire.origin + index, 0))
                     self._writers[block] = place
-                self._num_cells[block] += num_layers * (end - start)
+                num_tokens = min(end, (index + 1) * size) - max(first, index * size)
+                self._num_cells[block] += span.num_layers * num_tokens
 
         return write
 
@@ -135,12 +145,6 @@ class VirtualCache:
     def _set(self, block: int, content: tuple[int, int]) -> None:
         self._places[block], self._num_cells[block] = content
         self._writers[block] = None
-
-    def _blocks(self, first: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """(index, first token in it, end in it) of the blocks of the tokens from `first` to `end`."""
-        size = self.spec.block_size
-        for start in range(first // size * size, end, size):
-            yield start // size, max(first - start, 0), min(end - start, size)
 
     def _check(self, blocks: Sequence[int], origin: int, num_tokens: int) -> None:
         num_full, rest = divmod(num_tokens, self.spec.block_size)

@@ -10,7 +10,6 @@ that all blocks add up, each few seconds; at the end that nothing of any request
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 
 from cli.bench.workload import RequestSpec
 from control_plane.cluster_scheduler import ClusterScheduler
+from phasewise.core.config import ServingConfig
 from phasewise.core.errors import ServingError
 from phasewise.core.messages import LinkLost, PeerLost, WorkerLoad
 from phasewise.core.placement import PlaceRequest, WorkerId, WorkerRole
@@ -34,7 +34,6 @@ CHECK_EVERY_S = 20.0
 TIMEOUT_S = 600.0
 PATIENCE_S = 60.0
 """After the deadline of the last request nothing may be left for longer."""
-OVERDUE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +47,16 @@ class Faults:
 class VirtualControlPlane:
     """The shell of a real cluster scheduler: takes messages, ticks, and tells everybody who is lost."""
 
-    def __init__(self, shape: WorkerShape, time: VirtualTime, network: Network) -> None:
+    def __init__(self, config: ServingConfig, time: VirtualTime, network: Network) -> None:
         self.scheduler = ClusterScheduler(
-            time, max_waiting=shape.max_waiting, overdue_s=OVERDUE_S, heartbeat_s=shape.heartbeat_s
+            time,
+            max_waiting=config.scheduler.max_waiting,
+            overdue_s=config.health.overdue_s,
+            heartbeat_s=config.health.heartbeat_s,
         )
         self._time = time
         self._network = network
-        self._heartbeat_s = shape.heartbeat_s
+        self._heartbeat_s = config.health.heartbeat_s
         network.join(CONTROL_PLANE, self.receive)
         self._plan_tick()
 
@@ -100,23 +102,22 @@ class VirtualCluster:
         shape: WorkerShape,
         *,
         seed: int,
-        num_prefill: int = 2,
-        num_decode: int = 2,
         latency: Latency,
         faults: Faults,
     ) -> None:
         self.time = VirtualTime()
         self._seed = seed
         self._network = Network(self.time, random.Random(f"network {seed}"), latency)
-        self.control_plane = VirtualControlPlane(shape, self.time, self._network)
+        self.control_plane = VirtualControlPlane(shape.config, self.time, self._network)
         self.gateway = VirtualGateway(GATEWAY, seed, self.time, self._network)
         self.workers: dict[WorkerId, VirtualWorker] = {}
         self.lost: list[WorkerId] = []
         self.num_broken_transfers = 0
         receivers: dict[WorkerId, Receive] = {}
-        roles = [WorkerRole.PREFILL] * num_prefill + [WorkerRole.DECODE] * num_decode
-        numbers = itertools.chain(range(num_prefill), range(num_decode))
-        for role, number in zip(roles, numbers, strict=True):
+        pools = shape.config.pools
+        roles = [(WorkerRole.PREFILL, i) for i in range(pools.prefill.workers)]
+        roles += [(WorkerRole.DECODE, i) for i in range(pools.decode.workers)]
+        for role, number in roles:
             worker_id = f"{role.value}-{number}"
             worker = VirtualWorker(worker_id, role, shape, seed, self.time, self._network, receivers)
             self.workers[worker_id] = worker

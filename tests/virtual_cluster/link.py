@@ -21,7 +21,7 @@ _Key = tuple[str, int]
 class LinkSpeed:
     """Of a worker's links: to each peer `rate` bytes per second, and room for so many parts that have not arrived."""
 
-    rate: float = 25e9
+    rate: float
     part_s: float = 0.0002
     num_buffers: int = 8
     max_part_bytes: int = 2**28

@@ -11,10 +11,12 @@ from typing import Literal
 
 from cli.bench.traces import read_trace
 from cli.bench.workload import RequestSpec
+from phasewise.core.config import build_config
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.placement import WorkerRole
 from phasewise.core.profile import DeviceProfile
 from tests.virtual_cluster.cluster import Faults
+from tests.virtual_cluster.link import LinkSpeed
 from tests.virtual_cluster.network import Latency
 from tests.virtual_cluster.worker import WorkerShape
 
@@ -36,9 +38,15 @@ def read_requests(trace: Literal["code", "conv"], count: int) -> list[RequestSpe
 
 
 def shape_of(num_blocks: int) -> WorkerShape:
-    """Workers as measured: Llama 8B on an H100, with KV blocks of its shape."""
-    spec = KVCacheSpec(32, 8, 128, block_size=32, dtype="bfloat16", model_fingerprint="virtual")
-    return WorkerShape(spec, DeviceProfile.read(_PROFILE), num_blocks=num_blocks, num_swap_blocks=num_blocks)
+    """Workers as measured: Llama 8B on an H100, with KV blocks of its shape, and links of 25 GB/s."""
+    spec = KVCacheSpec(32, 8, 128, block_size=64, dtype="bfloat16", model_fingerprint="virtual")
+    values = {
+        "pools": {"prefill": {"workers": 2}, "decode": {"workers": 2}},
+        "scheduler": {"token_budget": 2048},
+        "health": {"overdue_s": 5.0},
+    }
+    config = build_config(values, source="virtual cluster")
+    return WorkerShape(config, spec, DeviceProfile.read(_PROFILE), num_blocks, LinkSpeed(25e9))
 
 
 ROUGH = Latency(straggler_share=0.02, straggler_s=0.5)

@@ -12,6 +12,8 @@ import pytest
 
 from tests.virtual_cluster.scenario import read_requests
 
+pytestmark = pytest.mark.timeout(3600)  # a run takes a minute or two of processor time, however busy the machine is
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -44,14 +46,13 @@ def test_ten_thousand_requests_of_the_code_trace_end_once_with_their_tokens() ->
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_the_conversation_trace_ends_once_with_its_tokens() -> None:
     result = run_cluster("--trace", "conv", "--requests", "10000", "--speed", "2", "--seed", "1")
     assert_all_finished(result, "conv", 10_000)
     assert result["num_given_up"] == 0
 
 
-@pytest.mark.parametrize("arguments", [("code", 500, 4, 2048), ("conv", 200, 4, 300)], ids=["code", "conv"])
+@pytest.mark.parametrize("arguments", [("code", 500, 4, 1024), ("conv", 200, 4, 150)], ids=["code", "conv"])
 def test_requests_recover_from_lost_workers_broken_links_and_messages_that_come_late(
     arguments: tuple[Literal["code", "conv"], int, int, int],
 ) -> None:
@@ -63,6 +64,7 @@ def test_requests_recover_from_lost_workers_broken_links_and_messages_that_come_
     assert_all_finished(result, trace, num_requests)
     assert [worker_id.split("-")[0] for worker_id in result["lost_workers"]] == ["prefill", "decode"]
     assert result["num_broken_transfers"] > 0
+    assert result["num_preempted"] > 0 or trace == "code"
     assert result["num_given_up"] > 0
 
 
