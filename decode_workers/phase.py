@@ -8,6 +8,8 @@ One request's life here:
       → ends with a reason: blocks released, full ones remembered by the prefix cache
 
 Sequences of a mixed worker come in through `adopt`, with their blocks. A preempted sequence's KV waits in host memory.
+
+More than 15 of our modules are imported: incoming handoffs, blocks, swap space and the running batch meet here.
 """
 
 from __future__ import annotations
@@ -201,8 +203,8 @@ class DecodePhase:
                 job.has_stepped = True
                 self._outbox.event(job.gateway_id, sequence.request_id, Stage.DECODE_START)
             reason, position = sequence.finish_reason(), sequence.num_output_tokens - 1
-            chunk = NewTokens(sequence.request_id, sequence.sample_index, position, tokens, reason)
-            self._outbox.chunk(job.gateway_id, chunk)
+            new = NewTokens(sequence.request_id, sequence.sample_index, position, tokens, reason)
+            self._outbox.tokens(job.gateway_id, new)
             if reason is not None:
                 self._end(job, RequestStatus.FINISHED)
         self.counters["output_tokens"] += num_tokens

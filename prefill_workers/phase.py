@@ -6,8 +6,8 @@ One prompt's life here (queues in prefill_workers/scheduler.py):
       ├─ stays here: the decode phase adopts the sequence with its blocks
       └─ is handed off: first token out, commit sent → HANDOFF; blocks are kept until the receiver says done
 
-A prompt that finds nothing running begins before its offer is answered: the answer takes milliseconds, there is room
-almost always, and nobody else could use the time. Its KV and its commit wait in the sender for the answer.
+A prompt may begin before its offer is answered (prefill_workers/admission.py): its KV and its commit wait in the sender
+for the answer.
 
 Long prompts are pushed layer group by layer group while later layers compute (Splitwise, section 4.3; the sender says
 which are long for its link); short ones as one part behind their last layer, before the first token is known. A failed
@@ -230,8 +230,8 @@ class PrefillPhase:
             live.append(token if goes_on else None)
             if goes_on:
                 sequences.append(sequence)
-            chunk = NewTokens(job.request_id, index, position, (token,) if has_output else (), reason)
-            self._outbox.chunk(job.task.gateway_id, chunk)
+            new = NewTokens(job.request_id, index, position, (token,) if has_output else (), reason)
+            self._outbox.tokens(job.task.gateway_id, new)
         if has_output:
             self._event(job, Stage.FIRST_TOKEN)
         if not sequences:

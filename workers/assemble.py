@@ -1,6 +1,7 @@
 """Wires the parts of a worker: phases, both halves of handoffs, messages out, its rounds, and the driver of those.
 
-Nothing here needs torch: a virtual worker has other ports and a cache without tensors, and no driver.
+Nothing here needs torch: a virtual worker has other ports and a cache without tensors, and no driver. More than 15 of
+our modules are imported, for this file alone knows all parts of a worker beside its engine.
 """
 
 from __future__ import annotations

@@ -24,14 +24,14 @@ from phasewise.core.ports import GatewayPort, PeerPort
 
 @dataclass(slots=True)
 class _Pending:
-    chunks: list[NewTokens] = field(default_factory=list)
+    tokens: list[NewTokens] = field(default_factory=list)
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     events: list[TimelineEvent] = field(default_factory=list)
     failures: list[RequestFailed] = field(default_factory=list)
 
 
 class Outbox:
-    """Used by the step loop's thread alone. `flush` sends and empties it."""
+    """What a worker has for gateways since the last `flush`. Used by the step loop's thread alone."""
 
     def __init__(self, worker_id: WorkerId, port: GatewayPort, clock: Clock) -> None:
         self._worker_id = worker_id
@@ -39,8 +39,8 @@ class Outbox:
         self._clock = clock
         self._pending: defaultdict[str, _Pending] = defaultdict(_Pending)
 
-    def chunk(self, gateway_id: str, chunk: NewTokens) -> None:
-        self._pending[gateway_id].chunks.append(chunk)
+    def tokens(self, gateway_id: str, tokens: NewTokens) -> None:
+        self._pending[gateway_id].tokens.append(tokens)
 
     def prompt_logprobs(self, gateway_id: str, logprobs: PromptLogprobs) -> None:
         self._pending[gateway_id].prompt_logprobs.append(logprobs)
@@ -71,7 +71,7 @@ class Outbox:
         pending, self._pending = self._pending, defaultdict(_Pending)
         for gateway_id, p in pending.items():
             output = WorkerOutput(
-                self._worker_id, tuple(p.chunks), tuple(p.prompt_logprobs), tuple(p.events), tuple(p.failures)
+                self._worker_id, tuple(p.tokens), tuple(p.prompt_logprobs), tuple(p.events), tuple(p.failures)
             )
             self._port.deliver(gateway_id, output)
 

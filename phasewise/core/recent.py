@@ -1,4 +1,4 @@
-"""A bounded memory of names: what was cancelled or is over, for messages that come late or overtake each other."""
+"""A bounded memory of names: what was cancelled or is over, for messages that are delayed or overtake each other."""
 
 from __future__ import annotations
 
