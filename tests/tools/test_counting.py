@@ -114,14 +114,25 @@ def test_what_passes_a_guide_is_found_unless_the_file_says_why(tmp_path: Path) -
     write(tmp_path, "workers/large.py", f"class Large:\n{methods}\ndef long():\n{long_body}\n{imports}" + "\n" * 400)
     write(tmp_path, "workers/small.py", "class Small:\n    def m(self): ...\n\ndef short():\n    return 1\n")
     found = passed_guides(tmp_path)
-    assert {(p.subject, p.count) for p in found} == {("Large", 21), ("lines", 501), ("imports", 16), ("long", 61)}
-    assert len(found) == 5  # methods and attributes of the class
+    assert {(p.owner, p.what, p.count) for p in found} == {
+        ("Large", "methods", 21),
+        ("Large", "attributes", 21),
+        ("", "lines", 501),
+        ("", "modules", 16),
+        ("long", "lines", 61),
+    }
     assert not any(p.has_reason for p in found)
 
-    explained = "# Guide: Large has many methods, because it is large.\n# Guide: 501 lines, as there are many.\n"
     text = (tmp_path / "workers/large.py").read_text()
-    write(tmp_path, "workers/large.py", explained + text)
-    assert {p.subject for p in passed_guides(tmp_path) if not p.has_reason} == {"imports", "long"}
+    text = text.replace(
+        "class Large:\n", "class Large:\n    # There are more\n    # than 20 methods, because it is large.\n"
+    )
+    write(tmp_path, "workers/large.py", '"""More than 15 of our modules are imported: all."""\n' + text)
+    assert {(p.owner, p.what) for p in passed_guides(tmp_path) if not p.has_reason} == {
+        ("Large", "attributes"),
+        ("", "lines"),
+        ("long", "lines"),
+    }
 
 
 def test_values_kernels_and_heads_of_commands_pass_no_guide(tmp_path: Path) -> None:
@@ -135,7 +146,7 @@ def test_values_kernels_and_heads_of_commands_pass_no_guide(tmp_path: Path) -> N
     write(tmp_path, "cli/table.py", text)
     assert passed_guides(tmp_path) == []
     write(tmp_path, "cli/table.py", text.replace("(BaseModel)", "").replace("    return 1\n", body + "    return 1\n"))
-    assert {p.subject for p in passed_guides(tmp_path)} == {"B", "Section", "command"}
+    assert {p.owner for p in passed_guides(tmp_path)} == {"B", "Section", "command"}
 
 
 def test_reaches_into_privates_are_found_by_line(tmp_path: Path) -> None:
