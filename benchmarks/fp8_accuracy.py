@@ -17,6 +17,7 @@ import math
 import random
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,21 @@ import torch
 
 from benchmarks.offline import SHAPES, device_name, model_path, write_result
 from control_plane.gateway.text.tokenizer import load_tokenizer
+from engine.attention.reference import ReferenceAttention
 from engine.batch import ScheduledBatch, ScheduledSequence
+from engine.forward_inputs import build_forward_inputs
 from engine.kv_cache import PagedKVCache
+from engine.layers.rotary import RotaryEmbedding
 from engine.loader import LoadedModel, load_model
-from engine.model_runner import ModelRunner
 from engine.sequence import Sequence
 from phasewise.core.kv_spec import FP8
 from phasewise.core.model_source import ModelSource, resolve_model
 from phasewise.core.request import SamplingParams
 
 BLOCK = 16
+HiddenOf = Callable[[ScheduledSequence], torch.Tensor]
+"""Computes an item: [item.num_tokens, hidden_size] after the last layer."""
+
 # name → (model.weights, cache.dtype)
 KINDS = {"fp8 weights": ("fp8", "auto"), "fp8 KV": ("auto", FP8), "fp8 weights and KV": ("fp8", FP8)}
 
@@ -90,24 +96,36 @@ class Difference:
         ]
 
 
-def make_runner(loaded: LoadedModel, cache_dtype: str, window: int) -> tuple[ModelRunner, PagedKVCache]:
+def hidden_of(loaded: LoadedModel, cache_dtype: str, window: int) -> HiddenOf:
+    """By the plain parts on a CPU, kernel by kernel on a GPU; over a cache for one sequence of `window` tokens."""
     cache = PagedKVCache(loaded.kv_cache_spec(BLOCK, cache_dtype), -(-window // BLOCK) + 1, loaded.model.device)
+    model, config = loaded.model, loaded.config
     if cache.device.type == "cpu":
-        return ModelRunner(loaded, cache, window, attention="reference"), cache
-    from engine.cuda.runner import CudaModelRunner  # needs Triton
+        backend = ReferenceAttention(cache, config.windows)
+        rotary = RotaryEmbedding(config, window, model.dtype, model.device)
 
-    return CudaModelRunner(loaded, cache, window, max_batch=1, graphs=False), cache
+        def plain(item: ScheduledSequence) -> torch.Tensor:
+            inputs = build_forward_inputs(ScheduledBatch((item,)), BLOCK, window, model.device)
+            backend.plan(inputs)
+            x = model.embed(inputs.input_ids)
+            return model.run_layers(x, 0, config.num_layers, rotary, rotary.plan(inputs.positions), backend)
 
+        return plain
+    from engine.cuda.executor import StepExecutor  # needs Triton
 
-def hidden_of(runner: ModelRunner, item: ScheduledSequence, num_layers: int) -> torch.Tensor:
-    """[item.num_tokens, hidden_size] after the last layer."""
-    if runner._model.device.type == "cpu":
-        return runner._forward(ScheduledBatch((item,)), None, num_layers)
-    return runner._compute(runner._plan([], [item], num_layers), None)[1]
+    executor = StepExecutor(loaded, cache, window, 1, graphs=False)
+    planner = executor.planner()
+
+    def fast(item: ScheduledSequence) -> torch.Tensor:
+        hidden = executor.execute(planner.plan([], [item], config.num_layers), None).hidden
+        assert hidden is not None
+        return hidden
+
+    return fast
 
 
 @torch.inference_mode()
-def logits_of(runner: ModelRunner, loaded: LoadedModel, tokens: list[int], chunk: int) -> torch.Tensor:
+def logits_of(hidden: HiddenOf, loaded: LoadedModel, tokens: list[int], chunk: int) -> torch.Tensor:
     """Teacher-forced logits.  # [len(tokens), vocab_size] float32"""
     sequence = Sequence("r", SamplingParams(), list(tokens), len(tokens))
     sequence.block_table = list(range(1, -(-len(tokens) // BLOCK) + 1))
@@ -115,7 +133,7 @@ def logits_of(runner: ModelRunner, loaded: LoadedModel, tokens: list[int], chunk
     while sequence.num_computed_tokens < len(tokens):
         count = min(chunk, len(tokens) - sequence.num_computed_tokens)
         item = ScheduledSequence(sequence, count, 0)
-        parts.append(loaded.model.logits(hidden_of(runner, item, loaded.config.num_layers)).float())
+        parts.append(loaded.model.logits(hidden(item)).float())
         sequence.num_computed_tokens += count
     return torch.cat(parts)
 
@@ -130,8 +148,8 @@ def compare(
         for weights in ("fp8", "auto")
     }
     length = max(map(len, windows))
-    plain, _ = make_runner(loaded["auto"], "auto", length)
-    runners = {kind: make_runner(loaded[weights], dtype, length)[0] for kind, (weights, dtype) in KINDS.items()}
+    plain = hidden_of(loaded["auto"], "auto", length)
+    kinds = {kind: hidden_of(loaded[weights], dtype, length) for kind, (weights, dtype) in KINDS.items()}
     found = {(kind, chunk): Difference() for kind in KINDS for chunk in chunks}
     # How far the unrounded model is from itself when it is cut differently: what is below that is noise.
     noise = {chunk: Difference() for chunk in chunks[1:]}
@@ -141,7 +159,7 @@ def compare(
         for chunk, difference in noise.items():
             difference.add(logits_of(plain, loaded["auto"], tokens, chunk)[:-1], reference, targets)
         for (kind, chunk), difference in found.items():
-            logits = logits_of(runners[kind], loaded[KINDS[kind][0]], tokens, chunk)[:-1]
+            logits = logits_of(kinds[kind], loaded[KINDS[kind][0]], tokens, chunk)[:-1]
             difference.add(logits, reference, targets)
     rows = []
     for chunk, difference in noise.items():

@@ -43,7 +43,7 @@ class StepResult:
     """One entry per item of the batch, in its order.
 
     `tokens[i]` has `num_samples` entries, or is None: the logits to sample from hold NaN, or infinity where the largest
-    should be, and a token chosen from that would mean nothing. `prompt_logprobs[i]` is empty unless the request asked
+    should be, so that no token can be chosen. `prompt_logprobs[i]` is empty unless the request asked
     for prompt log-probabilities; else it describes the prompt tokens that follow the chunk's tokens: entry j belongs to
     the token at position `start + 1 + j`, as far as that is inside the prompt.
     """

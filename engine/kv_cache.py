@@ -70,7 +70,7 @@ class PagedKVCache:
 class SwapSpace:
     """Host memory for `num_blocks` blocks of a cache, in places 0, 1, … .
 
-    Allocated once: on a GPU's host it is pinned, which takes long, and memory that were pinned for each preemption
+    Allocated once: on a GPU's host it is pinned, which takes long, and memory pinned anew for each preemption
     would grow with every new size. `blocks_view`: that of the cache. Copies are enqueued on the stream of the steps,
     and the host does not wait for them.
     """

@@ -14,8 +14,7 @@ What such a step computed for a sequence that turns out to have ended is dropped
 
 The two phases meet here and know nothing of each other. The prefill phase plans with the number of the decode phase's
 free seats, and returns the sequences that stay on this worker; the decode phase reserves beside those that will stay.
-Both halves of handoffs and the probes of links meet here, too, so 16 of our modules are imported: one more than the
-guide says.
+Both halves of handoffs and the probes of links meet here, too, so more than 15 of our modules are imported.
 """
 
 from __future__ import annotations

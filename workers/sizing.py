@@ -31,7 +31,7 @@ from workers.profiler import made_up_step
 
 logger = logging.getLogger(__name__)
 
-# A chunk behind a context of such a length has the context gathered for it (engine/cuda/attention.py): the most memory.
+# A context of a multiple of this length is gathered for its chunk (engine/cuda/attention.py): that takes most memory.
 _REGULAR = 256
 _OUT_OF_MEMORY_SIGNS = ("out of memory", "alloc_failed")
 

@@ -2,7 +2,7 @@
 
 Decodes of similar length are gathered block by block into one padded workspace and attended to in one call. The query
 heads that share a KV head become rows of one query, so that KV is read once for all of them. Prompts without earlier
-context need no gathering: their keys and values are the ones at hand.
+context need no gathering: their keys and values are those of this step.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class RaggedAttention:
 
     @staticmethod
     def upload_bytes(chunks: Seq[PromptChunk]) -> int:
-        """No fewer bytes than the arrays of these chunks take."""
+        """At least the bytes that the arrays of these chunks take."""
         width = max((len(chunk.table) for chunk in chunks), default=0)
         work = sum(chunk.num_queries for chunk in chunks) + MAX_SHARES
         return 8 * aligned(0) + 20 * work + sum(aligned(4 * width) + aligned(16) for _ in chunks)

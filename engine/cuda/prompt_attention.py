@@ -40,11 +40,11 @@ class PromptTile:
 
     @property
     def max_cells(self) -> int:
-        """No fewer than the shares of all tiles that are cut: s shares are more than s - 1 of the equal ones long."""
+        """At least the shares of all tiles that are cut: s shares are more than s - 1 of the equal ones long."""
         return 2 * self.num_shares
 
     def max_work(self, num_tokens: int, num_chunks: int) -> int:
-        """No fewer than the programs of one KV head: a tile has at most one that is not a whole equal share."""
+        """At least the programs of one KV head: a tile has at most one that is not a whole equal share."""
         return num_tokens // self.tokens + num_chunks + self.num_shares
 
 

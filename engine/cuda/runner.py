@@ -5,7 +5,7 @@ finds it, and is copied to the host behind it. Steps of decodes alone, and of a 
 graphs; others go kernel by kernel.
 
 Of several ranks, rank 0 has the sequences and samples. It tells the others a step's StepInputs, which is all that the
-computation needs; what is sampled from the largest logits alone, every rank finds by itself.
+computation needs; every rank finds the largest logits, and so the greedy tokens, by itself.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class CudaModelRunner:
             drawn = _draw(items, computed) if inputs.needs_draw else None
             if drawn is not None and decodes:
                 self._executor.keep_drawn(inputs, drawn.tokens[: len(decodes)])
-        hidden = computed.hidden if inputs.needs_hidden else None  # else as much memory as a step takes, for nothing
+        hidden = computed.hidden if inputs.needs_hidden else None  # kept only then: it takes as much memory as a step
         logprobs: tuple[tuple[SampledToken, ...], ...] | None = None
         if hidden is not None and self._others is not None:  # the other ranks keep one step's hidden states
             logprobs = prompt_logprobs(self._head, batch, hidden, num_rows)
@@ -137,7 +137,7 @@ class CudaModelRunner:
 
     @torch.inference_mode()
     def warm_up(self, token_budget: int) -> None:
-        """Compiles the kernels of mixed steps and lets cuDNN plan for prompts: what would hold up the first requests.
+        """Compiles the kernels of mixed steps and lets cuDNN plan for prompts, which the first requests would wait for.
 
         Overwrites blocks of the cache, which must not be in use.
         """

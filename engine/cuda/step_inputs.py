@@ -156,7 +156,7 @@ class DecodeRows:
 
     Attributes:
         tables: [max_rows, max_blocks] int32. Kept up to date by `prepare_step` (engine/cuda/elementwise.py) block by
-            block; rows that change hands are written whole by `write_tables`.
+            block; rows given to another sequence are written whole by `write_tables`.
         newest: [max_rows] int64, the token that each row sampled last.
     """
 

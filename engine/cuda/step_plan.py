@@ -1,7 +1,7 @@
 """What the ranks need to know of a step: a scheduled batch as arrays, and which captured graphs compute it.
 
-Decodes are the first rows of a step, prompts follow. Only graphs need padding: elsewhere it would be computed with the
-rest.
+Decodes are the first rows of a step, prompts follow. Only graphs need padding: elsewhere it would be computed like any
+other row.
 """
 
 from __future__ import annotations

@@ -68,8 +68,8 @@ class HandoffPath:
 
         All of it where the prompt is pushed at once. Layer by layer, with n equal parts that are ready one after the
         other, the link is either idle before the last part or has been busy since the first one was ready:
-        latency + max(sending / n, sending - prefill * (n - 1) / n). Not less than the commit's own way beside the last
-        part. The reservation is not in it: prompts that queue ask for it before their turn.
+        latency + max(sending / n, sending - prefill * (n - 1) / n). At least the time of the commit's own
+        message beside the last part. The reservation is not in it: prompts that queue ask for it before their turn.
         """
         seen_s = self._sending_s(num_tokens)
         if self.is_layerwise(num_tokens):

@@ -62,7 +62,10 @@ class HttpLimits:
 
 
 class GatewayProtocol(HttpToolsProtocol):
-    """One connection. The module's docstring tells its life."""
+    """One connection. The module's docstring tells its life.
+
+    There are more than 20 methods: those of the parser and of the transport, which call them, and one for each bound.
+    """
 
     limits = HttpLimits()
 
