@@ -174,6 +174,7 @@ class VirtualGateway:
     def ended(self, record: OpenRequest) -> None:
         assert record.client_id not in self._ended, f"{record.client_id} ended twice"
         self._ended.add(record.client_id)
+        self.has_news(record)  # what has not been read yet
         self.ends.num_ended += 1
         if record.status is RequestStatus.FINISHED:
             wanted, came = record.request.sampling.max_tokens, record.num_output_tokens
