@@ -119,6 +119,7 @@ class DirectLinks:
         self._runner = EpochRunner(post, stall_s)
         self._listener = LinkListener(self.incoming, self.identity, self._runner, host)
         self.address = self._listener.address
+        self._runner.start("watch", self._runner.watch)
 
     @property
     def ends(self) -> list[SendingEnd | ReceivingEnd]:

@@ -28,7 +28,6 @@ class EpochRunner:
         self._lock = threading.Lock()
         self._ends: set[SendingEnd | ReceivingEnd] = set()
         self._threads: set[threading.Thread] = set()
-        self.start("watch", self._watch)
 
     @property
     def ends(self) -> list[SendingEnd | ReceivingEnd]:
@@ -81,7 +80,8 @@ class EpochRunner:
         for thread in threads:
             thread.join(JOIN_S)
 
-    def _watch(self) -> None:
+    def watch(self) -> None:
+        """Until `is_closed`: breaks epochs in which something is overdue."""
         while not self.is_closed.wait(self._stall_s / 8):
             for end in self.ends:
                 end.epoch.watch()

@@ -2,13 +2,14 @@
 
 One handoff, over all attempts at it (the states of an attempt: kv_transfer/state.py):
 
-    PLANNED → offered → accepted → parts sent, inside a window → committed → DONE
-       ▲         └────────┴────────────────┴─────────────────────────┴─► FAILED
-       └ withdrawn: not counted as an attempt        offered again, once ◄─┘
+    PLANNED ─► OFFERED ─► ACCEPTED ─► SENDING, inside a window ─► COMMITTED ─► DONE
+       ▲          │           │          │                           │
+       │          └───────────┴──────────┴───────────────────────────┴─► FAILED ─► OFFERED again, once
+       └ withdrawn before the prompt ran: this was no attempt
 
 KV may be computed before the offer is answered; it waits here. Long prompts go layer group by layer group while later
-layers compute (Splitwise, section 4.3), others as a whole behind their last layer. A failed attempt is repeated when
-nothing of the sequence has been computed, or when all of it has: then everything is sent again from the blocks that
+layers compute (Splitwise, section 4.3), others as a whole behind their last layer. A failed handoff is offered again
+when nothing of the prompt is computed, or when all of it is: then everything is sent once more from the blocks, which
 are still here. A second failure is final.
 
 The caller (kv_transfer/sender.py) carries out what `due` gives it. Messages for other workers go out by `peers`.
@@ -239,7 +240,7 @@ class OutgoingHandoffs:
         handoff.attempt = Attempt(transfer_id, handoff.deadline_s, max_part_bytes)
         handoff.attempt.move(SendStatus.OFFERED)
         if handoff.is_computed:  # other prompts ask for nothing while it is offered again: that may not last
-            handoff.bound(self._clock.now_s() + self._timeout_s)
+            handoff.bound(now_s + self._timeout_s)
         self._handoffs[transfer_id] = handoff
         offer = KVOffer(
             transfer_id,

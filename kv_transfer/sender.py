@@ -80,7 +80,8 @@ class KVSender:
         """The owner lets go of the handoff and of its blocks: one that goes on is given up."""
         self.outgoing.abort(handoff, reason)
         self.outgoing.forget(handoff)
-        if handoff.has_sent_parts and handoff.status is not SendStatus.DONE:
+        has_arrived = handoff.status is SendStatus.DONE and not handoff.num_failures
+        if handoff.has_sent_parts and not has_arrived:
             self._cache.rejoin()  # packing may still read the blocks, which may be given away now
 
     # ---- once a step

@@ -1,7 +1,8 @@
 """What a worker's links take of its GPU, by how many peers it has. Measured: docs/performance.md, "The handoff".
 
-Each NCCL channel is memory in every link, and with more peers each gets a smaller share of the wire anyway; slabs are
-one worker's, for all its links. So few peers get much of both, and many still stay within a gibibyte.
+Each NCCL channel is memory in every link, and with more peers each gets a smaller share of the wire anyway; staging
+buffers (slabs) are one worker's, for all its links. So few peers get much of both, and many still stay within a
+gibibyte.
 """
 
 from __future__ import annotations

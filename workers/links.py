@@ -81,7 +81,7 @@ def _direct_links(settings: WorkerSettings, post: Post, prepare_write: PrepareWr
     if link == "object_store" or settings.role is WorkerRole.MIXED:
         return None
     host = own_address(settings.head or "127.0.0.1")
-    device = _wire_device(settings, link, host)
+    device = wire_device(settings, link, host)
     try:
         return DirectLinks(
             settings.worker_id,
@@ -112,8 +112,8 @@ def own_address(head: str) -> str:
         return str(probe.getsockname()[0])
 
 
-def _wire_device(settings: WorkerSettings, link: str, host: str) -> WireDevice:
-    """What moves the bytes of a direct link."""
+def wire_device(settings: WorkerSettings, link: str, host: str) -> WireDevice:
+    """What moves the bytes of a direct link. Raises ConfigError where this worker cannot have such a link."""
     is_cpu = settings.device == "cpu"
     if link == "tcp":
         if not is_cpu:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kv_transfer.link import ArrivedPart
+from kv_transfer.link import ArrivedPart, DeviceFull
 from kv_transfer.object_store_link import ObjectStoreLink
 from phasewise.core.handles import WorkerHandles
 from phasewise.core.messages import KVCommit, KVPart, LinkLost
@@ -74,6 +74,16 @@ def test_a_part_that_cannot_be_received_fails_its_own_handoff(monkeypatch: pytes
     monkeypatch.setattr("kv_transfer.object_store_link.is_intact", fail)
     box.link.receive("prefill-1", PART, np.zeros(PART.num_bytes, np.uint8))
     assert box.posted == [LinkLost("prefill-1", "OutOfMemoryError: full", frozenset({"t"}))]
+
+
+def test_a_full_device_is_said_with_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **named: Any) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    box = Box(Actor(None, at_once=True))
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(DeviceFull, match="full"):
+        box.link.buffer("decode-0", 4096)
 
 
 def test_a_part_that_went_well_is_measured() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
-from kv_transfer.cache_protocol import KVPlace
 
+from kv_transfer.cache_protocol import KVPlace
 from kv_transfer.codec import Codec, WireLayout
 from kv_transfer.plan import PartSpan
 from phasewise.core.kv_spec import KVCacheSpec

@@ -265,7 +265,7 @@ def test_slabs_that_do_not_fit_are_said_with_their_key(monkeypatch: pytest.Monke
         def allocate(self, num_bytes: int) -> torch.Tensor:
             raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(links, "_wire_device", lambda settings, link, host: Full())
+    monkeypatch.setattr(links, "wire_device", lambda settings, link, host: Full())
     config = build_config({"transfer": {"link": "tcp", "slab_mib": 4096}}, source="test")
     settings = WorkerSettings("decode-0", WorkerRole.DECODE, "cpu", 1, config, secret="of the cluster")
     with pytest.raises(ConfigError, match="no room for 4 slabs of 4096 MiB") as caught:
@@ -291,7 +291,7 @@ def test_channels_become_fewer_with_peers_and_are_the_same_at_all_workers(monkey
         config = build_config({"pools": pools, "transfer": transfer}, source="test")
         made.clear()
         for role in (WorkerRole.PREFILL, WorkerRole.DECODE):
-            links._wire_device(WorkerSettings(role.value, role, "cuda", 1, config), "nccl", "127.0.0.1")
+            links.wire_device(WorkerSettings(role.value, role, "cuda", 1, config), "nccl", "127.0.0.1")
         return set(made)
 
     assert [channels(1, count) for count in (1, 2, 3, 4, 5, 64)] == [{16}, {16}, {8}, {8}, {4}, {4}]
