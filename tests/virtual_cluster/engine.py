@@ -63,7 +63,7 @@ class ScriptedEngine:
                 self._cache.check(name, sequence.block_table, start)
             else:
                 self._cache.check_last(name, sequence.block_table, start)
-            if sequence.is_prefilling:
+            if sequence.is_prefilling and item.num_samples:
                 self._check_tokens(name, sequence)
             self._cache.write(name, sequence.block_table, start, item.num_tokens)
             position = start + item.num_tokens - sequence.first_output
