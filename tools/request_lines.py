@@ -2,6 +2,7 @@
 
     python -m tools.request_lines                       this tree
     python -m tools.request_lines --tree ../before      another checkout, counted in the same way
+    python -m tools.request_lines --functions           function by function
     python -m tools.request_lines --json lines.json     the table as JSON, besides
 
 A cluster of real servers, gateway, cluster scheduler, one prefill and one decode worker runs in one process
@@ -75,12 +76,19 @@ _BESIDE = (
 
 @dataclass(frozen=True, slots=True)
 class FileCount:
-    """What a request entered of one file. `is_on_way`: between placement and tokens."""
+    """What a request entered of one file. `is_on_way`: between placement and tokens.
+
+    `functions` has the lines of each by its name and first line; those of nested ones are in the outer one's, too.
+    """
 
     path: str
-    num_functions: int
+    functions: dict[str, int]
     num_lines: int
     is_on_way: bool
+
+    @property
+    def num_functions(self) -> int:
+        return len(self.functions)
 
 
 class Recorder:
@@ -119,13 +127,15 @@ def count_files(tree: Path, entered: set[tuple[str, int]]) -> list[FileCount]:
     counts = []
     for file, first_lines in sorted(by_file.items()):
         text = Path(file).read_text(encoding="utf-8")
-        spans = [span(node) for node in functions(ast.parse(text))]
-        found = {min((s for s in spans if line in s), key=len, default=None) for line in first_lines}
-        run = {s for s in found if s is not None}  # the rest is code of modules and classes
-        lines = code_lines(text) & {line for s in run for line in s}
+        names = {span(node): node.name for node in functions(ast.parse(text))}
+        found = {min((s for s in names if line in s), key=len, default=None) for line in first_lines}
+        run = [s for s in names if s in found]  # what is in none is code of modules and classes
+        code = code_lines(text)
+        lines = code & {line for s in run for line in s}
         path = Path(file).relative_to(tree).as_posix()
         if lines:
-            counts.append(FileCount(path, len(run), len(lines), not path.startswith(_BESIDE)))
+            by_function = {f"{names[s]}:{s.start}": len(code.intersection(s)) for s in run}
+            counts.append(FileCount(path, by_function, len(lines), not path.startswith(_BESIDE)))
     return counts
 
 
@@ -171,13 +181,15 @@ def sums(counts: list[FileCount]) -> tuple[int, int]:
     return sum(c.num_lines for c in counts if c.is_on_way), sum(c.num_lines for c in counts)
 
 
-def show(counts: list[FileCount], spread: dict[str, list[int]]) -> None:
+def show(counts: list[FileCount], spread: dict[str, list[int]], *, has_functions: bool) -> None:
     for package in PACKAGES:
         own = [c for c in counts if c.path.split("/")[0] == package]
         if own:
             print(f"{package + '/':44} {sum(c.num_functions for c in own):5} {sum(c.num_lines for c in own):6}")
         for c in own:
             print(f"  {c.path:42} {c.num_functions:5} {c.num_lines:6}{'' if c.is_on_way else '  beside'}")
+            for name, num_lines in c.functions.items() if has_functions else ():
+                print(f"      {name:44} {num_lines:6}")
     on_way = [c for c in counts if c.is_on_way]
     for name, group in (("placement to tokens", on_way), ("all of it", counts)):
         lines = sum(c.num_lines for c in group)
@@ -192,6 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tree", type=Path, default=OWN_TREE, help="root of the checkout to count")
     parser.add_argument("--loopback", action="store_true", help="KV goes over the in-process link, not over TCP links")
+    parser.add_argument("--functions", action="store_true", help="show each function, too")
     parser.add_argument("--json", type=Path, help="where to write the table as JSON")
     arguments = parser.parse_args()
     tree = arguments.tree.resolve()
@@ -202,7 +215,7 @@ def main() -> None:
         "placement to tokens": [min(on_way), max(on_way)],
         "all of it": [min(everything), max(everything)],
     }
-    show(counts, spread)
+    show(counts, spread, has_functions=arguments.functions)
     if arguments.json:
         result = {"spread": spread, "files": [asdict(c) for c in counts]}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -77,7 +77,9 @@ def test_a_function_that_is_entered_counts_as_a_whole_and_once(tmp_path: Path) -
     finally:
         sys.setprofile(None)
     # `outer` and `inner` (6 lines together), `first` with its decorator (3); the lambda is part of `first`.
-    assert count_files(tmp_path, recorder.entered) == [FileCount("workers/sample.py", 3, 9, True)]
+    assert count_files(tmp_path, recorder.entered) == [
+        FileCount("workers/sample.py", {"outer:9": 6, "inner:13": 2, "first:27": 3}, 9, True)
+    ]
 
 
 def test_the_way_from_placement_to_tokens_leaves_out_protocols_text_and_engine(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ class VirtualCluster:
             self.workers[worker_id] = worker
             self.control_plane.scheduler.worker_joined(worker.info)
         for at_s, role in faults.deaths:
-            self.time.at(at_s, f"death in {role.value}", lambda role=role: self._lose(role))
+            self.time.at(at_s, f"death in {role.value}", partial(self._lose, role))
         for at_s in faults.cuts:
             self.time.at(at_s, "cut", self._cut)
 

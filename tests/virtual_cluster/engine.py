@@ -22,6 +22,7 @@ def client_name(request_id: str) -> str:
     return request_id.rsplit("~", 1)[0]
 
 
+@lru_cache(512)  # the engine compares what the client has asked for a moment ago
 def prompt_of(seed: int, name: str, num_tokens: int) -> tuple[int, ...]:
     """The prompt of a request."""
     return tuple(array("H", random.Random(f"{seed} {name}").randbytes(2 * num_tokens)))
@@ -62,7 +63,7 @@ class ScriptedEngine:
                 self._cache.check(name, sequence.block_table, start)
             else:
                 self._cache.check_last(name, sequence.block_table, start)
-            if sequence.is_prefilling:
+            if sequence.is_prefilling and item.num_samples:
                 self._check_tokens(name, sequence)
             self._cache.write(name, sequence.block_table, start, item.num_tokens)
             position = start + item.num_tokens - sequence.first_output

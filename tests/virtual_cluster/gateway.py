@@ -16,7 +16,7 @@ from phasewise.core.placement import Placement, WorkerId
 from phasewise.core.request import Request, SamplingParams
 from tests.virtual_cluster.clock import VirtualTime
 from tests.virtual_cluster.engine import token_of
-from tests.virtual_cluster.network import Network
+from tests.virtual_cluster.network import Network, about
 from tests.virtual_cluster.worker import CONTROL_PLANE
 
 
@@ -135,8 +135,7 @@ class VirtualGateway:
     # ---- ports of the attempts: workers, the placement ledger, metrics
 
     def send(self, worker_id: WorkerId, message: WorkerMessage) -> None:
-        request = getattr(message, "request", message)
-        self._network.send(worker_id, message, f"{self._gateway_id} {request.request_id}")
+        self._network.send(worker_id, message, f"{self._gateway_id} {about(message)}")
 
     def first_token(self, attempt_id: str) -> None:
         self._network.send(CONTROL_PLANE, FirstToken(attempt_id), attempt_id)
@@ -174,6 +173,7 @@ class VirtualGateway:
     def ended(self, record: OpenRequest) -> None:
         assert record.client_id not in self._ended, f"{record.client_id} ended twice"
         self._ended.add(record.client_id)
+        self.has_news(record)  # what has not been read yet
         self.ends.num_ended += 1
         if record.status is RequestStatus.FINISHED:
             wanted, came = record.request.sampling.max_tokens, record.num_output_tokens

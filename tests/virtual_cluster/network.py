@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from phasewise.core.messages import AbortRequest, GatewayLost, LinkLost, PeerLost, PrefillTask, WorkerMessage
 from tests.virtual_cluster.clock import VirtualTime
 
 
@@ -43,13 +44,26 @@ class Network:
     def knows(self, name: str) -> bool:
         return name in self._receivers
 
-    def send(self, receiver: str, message: Any, about: str) -> None:
-        """`about` is what the event is called by, beside the message's type."""
+    def send(self, receiver: str, message: Any, name: str) -> None:
+        """`name` is what the event is called by, beside the message's type."""
 
         def arrive() -> None:
             receive = self._receivers.get(receiver)
             if receive is not None:
                 receive(message)
 
-        name = f"{type(message).__name__} {about} > {receiver}"
-        self._time.after(self._latency.draw(self._rng), name, arrive)
+        event = f"{type(message).__name__} {name} > {receiver}"
+        self._time.after(self._latency.draw(self._rng), event, arrive)
+
+
+def about(message: WorkerMessage) -> str:
+    """The request or the handoff that a message to a worker is about."""
+    match message:
+        case PrefillTask(request):
+            return request.request_id
+        case AbortRequest(request_id):
+            return request_id
+        case PeerLost() | LinkLost() | GatewayLost():
+            return ""
+        case _:
+            return message.transfer_id

@@ -44,6 +44,7 @@ def shape_of(num_blocks: int) -> WorkerShape:
         "pools": {"prefill": {"workers": 2}, "decode": {"workers": 2}},
         "scheduler": {"token_budget": 2048},
         "health": {"overdue_s": 5.0},
+        "transfer": {"layers_per_part": 16},
     }
     config = build_config(values, source="virtual cluster")
     return WorkerShape(config, spec, DeviceProfile.read(_PROFILE), num_blocks, LinkSpeed(25e9))

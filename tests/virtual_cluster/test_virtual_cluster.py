@@ -37,7 +37,7 @@ def assert_all_finished(result: dict[str, Any], trace: Literal["code", "conv"], 
 
 
 def test_ten_thousand_requests_of_the_code_trace_end_once_with_their_tokens() -> None:
-    result = run_cluster("--trace", "code", "--requests", "10000", "--speed", "4", "--seed", "1")
+    result = run_cluster("--trace", "code", "--requests", "10000", "--speed", "8", "--seed", "1")
     assert_all_finished(result, "code", 10_000)
     assert result["num_given_up"] == 0
     handed_off = [request for request in read_requests("code", 10_000) if request.num_output_tokens > 1]

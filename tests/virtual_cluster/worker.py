@@ -23,7 +23,7 @@ from tests.virtual_cluster.cache import VirtualCache
 from tests.virtual_cluster.clock import VirtualTime
 from tests.virtual_cluster.engine import ScriptedEngine
 from tests.virtual_cluster.link import LinkSpeed, Receive, VirtualLink
-from tests.virtual_cluster.network import Network
+from tests.virtual_cluster.network import Network, about
 from workers.assemble import Ports, make_round
 from workers.round import Step
 
@@ -81,8 +81,7 @@ class VirtualWorker:
     # ---- ports of the round
 
     def send(self, worker_id: WorkerId, message: WorkerMessage) -> None:
-        about = getattr(message, "transfer_id", "") or getattr(message, "request_id", "")
-        self._network.send(worker_id, message, f"{self.info.worker_id} {about}")
+        self._network.send(worker_id, message, f"{self.info.worker_id} {about(message)}")
 
     def deliver(self, gateway_id: str, output: WorkerOutput) -> None:
         self._network.send(gateway_id, output, self.info.worker_id)
