@@ -25,8 +25,8 @@ from control_plane.gateway.grpc_front.server import start_grpc_server
 from control_plane.gateway.http_front.openai_server import build_app
 from control_plane.gateway.http_front.protocol import make_http_server
 from control_plane.gateway.http_front.starting import FrontDoor
+from control_plane.gateway.inference import InferenceGateway
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
-from control_plane.gateway.request_loop import RequestLoop
 from control_plane.gateway.service import ModelCard
 from control_plane.gateway.summed_log import SummedLog
 from control_plane.gateway.text.tokenizer import TextTokenizer, load_tokenizer
@@ -247,7 +247,7 @@ async def _answer(call: Any, who: str, timeout_s: float) -> Any:
 
 
 class RemotePlacer:
-    """Placer (control_plane/gateway/request_loop.py) over the control plane's actor.
+    """Placer (control_plane/gateway/placer.py) over the control plane's actor.
 
     What requests have come to is told once per turn of the event loop: a step that brings many first tokens or ends
     costs one call and not one for each.
@@ -320,7 +320,7 @@ class GatewaySettings:
 
 
 class GatewayActor:
-    """One front door: HTTP and gRPC servers over one RequestLoop.
+    """One front door: HTTP and gRPC servers over one InferenceGateway.
 
     Life: made → `bind` (ports) → `load` (tokenizer) → `serve` → … → `drain` → `stop`.
     """
@@ -333,7 +333,7 @@ class GatewayActor:
         self._workers = WorkerHandles()
         self._socket: socket.socket | None = None
         self._tokenizer: TextTokenizer | None = None
-        self._loop: RequestLoop | None = None
+        self._loop: InferenceGateway | None = None
         self._door = FrontDoor()
         self._bodies: Bodies | None = None
         self._http: uvicorn.Server | None = None
@@ -390,7 +390,7 @@ class GatewayActor:
             block_size=smallest.kv_spec.block_size,
         )
         addresses = {"http": format_address(self._socket), "grpc": config.grpc}
-        loop = RequestLoop(
+        loop = InferenceGateway(
             self._settings.gateway_id,
             card,
             tokenizer,
@@ -463,7 +463,7 @@ class GatewayActor:
     async def wait_closed(self) -> None:
         await self._closed.wait()
 
-    async def _watch_control_plane(self, control_plane: ActorHandle, loop: RequestLoop) -> None:
+    async def _watch_control_plane(self, control_plane: ActorHandle, loop: InferenceGateway) -> None:
         """Open as long as the control plane lives: its death is an answer to this call."""
         with contextlib.suppress(RayError):
             await control_plane.wait_closed.remote()

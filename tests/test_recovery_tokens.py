@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from control_plane.gateway.open_stream import OpenStream
 from control_plane.gateway.service import GenerateInput, SamplingInput, TokenInfo
+from control_plane.gateway.streams import OpenStream
 from phasewise.core.request import FinishReason
 from tests.support.local_cluster import LocalCluster, local_cluster
 from tests.support.tiny_model import save_tiny_model

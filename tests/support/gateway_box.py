@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 from control_plane.cluster_scheduler import ClusterScheduler
-from control_plane.gateway.open_stream import OpenStream
+from control_plane.gateway.inference import InferenceGateway
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
-from control_plane.gateway.request_loop import RequestLoop
 from control_plane.gateway.service import GenerateInput, ModelCard, SamplingInput
+from control_plane.gateway.streams import OpenStream
 from control_plane.gateway.text.tokenizer import TextTokenizer
 from control_plane.gateway.text.vocabulary import IdVocabulary
 from control_plane.metrics import GatewayMetrics
@@ -41,7 +41,7 @@ class GatewayBox(WorkerBox):
         tokenizer = TextTokenizer(IdVocabulary(VOCAB), vocab_size=VOCAB, eos_token_ids=(), chat_template=None)
         card = ModelCard("m", 100_000, VOCAB, "float32", 1, (), False)
         self.metrics = GatewayMetrics("m")
-        self.loop = RequestLoop(
+        self.loop = InferenceGateway(
             "gateway-0",
             card,
             tokenizer,
@@ -134,7 +134,7 @@ class GatewayBox(WorkerBox):
         """Neither at the workers, nor in the gateway, nor in the ledger."""
         await self.until(lambda: not any(self.holds(w) for w in self.workers if w not in self.lost))
         self.assert_empty()
-        assert not self.loop._open and not self.loop._streams and not self.loop._tasks
+        assert self.loop.is_idle
         assert self.scheduler.num_open == 0
         for worker_id, work in self.scheduler._work.items():
             left = (work.num_prompts, work.num_prompt_tokens, work.num_decoding, round(work.num_pledged_tokens, 6))

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from tokenizers import pre_tokenizers
 
-from control_plane.gateway.preparation import PreparedRequest, RequestLimits, RequestPreparer
+from control_plane.gateway.open_requests import PreparedRequest
+from control_plane.gateway.preparation import RequestLimits, RequestPreparer
 from control_plane.gateway.request_ids import ClaimedId, RequestIds
 from control_plane.gateway.service import GenerateInput, InferenceService, ModelCard, SampleDelta, TokenInfo, Usage
 from control_plane.gateway.text.detokenizer import SampleText, token_info

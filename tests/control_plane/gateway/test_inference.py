@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from control_plane.gateway.open_requests import merge_deltas, stage_durations
-from control_plane.gateway.open_stream import OpenStream
+from control_plane.gateway.attempts import MAX_ATTEMPTS
+from control_plane.gateway.inference import InferenceGateway
+from control_plane.gateway.open_requests import stage_durations
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
-from control_plane.gateway.request_loop import MAX_ATTEMPTS, RequestLoop
 from control_plane.gateway.service import GenerateInput, ModelCard, SampleDelta, SamplingInput
+from control_plane.gateway.streams import OpenStream, merge_deltas
 from control_plane.gateway.text.tokenizer import TextTokenizer
 from control_plane.gateway.text.vocabulary import ByteVocabulary
 from control_plane.metrics import GatewayMetrics
@@ -45,7 +46,7 @@ class Cluster:
         preparer = RequestPreparer(tokenizer, card, RequestLimits(600.0))
         metrics, clock = GatewayMetrics("m"), MonotonicClock()
         pools = ServingPools({"prefill-0": WorkerRole.PREFILL, "decode-0": WorkerRole.DECODE})
-        self.loop = RequestLoop(
+        self.loop = InferenceGateway(
             "g", card, tokenizer, preparer, self, self, metrics, clock, pools=pools, max_open_requests=10, addresses={}
         )
         self.loop.start_admitting()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
 
-from control_plane.gateway.open_requests import OpenRequest, merge_deltas
+from control_plane.gateway.attempts import Attempts
+from control_plane.gateway.open_requests import OpenRequest
+from control_plane.gateway.request_ids import ClaimedId
 from control_plane.gateway.service import SampleDelta, TokenInfo, Usage
 from phasewise.core.messages import TimelineEvent
 from phasewise.core.placement import Placement
@@ -15,10 +16,12 @@ from phasewise.core.placement import Placement
 class OpenStream:
     """A client's end of an open request. Implements GenerationStream (control_plane/gateway/service.py)."""
 
-    def __init__(self, record: OpenRequest, cancel: Any) -> None:
+    def __init__(self, record: OpenRequest, attempts: Attempts, client: str | None, own_id: ClaimedId | None) -> None:
         self.record = record
+        self.client = client
         self.timer: asyncio.TimerHandle | None = None
-        self._cancel = cancel
+        self._attempts = attempts
+        self._own_id = own_id
         self._news = asyncio.Event()
 
     @property
@@ -51,6 +54,14 @@ class OpenStream:
         """There is news in the record."""
         self._news.set()
 
+    def ended(self) -> None:
+        """Nothing of the request is left but what the client has not read."""
+        if self.timer is not None:
+            self.timer.cancel()
+        if self._own_id is not None:
+            self._own_id.release()
+        self.wake()
+
     def __aiter__(self) -> AsyncIterator[SampleDelta]:
         return self._deltas()
 
@@ -71,4 +82,26 @@ class OpenStream:
 
     async def aclose(self) -> None:
         """Cancels what is still running; harmless after the end."""
-        self._cancel(self)
+        self._attempts.cancel(self.record)
+
+
+def merge_deltas(deltas: list[SampleDelta]) -> list[SampleDelta]:
+    """Joins what is new of each sample: a slow reader gets fewer and larger deltas. Linear in what is joined."""
+    if len(deltas) < 2:
+        return deltas
+    by_sample: dict[int, list[SampleDelta]] = {}
+    for delta in deltas:
+        by_sample.setdefault(delta.sample_index, []).append(delta)
+    return [_join(parts) for parts in by_sample.values()]
+
+
+def _join(parts: list[SampleDelta]) -> SampleDelta:
+    last = parts[-1]
+    return SampleDelta(
+        last.sample_index,
+        "".join(part.text for part in parts),
+        tuple(token_id for part in parts for token_id in part.token_ids),
+        tuple(token for part in parts for token in part.tokens),
+        last.finish_reason,
+        last.stop_reason,
+    )
