@@ -82,7 +82,7 @@ class RequestOwner(Protocol):
     """Whoever opened the requests."""
 
     def has_news(self, record: OpenRequest) -> None:
-        """There are deltas in `record.pending`."""
+        """There are more deltas in `record.pending`."""
 
     def given_up(self, attempt: Attempt, error: ServingError) -> None:
         """The attempt ended with `error`; others follow."""

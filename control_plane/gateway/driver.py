@@ -1,4 +1,4 @@
-"""Carries out what attempts.py decides: asks for placements, sets deadlines, wakes streams, counts and logs ends.
+"""Carries out what attempts.py decides: asks for placements, sets deadlines, counts and logs ends.
 
 Everything runs on one asyncio loop; nothing here blocks. Every wait has the request's deadline.
 """
@@ -147,7 +147,7 @@ class RequestDriver:
     # ---- RequestOwner
 
     def has_news(self, record: OpenRequest) -> None:
-        self._streams[record.request_id].wake()
+        self._streams[record.request_id].news.set()
 
     def given_up(self, attempt: Attempt, error: ServingError) -> None:
         self._metrics.recovered(error.code)

@@ -1,20 +1,33 @@
-"""A client's end of an open request: what is new, in order, until the end or an error."""
+"""A client's end of an open request, and the one reader of such ends, for both servers.
+
+Deltas wait in the request's record while a client is slow. A reader takes all that has come at once and joins it, so a
+slow client gets fewer and larger deltas.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 
 from control_plane.gateway.attempts import Attempts
 from control_plane.gateway.open_requests import OpenRequest
 from control_plane.gateway.request_ids import ClaimedId
-from control_plane.gateway.service import SampleDelta, TokenInfo, Usage
+from control_plane.gateway.service import GenerationStream, News, NotRead, SampleDelta, TokenInfo, Usage
 from phasewise.core.messages import TimelineEvent
 from phasewise.core.placement import Placement
 
+MAX_TAKEN = 256
+"""Deltas of one request that are joined and sent at once. Keeps a gRPC message below the 4 MiB that clients accept by
+default, log-probabilities included."""
+
 
 class OpenStream:
-    """A client's end of an open request. Implements GenerationStream (control_plane/gateway/service.py)."""
+    """A client's end of an open request. Implements GenerationStream (service.py).
+
+    Attributes:
+        client: whose share of the open requests it is part of.
+        timer: of the request's deadline.
+        news: is set when there is something to take.
+    """
 
     def __init__(self, record: OpenRequest, attempts: Attempts, client: str | None, own_id: ClaimedId | None) -> None:
         self.record = record
@@ -22,7 +35,7 @@ class OpenStream:
         self.timer: asyncio.TimerHandle | None = None
         self._attempts = attempts
         self._own_id = own_id
-        self._news = asyncio.Event()
+        self.news: News = NotRead()
 
     @property
     def request_id(self) -> str:
@@ -50,43 +63,72 @@ class OpenStream:
         assert self.record.placement is not None
         return self.record.placement
 
-    def wake(self) -> None:
-        """There is news in the record."""
-        self._news.set()
+    @property
+    def is_over(self) -> bool:
+        record = self.record
+        return record.is_over and record.error is None and not record.pending
+
+    def listen(self, news: News) -> None:
+        self.news = news
+        news.set()
+
+    def take(self) -> list[SampleDelta]:
+        record = self.record
+        deltas = record.pending[:MAX_TAKEN]
+        if not deltas and record.error is not None:
+            raise record.error
+        del record.pending[:MAX_TAKEN]
+        if record.pending or record.error is not None:
+            self.news.set()  # there is more to take
+        return deltas
+
+    def close(self) -> None:
+        self._attempts.cancel(self.record)
 
     def ended(self) -> None:
-        """Nothing of the request is left but what the client has not read."""
+        """Called by the request's driver. Deltas that were not taken stay in the record."""
         if self.timer is not None:
             self.timer.cancel()
         if self._own_id is not None:
             self._own_id.release()
-        self.wake()
+        self.news.set()
 
-    def __aiter__(self) -> AsyncIterator[SampleDelta]:
-        return self._deltas()
 
-    async def _deltas(self) -> AsyncIterator[SampleDelta]:
-        record = self.record
+class StreamReader:
+    """Reads the streams of one answer, one or several. `close` must be called in the end."""
+
+    def __init__(self) -> None:
+        self.streams: list[GenerationStream] = []
+        self._news = asyncio.Event()
+
+    def add(self, stream: GenerationStream) -> None:
+        self.streams.append(stream)
+        stream.listen(self._news)
+
+    async def take(self) -> tuple[list[tuple[int, SampleDelta]], bool]:
+        """Waits for something new; returns (number of the stream, delta) for each sample, and whether that was all.
+
+        Raises the error of a stream when all its deltas were taken.
+        """
         while True:
-            pending, record.pending = record.pending, []
-            for delta in merge_deltas(pending):
-                yield delta
-            if record.pending:
-                continue
-            if record.error is not None:
-                raise record.error
-            if record.is_over:
-                return
             await self._news.wait()
             self._news.clear()
+            new, is_last = [], True
+            for number, stream in enumerate(self.streams):
+                for delta in _joined(stream.take()):
+                    new.append((number, delta))
+                is_last = is_last and stream.is_over
+            if new or is_last:
+                return new, is_last
 
-    async def aclose(self) -> None:
-        """Cancels what is still running; harmless after the end."""
-        self._attempts.cancel(self.record)
+    def close(self) -> None:
+        """Cancels what still runs. Harmless when repeated."""
+        for stream in self.streams:
+            stream.close()
 
 
-def merge_deltas(deltas: list[SampleDelta]) -> list[SampleDelta]:
-    """Joins what is new of each sample: a slow reader gets fewer and larger deltas. Linear in what is joined."""
+def _joined(deltas: list[SampleDelta]) -> list[SampleDelta]:
+    """One delta for each sample. Linear in what is joined."""
     if len(deltas) < 2:
         return deltas
     by_sample: dict[int, list[SampleDelta]] = {}

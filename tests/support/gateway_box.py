@@ -19,6 +19,7 @@ from control_plane.serving_pools import ServingPools
 from phasewise.core.lifecycle import Stage
 from phasewise.core.messages import PeerLost, PrefillTask, WorkerInfo, WorkerLoad, WorkerOutput
 from phasewise.core.placement import Placement, PlaceRequest, WorkerId
+from tests.support.generated_stream import deltas_of
 from tests.support.scripted_engine import VOCAB
 from tests.support.worker_box import WorkerBox
 
@@ -141,6 +142,6 @@ class GatewayBox(WorkerBox):
             assert left == (0, 0, 0, 0), worker_id
 
     async def _read(self, stream: OpenStream) -> None:
-        async for delta in stream:
+        async for delta in deltas_of(stream):
             self.ids[(stream.request_id, delta.sample_index)].extend(delta.token_ids)
             self.text[(stream.request_id, delta.sample_index)] += delta.text

@@ -375,7 +375,7 @@ async def test_cancelled_and_expired_while_recovering() -> None:
     await box.until(lambda: len(box.ids[("left", 0)]) >= 3)
     box.lose("decode-0")  # the new placement is a task that has not run yet
     assert box.streams["left"].record.status is RequestStatus.RECOVERING
-    await box.streams["left"].aclose()
+    box.streams["left"].close()
     with pytest.raises(RequestCancelled):
         await box.answer("left")
     assert box.streams["left"].record.status is RequestStatus.CANCELLED
