@@ -32,7 +32,7 @@ from control_plane.gateway.grpc_front.health import GatewayHealth
 from control_plane.gateway.grpc_front.refusals import (
     GRPC_LOGGER,
     NOT_OF_CLIENTS_THAT_LEFT,
-    FrontDoor,
+    CallGuard,
     LargeMessage,
     abort,
     client_left,
@@ -72,7 +72,7 @@ async def start_grpc_server(
     logging.getLogger(GRPC_LOGGER).addFilter(NOT_OF_CLIENTS_THAT_LEFT)
     calls = Quota("gRPC calls open", max_calls, share_of(max_calls))
     server = grpc.aio.server(
-        interceptors=(FrontDoor(calls, _LARGE_METHODS if bodies is not None else (), LARGE_BYTES),),
+        interceptors=(CallGuard(calls, _LARGE_METHODS if bodies is not None else (), LARGE_BYTES),),
         options=(
             # Two servers on one port would share its requests without anyone noticing.
             ("grpc.so_reuseport", 0),

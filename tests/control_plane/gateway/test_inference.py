@@ -244,4 +244,9 @@ async def test_one_client_has_its_share_of_the_open_requests_and_gives_it_back()
     for stream in (*streams, *others):
         stream.close()
         stream.close()
-    assert cluster.loop._quota.in_use == 0 and not cluster.loop._quota._by_client
+    again = [await ask(20 + number, "a") for number in range(8)] + [await ask(20 + number, "b") for number in range(2)]
+    with pytest.raises(Overloaded, match="there are 10"):
+        await ask(30, "c")
+    for stream in again:
+        stream.close()
+    assert cluster.loop.is_idle
