@@ -20,9 +20,9 @@ from control_plane.gateway.bodies import Bodies, largest_body
 from control_plane.gateway.grpc_front.server import start_grpc_server
 from control_plane.gateway.http_front.openai_server import build_app
 from control_plane.gateway.http_front.protocol import make_http_server
+from control_plane.gateway.inference import InferenceGateway
 from control_plane.gateway.listening import bind_http, format_address
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
-from control_plane.gateway.request_loop import RequestLoop
 from control_plane.gateway.service import ModelCard
 from control_plane.gateway.text.tokenizer import load_tokenizer
 from control_plane.metrics import GatewayMetrics
@@ -49,7 +49,7 @@ class StubCluster:
         self.dropped: dict[str, float] = {}
         self._running: dict[str, tuple[PrefillTask, int]] = {}
         self._token = SampledToken(self.tokenizer.encode(" word")[0])
-        self.service = RequestLoop(
+        self.service = InferenceGateway(
             "gateway-0",
             self.card,
             self.tokenizer,

@@ -15,6 +15,7 @@ import transformers
 
 from control_plane.gateway.service import GenerateInput, SamplingInput
 from tests.engine.conftest import SMALL, build_oracle, oracle_tokens
+from tests.support.generated_stream import deltas_of
 from tests.support.local_cluster import LocalCluster, local_cluster
 
 CONFIGS: dict[str, Any] = {
@@ -71,7 +72,7 @@ def prompts() -> list[list[int]]:
 async def run(cluster: LocalCluster, prompt: list[int], num_tokens: int, **more: Any) -> list[int]:
     sampling = SamplingInput(max_tokens=num_tokens, temperature=0.0, ignore_eos=True, **more)
     stream = await cluster.service.generate(GenerateInput(token_ids=tuple(prompt), sampling=sampling))
-    return [token_id async for delta in stream for token_id in delta.token_ids]
+    return [token_id async for delta in deltas_of(stream) for token_id in delta.token_ids]
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +173,7 @@ async def test_same_seed_same_tokens_whatever_the_batch_the_worker_and_the_way(o
     async def sampled(cluster: LocalCluster) -> dict[int, list[int]]:
         stream = await cluster.service.generate(request)
         ids: dict[int, list[int]] = {0: [], 1: []}
-        async for delta in stream:
+        async for delta in deltas_of(stream):
             ids[delta.sample_index].extend(delta.token_ids)
         return ids
 

@@ -14,6 +14,7 @@ from phasewise.core.errors import ConfigError
 from phasewise.core.request import FinishReason
 from tests.engine.conftest import build_oracle, oracle_tokens
 from tests.engine.test_gguf import SHAPE, write_gguf
+from tests.support.generated_stream import deltas_of
 from tests.support.local_cluster import local_cluster
 from tests.support.tiny_model import greedy, save_tiny_model
 from tests.test_disaggregated_tokens import BYTE_TOKENIZER
@@ -24,7 +25,7 @@ PROMPT = [5, 9, 2, 7, 30, 31]
 
 async def generate(cluster: Any, **sampling: Any) -> tuple[list[int], FinishReason | None]:
     given = GenerateInput(token_ids=tuple(PROMPT), sampling=SamplingInput(**sampling))
-    deltas = [delta async for delta in await cluster.service.generate(given)]
+    deltas = [delta async for delta in deltas_of(await cluster.service.generate(given))]
     return [token for delta in deltas for token in delta.token_ids], deltas[-1].finish_reason
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from control_plane.gateway.open_stream import OpenStream
 from control_plane.gateway.service import GenerateInput, SamplingInput, TokenInfo
+from control_plane.gateway.streams import OpenStream
 from phasewise.core.request import FinishReason
+from tests.support.generated_stream import deltas_of
 from tests.support.local_cluster import LocalCluster, local_cluster
 from tests.support.tiny_model import save_tiny_model
 
@@ -84,7 +85,7 @@ async def run(cluster: LocalCluster, sampling: SamplingInput, losses: tuple[tupl
 
     cluster.after_deliver = lose_if_due
     answer = Answer()
-    async for delta in stream:
+    async for delta in deltas_of(stream):
         answer.ids.setdefault(delta.sample_index, []).extend(delta.token_ids)
         answer.text[delta.sample_index] = answer.text.get(delta.sample_index, "") + delta.text
         answer.tokens.setdefault(delta.sample_index, []).extend(delta.tokens)

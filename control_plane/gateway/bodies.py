@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
+from control_plane.gateway.http_front.disconnects import until_disconnect
 from control_plane.gateway.http_front.openai_errors import BodyTooLarge, UnsupportedMedia
-from control_plane.gateway.http_front.openai_generation import until_disconnect
 from control_plane.gateway.http_front.openai_schema import Body
 from control_plane.gateway.large_bodies import VERY_LARGE_BYTES, LargeBodies, parse_body
 from control_plane.gateway.memory_return import MemoryReturn
@@ -41,8 +41,8 @@ def largest_body(context_length: int, longest_token_bytes: int, configured_bytes
     return min(configured_bytes, max(needed, _MIN_MAX_BYTES))
 
 
-class Room:
-    """What one request in preparation takes up. `leave` may be called again."""
+class Preparation:
+    """What one request in preparation takes of the quotas, from its construction to `end`, which may be repeated."""
 
     def __init__(self, client: str | None, requests: Quota, large_bytes: Quota) -> None:
         self._client = client
@@ -50,7 +50,7 @@ class Room:
         self._large_bytes = large_bytes
         self._num_large_bytes = 0
         requests.take(client)
-        self._is_in = True
+        self._is_open = True
 
     def grow(self, num_bytes: int) -> None:
         """The body has, or will have, so many bytes. Raises Overloaded."""
@@ -58,15 +58,15 @@ class Room:
             self._large_bytes.take(self._client, num_bytes - self._num_large_bytes)
             self._num_large_bytes = num_bytes
 
-    def __enter__(self) -> Room:
+    def __enter__(self) -> Preparation:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.leave()
+        self.end()
 
-    def leave(self) -> None:
-        if self._is_in:
-            self._is_in = False
+    def end(self) -> None:
+        if self._is_open:
+            self._is_open = False
             self._requests.give_back(self._client)
             self._large_bytes.give_back(self._client, self._num_large_bytes)
 
@@ -86,11 +86,13 @@ class Bodies:
         self._large.close()
         self._very_large.close()
 
-    def enter(self, client: str | None) -> Room:
-        """Room for a request whose body is about to be read. Raises Overloaded."""
-        return Room(client, self._requests, self._large_bytes)
+    def begin(self, client: str | None) -> Preparation:
+        """For a request whose body is about to be read. Raises Overloaded."""
+        return Preparation(client, self._requests, self._large_bytes)
 
-    async def read(self, request: Request, room: Room, schema: type[_Schema], empty: bytes = b"") -> _Schema:
+    async def read(
+        self, request: Request, preparation: Preparation, schema: type[_Schema], empty: bytes = b""
+    ) -> _Schema:
         """The body as `schema`; `empty` stands for one without content.
 
         Raises:
@@ -101,7 +103,7 @@ class Bodies:
             ClientLeft: the client left while its body was parsed.
         """
         _check_form(request)
-        raw = (await self._read(request, room)).removeprefix(_BOM) or empty
+        raw = (await self._read(request, preparation)).removeprefix(_BOM) or empty
         if len(raw) <= LARGE_BYTES:
             return parse_body(raw, schema)
         body = await until_disconnect(request.receive, self._parse(schema.__name__, raw))
@@ -119,23 +121,23 @@ class Bodies:
         finally:
             self._memory.soon()
 
-    async def _read(self, request: Request, room: Room) -> bytes:
+    async def _read(self, request: Request, preparation: Preparation) -> bytes:
         announced = request.headers.get("content-length", "")
-        self._check_size(int(announced[:20]) if announced.isascii() and announced.isdigit() else 0, room)
+        self._check_size(int(announced[:20]) if announced.isascii() and announced.isdigit() else 0, preparation)
         parts: list[bytes] = []
         num_bytes = 0
         async for part in request.stream():
             num_bytes += len(part)
-            self._check_size(num_bytes, room)
+            self._check_size(num_bytes, preparation)
             parts.append(part)
         return b"".join(parts)
 
-    def _check_size(self, num_bytes: int, room: Room) -> None:
+    def _check_size(self, num_bytes: int, preparation: Preparation) -> None:
         if num_bytes > self._max_bytes:
             raise BodyTooLarge(
                 f"the body is longer than the {self._max_bytes} bytes that a request to this model can need; send less"
             )
-        room.grow(num_bytes)
+        preparation.grow(num_bytes)
 
 
 def is_to_be_closed(request: Request) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from control_plane.gateway.model_defaults import with_defaults
+from control_plane.gateway.open_requests import PreparedRequest
 from control_plane.gateway.service import GenerateInput, ModelCard, SamplingInput
 from control_plane.gateway.text.bounded_encoding import TokenLimit
 from control_plane.gateway.text.tokenizer import TextTokenizer
@@ -55,19 +56,6 @@ class RequestLimits:
     num_kv_blocks: int | None = None
     block_size: int = 1
     max_samples: int = MAX_SAMPLES
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedRequest:
-    """A request that is right. `stop` stays at the gateway, which alone knows text.
-
-    `continues_text` is for `SampleText`: the output goes on from a text instead of answering a chat.
-    """
-
-    request: Request
-    stop: tuple[str, ...]
-    timeout_s: float
-    continues_text: bool
 
 
 class RequestPreparer:

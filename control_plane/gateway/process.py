@@ -16,9 +16,9 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from control_plane.gateway.inference import InferenceGateway
 from control_plane.gateway.placer import Placer
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
-from control_plane.gateway.request_loop import RequestLoop
 from control_plane.gateway.servers import GatewayServers
 from control_plane.gateway.service import ModelCard
 from control_plane.gateway.text.tokenizer import TextTokenizer, load_tokenizer
@@ -44,7 +44,7 @@ class GatewayProcess:
     """One gateway. `service` takes what workers deliver; None before `serve`."""
 
     def __init__(self, gateway_id: str, config: ServingConfig) -> None:
-        self.service: RequestLoop | None = None
+        self.service: InferenceGateway | None = None
         self._gateway_id = gateway_id
         self._config = config
         self._servers = GatewayServers(config.gateway)
@@ -110,7 +110,7 @@ class GatewayProcess:
     async def wait_closed(self) -> None:
         await self._closed.wait()
 
-    def _make_service(self, card: ModelCard, infos: Sequence[WorkerInfo], placer: Placer) -> RequestLoop:
+    def _make_service(self, card: ModelCard, infos: Sequence[WorkerInfo], placer: Placer) -> InferenceGateway:
         config, tokenizer, clock = self._config.gateway, self._loaded_tokenizer, MonotonicClock()
         smallest = min((info for info in infos if info.role.can_decode), key=lambda info: info.num_kv_blocks)
         limits = RequestLimits(
@@ -120,7 +120,7 @@ class GatewayProcess:
             num_kv_blocks=smallest.num_kv_blocks,
             block_size=smallest.kv_spec.block_size,
         )
-        return RequestLoop(
+        return InferenceGateway(
             self._gateway_id,
             card,
             tokenizer,
@@ -135,7 +135,7 @@ class GatewayProcess:
             addresses=self._servers.addresses,
         )
 
-    async def _watch_control_plane(self, service: RequestLoop, control_plane: WatchedPlacer) -> None:
+    async def _watch_control_plane(self, service: InferenceGateway, control_plane: WatchedPlacer) -> None:
         await control_plane.control_plane_ended()
         service.control_plane_lost()
 

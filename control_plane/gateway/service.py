@@ -1,12 +1,12 @@
-"""What both protocols call: one way for a request to go, whatever clothes it came in.
+"""What both servers call, and the nouns of it: a request and its answer in neither protocol's form. Pure.
 
-The HTTP and gRPC servers translate their own form into `GenerateInput`, iterate over a `GenerationStream`, and
-translate what comes out, errors included. They decide nothing.
+The HTTP and gRPC servers translate their own form into `GenerateInput`, read a `GenerationStream`, and translate what
+comes out, errors included. They decide nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -105,10 +105,22 @@ class Usage:
     num_cached_tokens: int = 0
 
 
-class GenerationStream(Protocol):
-    """An accepted request. Iterating yields deltas as they come; leaving early must be followed by `aclose`.
+class News(Protocol):
+    """An `asyncio.Event`, or whatever else somebody waits for."""
 
-    Errors (phasewise.core.errors) are raised from the iteration. `usage` and `timeline` are whole after the last delta.
+    def set(self) -> None: ...
+
+
+class NotRead:
+    """The news of a stream that nobody reads yet."""
+
+    def set(self) -> None: ...
+
+
+class GenerationStream(Protocol):
+    """An accepted request; a `StreamReader` (streams.py) reads it. Whoever has it must `close` it in the end.
+
+    `usage` and `timeline` are whole after the last delta.
     """
 
     @property
@@ -130,9 +142,20 @@ class GenerationStream(Protocol):
     @property
     def placement(self) -> Placement: ...
 
-    def __aiter__(self) -> AsyncIterator[SampleDelta]: ...
+    @property
+    def is_over(self) -> bool:
+        """True when all deltas were taken and the request has ended well."""
 
-    async def aclose(self) -> None:
+    def listen(self, news: News) -> None:
+        """Sets `news` now, and whenever there is something to take; it takes the place of an earlier one."""
+
+    def take(self) -> list[SampleDelta]:
+        """Some of the deltas that have come, in order. `news` is set again where there is more to take.
+
+        Raises the request's error when all were taken.
+        """
+
+    def close(self) -> None:
         """Cancels what is still running; harmless after the end."""
 
 

@@ -24,7 +24,7 @@ TOP = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def service() -> ScriptedService:
-    return ScriptedService()
+    return ScriptedService(num_deltas_at_once=1)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.control_plane.gateway.test_openai_http import *  # noqa: F403
+from tests.control_plane.gateway.http_front.test_openai_http import *  # noqa: F403
 from tests.support.served import Served
 
 pytestmark = pytest.mark.cluster

@@ -14,7 +14,7 @@ from tests.phasewise.scripted_service import ScriptedService, Serving, serve_in_
 
 @pytest.fixture
 def service() -> Iterator[ScriptedService]:
-    service = ScriptedService()
+    service = ScriptedService(num_deltas_at_once=1)
     yield service
     assert [s.request_id for s in service.streams if not s.closed.is_set()] == [], "streams that nobody closed"
 

@@ -19,11 +19,13 @@ import grpc.aio
 from control_plane.gateway.grpc_front.server import start_grpc_server
 from control_plane.gateway.request_ids import ClaimedId, RequestIds
 from control_plane.gateway.service import GenerateInput, ModelCard, SampleDelta, TokenInfo, Usage
+from control_plane.gateway.streams import MAX_TAKEN
 from phasewise.core.errors import ERROR_BY_CODE, InvalidRequest, ModelNotFound, ServingError
 from phasewise.core.lifecycle import Stage
 from phasewise.core.messages import TimelineEvent
 from phasewise.core.placement import Placement
 from phasewise.core.request import FinishReason
+from tests.support.generated_stream import GeneratedStream
 
 CARD = ModelCard(
     name="bytes",
@@ -42,7 +44,7 @@ WAIT_S = 30.0
 class Attempt:
     """What becomes of one attempt: after `num_tokens` tokens comes `error`, or silence when there is none."""
 
-    error: BaseException | None = None
+    error: Exception | None = None
     num_tokens: int = 0
     refuse: bool = False
 
@@ -56,10 +58,13 @@ def token_info(token_id: int, num_top: int, logprob: float | None = -0.5) -> Tok
     return TokenInfo(token_id, chr(token_id), bytes([token_id]), logprob, top)
 
 
-class ScriptedStream:
+class ScriptedStream(GeneratedStream):
     """One accepted request."""
 
-    def __init__(self, request: GenerateInput, prompt: tuple[int, ...], attempt: Attempt | None) -> None:
+    def __init__(
+        self, request: GenerateInput, prompt: tuple[int, ...], attempt: Attempt | None, num_at_once: int = MAX_TAKEN
+    ) -> None:
+        super().__init__(num_at_once)
         self.request = request
         self.prompt_token_ids = prompt
         self.request_id = request.request_id or "chosen-by-the-server"
@@ -91,9 +96,6 @@ class ScriptedStream:
     def placement(self) -> Placement:
         return Placement(self.request_id, "prefill-0", "decode-0", attempt=2)
 
-    def __aiter__(self) -> AsyncIterator[SampleDelta]:
-        return self._deltas()
-
     async def _deltas(self) -> AsyncIterator[SampleDelta]:
         sampling = self.request.sampling
         num_samples = sampling.n or 1
@@ -122,15 +124,21 @@ class ScriptedStream:
         self.silent.set()
         await asyncio.Event().wait()
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
+        super().close()
         self.num_closes += 1
         self.closed.set()
 
 
 class ScriptedService:
-    """See the module. `requests` and `streams` record every attempt, refused ones only in `requests`."""
+    """See the module. `requests` and `streams` record every attempt, refused ones only in `requests`.
 
-    def __init__(self) -> None:
+    Args:
+        num_deltas_at_once: 1: each delta comes in a message of its own, as from workers that are slower than the wire.
+    """
+
+    def __init__(self, num_deltas_at_once: int = MAX_TAKEN) -> None:
+        self._num_at_once = num_deltas_at_once
         self.model = CARD
         self.unready_reason = ""
         self.requests: list[GenerateInput] = []
@@ -160,7 +168,7 @@ class ScriptedService:
         prompt = request.token_ids
         if prompt is None:
             prompt = tuple(await self.tokenize(request.text, request.messages, request.model))
-        stream = ScriptedStream(request, prompt, attempt)
+        stream = ScriptedStream(request, prompt, attempt, self._num_at_once)
         self.streams.append(stream)
         self.accepted.release()
         return stream

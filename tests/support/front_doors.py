@@ -47,6 +47,10 @@ class FrontDoors:
         """Returns when nothing of any request is left anywhere; TimeoutError when that does not come."""
         self.run(self.cluster.until_empty())
 
+    def num_open(self) -> int:
+        """Requests that are open at the gateway."""
+        return int(self.run(self.cluster.service.status())["gateway"]["open_requests"])
+
     async def serve(self, model: Path, sections: dict[str, Any]) -> None:
         """The life of both servers, until `is_over` is set."""
         async with local_cluster(model, **sections) as self.cluster:

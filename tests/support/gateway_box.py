@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 from control_plane.cluster_scheduler import ClusterScheduler
-from control_plane.gateway.open_stream import OpenStream
+from control_plane.gateway.inference import InferenceGateway
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
-from control_plane.gateway.request_loop import RequestLoop
 from control_plane.gateway.service import GenerateInput, ModelCard, SamplingInput
+from control_plane.gateway.streams import OpenStream
 from control_plane.gateway.text.tokenizer import TextTokenizer
 from control_plane.gateway.text.vocabulary import IdVocabulary
 from control_plane.metrics import GatewayMetrics
@@ -19,6 +19,7 @@ from control_plane.serving_pools import ServingPools
 from phasewise.core.lifecycle import Stage
 from phasewise.core.messages import PeerLost, PrefillTask, WorkerInfo, WorkerLoad, WorkerOutput
 from phasewise.core.placement import Placement, PlaceRequest, WorkerId
+from tests.support.generated_stream import deltas_of
 from tests.support.scripted_engine import VOCAB
 from tests.support.worker_box import WorkerBox
 
@@ -41,7 +42,7 @@ class GatewayBox(WorkerBox):
         tokenizer = TextTokenizer(IdVocabulary(VOCAB), vocab_size=VOCAB, eos_token_ids=(), chat_template=None)
         card = ModelCard("m", 100_000, VOCAB, "float32", 1, (), False)
         self.metrics = GatewayMetrics("m")
-        self.loop = RequestLoop(
+        self.loop = InferenceGateway(
             "gateway-0",
             card,
             tokenizer,
@@ -134,7 +135,7 @@ class GatewayBox(WorkerBox):
         """Neither at the workers, nor in the gateway, nor in the ledger."""
         await self.until(lambda: not any(self.holds(w) for w in self.workers if w not in self.lost))
         self.assert_empty()
-        assert not self.loop._open and not self.loop._streams and not self.loop._tasks
+        assert self.loop.is_idle
         assert self.scheduler.num_open == 0
         for worker_id, work in self.scheduler.candidates.items():
             left = (
@@ -146,6 +147,6 @@ class GatewayBox(WorkerBox):
             assert left == (0, 0, 0, 0), worker_id
 
     async def _read(self, stream: OpenStream) -> None:
-        async for delta in stream:
+        async for delta in deltas_of(stream):
             self.ids[(stream.request_id, delta.sample_index)].extend(delta.token_ids)
             self.text[(stream.request_id, delta.sample_index)] += delta.text

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from cli.model_check import check_model
 from cli.worker_plan import worker_settings
 from control_plane.cluster_scheduler import ClusterScheduler
+from control_plane.gateway.inference import InferenceGateway
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
-from control_plane.gateway.request_loop import RequestLoop
 from control_plane.gateway.service import ModelCard
 from control_plane.gateway.text.tokenizer import TextTokenizer, load_tokenizer
 from control_plane.link_survey import LinkSurvey, look, measure
@@ -46,7 +46,7 @@ from workers.probing import probe_link
 
 
 class LocalCluster:
-    """Made by `local_cluster`. `service` is the RequestLoop; `workers` can be looked into.
+    """Made by `local_cluster`. `service` is the InferenceGateway; `workers` can be looked into.
 
     `after_deliver` is called when the gateway has taken an output: a place to lose a worker at a certain token.
     """
@@ -96,7 +96,7 @@ class LocalCluster:
         )
         self.metrics = GatewayMetrics(served_name)
         limits = RequestLimits(config.gateway.default_timeout_s)
-        self.service = RequestLoop(
+        self.service = InferenceGateway(
             "gateway-0",
             self.card,
             self.tokenizer,
@@ -185,7 +185,7 @@ class LocalCluster:
             != (0,) * 6
             for load in loads
         )
-        return not held and self.scheduler.num_open == 0 and not self.service._open
+        return not held and self.scheduler.num_open == 0 and self.service.is_idle
 
     # ---- ports of workers and gateway; workers call from their threads
 

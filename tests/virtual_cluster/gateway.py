@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from control_plane.gateway.attempts import Attempts
-
 from control_plane.gateway.open_requests import Attempt, OpenRequest, PreparedRequest
 from phasewise.core.errors import ServingError
 from phasewise.core.lifecycle import RequestStatus

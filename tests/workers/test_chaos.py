@@ -213,7 +213,7 @@ async def run(seed: int) -> int:
             num_losses -= 1
         if live and rng.random() < 0.004:
             cancelled.add(name := rng.choice(live))
-            await box.streams[name].aclose()
+            box.streams[name].close()
         if len(workers) > 1 and has_bad_links and rng.random() < 0.02:
             box.break_link(*rng.sample(workers, 2))
         if rng.random() < 0.05:

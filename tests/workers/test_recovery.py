@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 import torch
 
@@ -23,6 +25,7 @@ from phasewise.core.messages import (
     RequestFailed,
     WorkerOutput,
 )
+from phasewise.core.placement import Placement, PlaceRequest
 from phasewise.core.request import FinishReason, SampledToken
 from tests.support.gateway_box import GatewayBox
 from tests.support.scripted_engine import expected_tokens
@@ -365,15 +368,25 @@ async def test_cancelled_and_expired_while_recovering() -> None:
     await box.until(lambda: len(box.ids[("left", 0)]) >= 3)
     box.lose("decode-0")  # the new placement is a task that has not run yet
     assert box.streams["left"].record.status is RequestStatus.RECOVERING
-    await box.streams["left"].aclose()
+    box.streams["left"].close()
     with pytest.raises(RequestCancelled):
         await box.answer("left")
     assert box.streams["left"].record.status is RequestStatus.CANCELLED
-    await box.ask("late", prompt_of(30), max_tokens=20)
+    late = await box.ask("late", prompt_of(30), timeout_s=1.0, max_tokens=20)
     await box.until(lambda: len(box.ids[("late", 0)]) >= 3)
-    box.lose("prefill-0")
-    box.loop._recover(box.streams["late"], next(iter(box.streams["late"].record.attempts.values())), WorkerLost("gone"))
-    box.loop._expire(box.streams["late"])
+    is_over, place = asyncio.Event(), box.place
+
+    async def place_after_the_end(request: PlaceRequest, timeout_s: float) -> Placement:
+        await is_over.wait()
+        return await place(request, timeout_s)
+
+    box.place = place_after_the_end  # type: ignore[method-assign]
+    failure = RequestFailed(late.record.request_id, WorkerLost.code, "gone")
+    box.loop.deliver(WorkerOutput(late.placement.decode_worker, failures=(failure,)))
+    async with asyncio.timeout(10):
+        while not late.record.is_over:  # noqa: ASYNC110 (the deadline is a timer)
+            await asyncio.sleep(0.01)
+    is_over.set()
     with pytest.raises(DeadlineExceeded):
         await box.answer("late")
     await box.assert_nothing_left()

@@ -83,7 +83,7 @@ class LargeMessage:
     raw: bytes
 
 
-class FrontDoor(grpc.aio.ServerInterceptor):
+class CallGuard(grpc.aio.ServerInterceptor):
     """What all calls of a server pass, of whatever service.
 
     A message that is no valid protobuf is answered with INVALID_ARGUMENT. A client that has its share of `calls` open

@@ -3,9 +3,9 @@
 The life of a Generate call here:
 
 1. accepted: the service has taken the request; from now on there is a GenerationStream to close
-2. streaming: deltas are read ahead as they come; what is ready goes out as one message
+2. streaming: all deltas that have come go out as one message
 3. over, in exactly one way: `finished` sent; an error status; or the client is gone (cancel, disconnect, deadline),
-   which grpc.aio turns into a cancellation of the handler. In each, `aclose` frees what the request still holds.
+   which grpc.aio turns into a cancellation of the handler. In each, `close` frees what the request still holds.
 """
 
 from __future__ import annotations
@@ -32,23 +32,22 @@ from control_plane.gateway.grpc_front.health import GatewayHealth
 from control_plane.gateway.grpc_front.refusals import (
     GRPC_LOGGER,
     NOT_OF_CLIENTS_THAT_LEFT,
-    FrontDoor,
+    CallGuard,
     LargeMessage,
     abort,
     client_left,
     client_of_call,
 )
 from control_plane.gateway.quota import Quota, share_of
-from control_plane.gateway.service import GenerationStream, InferenceService, SampleDelta
-from phasewise.core.errors import ConfigError, RequestCancelled
+from control_plane.gateway.service import GenerationStream, InferenceService
+from control_plane.gateway.streams import StreamReader
+from phasewise.core.errors import ConfigError
 from phasewise.rpc import phasewise_pb2 as pb
 from phasewise.rpc import phasewise_pb2_grpc
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 _HEALTH_NAME: str = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 _LARGE_METHODS = frozenset(f"/{SERVICE_NAME}/{method}" for method in DECODERS)
-_MAX_DELTAS = 256
-"""In one message: keeps it below the 4 MiB that clients accept by default, log-probabilities included."""
 
 
 async def start_grpc_server(
@@ -62,8 +61,7 @@ async def start_grpc_server(
     """Serves `service` on `address` (HOST:PORT; port 0 asks for a free one) and returns (server, port).
 
     At most `max_calls` are open at once, health watches among them, and three quarters of them by one client; more get
-    RESOURCE_EXHAUSTED. `bodies` reads large
-    messages, as it does for HTTP; None: they are read on the loop.
+    RESOURCE_EXHAUSTED. `bodies` reads large messages, as it does for HTTP; None: they are read on the loop.
 
     The caller drains the service before it stops the server: `server.stop(grace)` waits for open calls, health watches
     among them, until `grace` is over, and cancels the rest.
@@ -74,7 +72,7 @@ async def start_grpc_server(
     logging.getLogger(GRPC_LOGGER).addFilter(NOT_OF_CLIENTS_THAT_LEFT)
     calls = Quota("gRPC calls open", max_calls, share_of(max_calls))
     server = grpc.aio.server(
-        interceptors=(FrontDoor(calls, _LARGE_METHODS if bodies is not None else (), LARGE_BYTES),),
+        interceptors=(CallGuard(calls, _LARGE_METHODS if bodies is not None else (), LARGE_BYTES),),
         options=(
             # Two servers on one port would share its requests without anyone noticing.
             ("grpc.so_reuseport", 0),
@@ -110,7 +108,6 @@ class InferenceServicer(phasewise_pb2_grpc.InferenceServicer):
     def __init__(self, service: InferenceService, bodies: Bodies | None = None) -> None:
         self._service = service
         self._bodies = bodies
-        self._closing: set[asyncio.Task[None]] = set()
 
     async def Generate(self, request: pb.GenerateRequest | LargeMessage, context: grpc.aio.ServicerContext) -> None:
         # Writes to the context rather than yielding: grpc.aio does not close an abandoned generator at once.
@@ -120,7 +117,7 @@ class InferenceServicer(phasewise_pb2_grpc.InferenceServicer):
             request_id = call.given.request_id or ""
             client, timeout_s = client_of_call(context), context.time_remaining()
             stream = await self._service.generate(replace(call.given, client=client, timeout_s=timeout_s))
-            await self._send(stream, context, with_timeline=call.with_timeline)
+            await self._answer(stream, context, with_timeline=call.with_timeline)
         except Exception as error:
             await abort(context, error, request_id)
 
@@ -152,34 +149,29 @@ class InferenceServicer(phasewise_pb2_grpc.InferenceServicer):
         if not isinstance(request, LargeMessage):
             return DECODERS[method][1](request)
         assert self._bodies is not None, "there are none otherwise"
-        with self._bodies.enter(client_of_call(context)) as room:
-            room.grow(len(request.raw))
+        with self._bodies.begin(client_of_call(context)) as preparation:
+            preparation.grow(len(request.raw))
             return await self._bodies.read_message(method, request.raw)
 
-    async def _send(self, stream: GenerationStream, context: grpc.aio.ServicerContext, *, with_timeline: bool) -> None:
-        """Streams to the end and closes `stream` whatever happens. Raises the stream's error after its last delta."""
-        ahead = _ReadAhead(stream)
+    async def _answer(
+        self, stream: GenerationStream, context: grpc.aio.ServicerContext, *, with_timeline: bool
+    ) -> None:
+        """Writes all messages of an answer, and closes the stream whatever happens. Raises the stream's error."""
+        reader = StreamReader()
+        reader.add(stream)
+        is_first, is_last = True, False
         try:
-            is_first = True
-            is_last = False
             while not is_last:
-                deltas, is_last = await ahead.take()
-                message = pb.GenerateResponse(deltas=map(encode_delta, deltas))
+                deltas, is_last = await reader.take()
+                message = pb.GenerateResponse(deltas=[encode_delta(delta) for _, delta in deltas])
                 if is_first:
                     message.started.CopyFrom(encode_started(stream))
                     is_first = False
-                if is_last and ahead.error is None:
+                if is_last:
                     message.finished.CopyFrom(encode_finished(stream, with_timeline=with_timeline))
-                if deltas or message.HasField("finished"):
-                    await _write(context, message)
-            if ahead.error is not None:
-                raise ahead.error
+                await _write(context, message)
         finally:
-            # In a task of its own: a client that leaves, or a server that stops, may cancel this handler right here.
-            closing = asyncio.create_task(_close(ahead, stream))
-            self._closing.add(closing)
-            closing.add_done_callback(self._closing.discard)
-            await asyncio.shield(closing)
+            reader.close()
 
 
 async def _write(context: grpc.aio.ServicerContext, message: pb.GenerateResponse) -> None:
@@ -187,49 +179,3 @@ async def _write(context: grpc.aio.ServicerContext, message: pb.GenerateResponse
         await context.write(message)
     except grpc.aio.BaseError:  # the call is over; grpc.aio's word of it may come later than this
         raise client_left() from None
-
-
-async def _close(ahead: _ReadAhead, stream: GenerationStream) -> None:
-    await ahead.stop()
-    await stream.aclose()
-
-
-class _ReadAhead:
-    """Reads a stream while the wire is busy, so that everything that is ready goes out as one message.
-
-    It holds at most what the request may generate, which the service has bounded already. `error` is the stream's,
-    known once `take` has told the end.
-    """
-
-    def __init__(self, stream: GenerationStream) -> None:
-        self.error: Exception | None = None
-        self._ready: asyncio.Queue[SampleDelta | None] = asyncio.Queue()
-        self._reader = asyncio.create_task(self._read(stream))
-
-    async def take(self) -> tuple[list[SampleDelta], bool]:
-        """Waits for a delta or the end; returns all that is ready, and whether that is all there will ever be."""
-        deltas: list[SampleDelta] = []
-        item = await self._ready.get()
-        while item is not None:
-            deltas.append(item)
-            if self._ready.empty() or len(deltas) == _MAX_DELTAS:
-                return deltas, False
-            item = self._ready.get_nowait()
-        return deltas, True
-
-    async def stop(self) -> None:
-        """Ends the reading; afterwards nobody iterates over the stream."""
-        self._reader.cancel()
-        await asyncio.wait({self._reader})
-
-    async def _read(self, stream: GenerationStream) -> None:
-        try:
-            async for delta in stream:
-                self._ready.put_nowait(delta)
-        except asyncio.CancelledError:
-            self.error = RequestCancelled("the request was cancelled inside the gateway")
-            raise
-        except Exception as error:
-            self.error = error
-        finally:
-            self._ready.put_nowait(None)

@@ -1,7 +1,7 @@
-"""Answers in OpenAI's form, built straight from deltas: whole bodies, and the lines of event streams.
+"""Answers in OpenAI's form, built straight from deltas: whole bodies, and the events of event streams.
 
-The field names and shapes are those that the official `openai` package parses (`openai/types`). Lines of a stream are
-put together from strings made once per request, because one is written for every token.
+The field names and shapes are those that the official `openai` package parses (`openai/types`). Events are put together
+from strings made once per request, because one is written for every token.
 """
 
 from __future__ import annotations
@@ -217,12 +217,20 @@ class CompletionForm:
         return f'"text":{quote(text)}'
 
 
-class ChunkWriter:
-    """Lines of one event stream."""
+class EventWriter:
+    """Writes the events of one event stream, which ends with usage and timeline where they are wanted."""
 
     def __init__(
-        self, envelope: Envelope, form: ChatForm | CompletionForm, wants_usage: bool, wants_token_ids: bool = False
+        self,
+        envelope: Envelope,
+        form: ChatForm | CompletionForm,
+        *,
+        wants_usage: bool = False,
+        wants_token_ids: bool = False,
+        wants_timeline: bool = False,
     ) -> None:
+        self.wants_usage = wants_usage
+        self.wants_timeline = wants_timeline
         self._envelope = envelope
         self._form = form
         self._wants_token_ids = wants_token_ids
@@ -257,11 +265,13 @@ class ChunkWriter:
         )
         return line.encode()
 
-    def closing(self, usage: dict[str, Any] | None, timeline: Any) -> bytes:
-        """The last event before [DONE]: no choice, but usage and timeline where they were asked for."""
+    def end(self, usage: dict[str, Any] | None, timeline: Any) -> bytes:
+        """[DONE], and before it an event without a choice, but with usage and timeline where they are given."""
+        if usage is None and timeline is None:
+            return DONE_EVENT
         body = {**self._envelope.fields(), "choices": []}
         if usage is not None:
             body["usage"] = usage
         if timeline is not None:
             body["timeline"] = timeline
-        return b"data: " + dumps(body).encode() + b"\n\n"
+        return b"data: " + dumps(body).encode() + b"\n\n" + DONE_EVENT

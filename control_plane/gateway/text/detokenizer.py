@@ -1,4 +1,4 @@
-"""The text of one sample while its tokens come: incremental, byte-exact, with stop strings.
+"""The text of one sample while its tokens come: incremental, byte-exact, with stop strings. Pure.
 
 Tokens become bytes, bytes become whole characters (a character whose bytes are not all here waits), characters become
 text that is certain: what could be the beginning of a stop string waits, too. Work is in the new tokens only.
@@ -7,13 +7,37 @@ text that is certain: what could be the beginning of a stop string waits, too. W
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Literal, Protocol
 
 from control_plane.gateway.service import TokenInfo
-from control_plane.gateway.text.tokenizer import TextTokenizer
 from phasewise.core.request import FinishReason, SampledToken
 
 _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
+
+LeadingSpace = Literal["keep", "strip_one", "strip_all"]
+"""What happens to the space that SentencePiece puts before the first word: of the first token that has a text."""
+
+
+class TokenTexts(Protocol):
+    """What the tokens of a model mean as text; a part of `TextTokenizer`."""
+
+    @property
+    def leading_space(self) -> LeadingSpace: ...
+
+    @property
+    def special_ids(self) -> Collection[int]:
+        """The tokens that are no part of a text."""
+
+    @property
+    def text_bytes(self) -> Mapping[int, bytes]:
+        """Token id → its bytes in a text; nothing for special tokens."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The exact bytes of one token, special or not."""
+
+    def token_text(self, token_id: int) -> str:
+        """One token alone as text; U+FFFD stands for a part of a character."""
 
 
 class SampleText:
@@ -32,12 +56,12 @@ class SampleText:
     """
 
     def __init__(
-        self, tokenizer: TextTokenizer, stop: Sequence[str] = (), *, continues_text: bool = False, min_tokens: int = 0
+        self, texts: TokenTexts, stop: Sequence[str] = (), *, continues_text: bool = False, min_tokens: int = 0
     ) -> None:
-        self._bytes = tokenizer.text_bytes
+        self._bytes = texts.text_bytes
         self._decode = _Utf8Decoder("replace").decode
         self._stop = StopStrings(stop) if stop else None
-        self._leading_space = "keep" if continues_text else tokenizer.leading_space
+        self._leading_space = "keep" if continues_text else texts.leading_space
         self._min_tokens = min_tokens
         self.num_tokens = 0
         self.is_done = False
@@ -155,16 +179,16 @@ class StopStrings:
         return len(text)
 
 
-def token_info(tokenizer: TextTokenizer, token: SampledToken) -> TokenInfo:
+def token_info(texts: TokenTexts, token: SampledToken) -> TokenInfo:
     """A token with its text and bytes, as clients see it when they ask for log-probabilities."""
     return TokenInfo(
         token_id=token.token_id,
-        text=tokenizer.token_text(token.token_id),
-        raw=tokenizer.token_bytes(token.token_id),
+        text=texts.token_text(token.token_id),
+        raw=texts.token_bytes(token.token_id),
         logprob=token.logprob,
         top_logprobs=tuple(
-            (token_id, tokenizer.token_text(token_id), tokenizer.token_bytes(token_id), logprob)
+            (token_id, texts.token_text(token_id), texts.token_bytes(token_id), logprob)
             for token_id, logprob in token.top_logprobs
         ),
-        is_special=token.token_id in tokenizer.special_ids,
+        is_special=token.token_id in texts.special_ids,
     )

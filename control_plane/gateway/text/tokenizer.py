@@ -7,9 +7,10 @@ from typing import Any
 
 from control_plane.gateway.text.bounded_encoding import NO_LIMIT, TokenLimit, encode_in_slices, refuse_by_length
 from control_plane.gateway.text.chat_template import ChatTemplate, plain_messages
+from control_plane.gateway.text.detokenizer import LeadingSpace
 from control_plane.gateway.text.message_tokens import MessageEncoding, SpecialTokensInMessages, TemplateTokensOnly
 from control_plane.gateway.text.tokenizer_files import read_text_files
-from control_plane.gateway.text.vocabulary import NO_ENDS, LeadingSpace, TokenizersVocabulary, Vocabulary
+from control_plane.gateway.text.vocabulary import NO_ENDS, TokenizersVocabulary, Vocabulary
 from phasewise.core.clock import Clock, MonotonicClock
 from phasewise.core.errors import InvalidRequest
 from phasewise.core.model_source import ModelSource, model_facts

@@ -13,18 +13,16 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 
+from control_plane.gateway.text.detokenizer import LeadingSpace
 from control_plane.gateway.text.length import length_bound
 from control_plane.gateway.text.slices import SLICE_CHARACTERS, text_slicer
 from phasewise.core.errors import InvalidRequest, ModelLoadError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-
-LeadingSpace = Literal["keep", "strip_one", "strip_all"]
-"""What happens to the space that SentencePiece puts before the first word: of the first token that has a text."""
 
 
 @dataclass(frozen=True, slots=True)

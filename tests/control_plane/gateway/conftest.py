@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from tokenizers import pre_tokenizers
 
-from control_plane.gateway.preparation import PreparedRequest, RequestLimits, RequestPreparer
+from control_plane.gateway.open_requests import PreparedRequest
+from control_plane.gateway.preparation import RequestLimits, RequestPreparer
 from control_plane.gateway.request_ids import ClaimedId, RequestIds
 from control_plane.gateway.service import GenerateInput, InferenceService, ModelCard, SampleDelta, TokenInfo, Usage
 from control_plane.gateway.text.detokenizer import SampleText, token_info
@@ -28,6 +29,7 @@ from phasewise.core.messages import TimelineEvent
 from phasewise.core.model_source import ModelSource, model_facts, resolve_model
 from phasewise.core.placement import Placement
 from phasewise.core.request import FinishReason, SampledToken
+from tests.support.generated_stream import GeneratedStream
 from tests.support.http_server import api_server
 
 _WORDS = "the sky is blue, and €9 coffee ☕ tastes naïve 👩‍🚀 in 2024:\n  def f(x): return x + 1  日本語 end. Paris"
@@ -143,8 +145,9 @@ class HashService:
         return body.encode(), "text/plain; version=0.0.4; charset=utf-8"
 
 
-class HashStream:
+class HashStream(GeneratedStream):
     def __init__(self, service: HashService, prepared: PreparedRequest, claimed: ClaimedId | None) -> None:
+        super().__init__()
         self._service = service
         self._claimed = claimed
         self._prepared = prepared
@@ -171,7 +174,7 @@ class HashStream:
         tokens = [SampledToken(first), *(self._sampled(t, t, count) for t in rest)]
         return tuple(token_info(self._service.tokenizer, token) for token in tokens)
 
-    async def __aiter__(self) -> AsyncIterator[SampleDelta]:
+    async def _deltas(self) -> AsyncIterator[SampleDelta]:
         sampling, tokenizer = self._request.sampling, self._service.tokenizer
         texts = [
             SampleText(tokenizer, self._prepared.stop, continues_text=self._prepared.continues_text)
@@ -195,9 +198,13 @@ class HashStream:
                 tokens = (token_info(tokenizer, token),) if sampling.logprobs is not None else ()
                 reason = FinishReason.STOP if hit is not None else reason
                 yield SampleDelta(index, new, (token.token_id,), tokens, reason, hit)
-        await self.aclose()
+        self._forget()
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
+        super().close()
+        self._forget()
+
+    def _forget(self) -> None:
         self._service.open.discard(self)
         if self._claimed is not None:
             self._claimed.release()

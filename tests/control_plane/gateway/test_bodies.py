@@ -15,7 +15,7 @@ import grpc.aio
 import httpx
 import pytest
 
-from control_plane.gateway.bodies import LARGE_BYTES, Bodies, Room, largest_body
+from control_plane.gateway.bodies import LARGE_BYTES, Bodies, Preparation, largest_body
 from control_plane.gateway.grpc_front.server import start_grpc_server
 from control_plane.gateway.quota import Quota, client_of, share_of
 from phasewise.core.errors import Overloaded
@@ -244,7 +244,7 @@ def test_what_is_refused_by_its_announced_length_is_not_read(base_url: str) -> N
 
 def test_room_for_large_bytes_is_shared_and_given_back() -> None:
     requests, large_bytes = Quota("requests", 10, 10), Quota("bytes", 4 * MIB, 2 * MIB)
-    first, second = Room("a", requests, large_bytes), Room("b", requests, large_bytes)
+    first, second = Preparation("a", requests, large_bytes), Preparation("b", requests, large_bytes)
     first.grow(LARGE_BYTES)
     assert large_bytes.in_use == 0, "small bodies always find room"
     first.grow(MIB)
@@ -253,10 +253,10 @@ def test_room_for_large_bytes_is_shared_and_given_back() -> None:
         first.grow(2 * MIB + 1)
     second.grow(2 * MIB)
     with pytest.raises(Overloaded, match="there are"):
-        Room("c", requests, large_bytes).grow(LARGE_BYTES + 1)
-    first.leave()
-    first.leave()
-    second.leave()
+        Preparation("c", requests, large_bytes).grow(LARGE_BYTES + 1)
+    first.end()
+    first.end()
+    second.end()
     assert large_bytes.in_use == 0 and requests.in_use == 1
 
 

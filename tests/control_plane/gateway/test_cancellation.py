@@ -17,8 +17,8 @@ import pytest
 from control_plane.gateway.bodies import Bodies
 from control_plane.gateway.grpc_front.server import InferenceServicer
 from control_plane.gateway.http_front.openai_server import build_app
+from control_plane.gateway.inference import InferenceGateway
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
-from control_plane.gateway.request_loop import RequestLoop
 from control_plane.gateway.service import ModelCard
 from control_plane.gateway.text.tokenizer import TextTokenizer
 from control_plane.gateway.text.vocabulary import ByteVocabulary
@@ -44,12 +44,13 @@ class ScriptedCluster:
         self.num_tokens = 0
         tokenizer = TextTokenizer(ByteVocabulary(), vocab_size=300, eos_token_ids=(), chat_template=None)
         card = ModelCard("m", 100_000, 300, "float32", 1, (), False)
-        self.service = RequestLoop(
+        self.placer = RemotePlacer(self)
+        self.service = InferenceGateway(
             "gateway-0",
             card,
             tokenizer,
             RequestPreparer(tokenizer, card, RequestLimits()),
-            RemotePlacer(self),
+            self.placer,
             self,
             GatewayMetrics("m"),
             MonotonicClock(),
@@ -101,7 +102,7 @@ class ScriptedCluster:
     def assert_nothing_left(self) -> None:
         assert not self.running, "the workers were not told"
         assert not self.placed, "the placement was not given back"
-        assert not self.service._open and not self.service._streams and not self.service._tasks
+        assert self.service.is_idle, "something is left in the gateway"
 
 
 class _Method:
@@ -223,7 +224,7 @@ async def test_grpc_requests_end_at_every_turn() -> None:
 
 async def test_a_cancel_that_comes_with_the_answer_is_not_swallowed() -> None:
     cluster = ScriptedCluster()
-    placing = asyncio.create_task(cluster.service._placer.place(PlaceRequest("r", 1, 1, 1), 10.0))
+    placing = asyncio.create_task(cluster.placer.place(PlaceRequest("r", 1, 1, 1), 10.0))
     while not cluster.placed:  # noqa: ASYNC110 (turns are counted here)
         await asyncio.sleep(0)
     await asyncio.sleep(0)  # the answer is in the loop, the task does not know yet

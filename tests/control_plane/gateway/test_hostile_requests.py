@@ -242,10 +242,10 @@ def test_an_id_is_open_once_whatever_the_number_of_prompts(
     with http.stream("POST", COMPLETIONS, json=long, headers=headers) as first:
         lines = first.iter_lines()  # held: an iterator that is thrown away closes the connection
         assert next(lines).startswith("data: ")
-        num_running = len(doors.cluster.service._open)
+        num_running = doors.num_open()
         asked = {"prompt": ["c", "d"][:num_asked], "max_tokens": 1}
         assert error_of(http.post(COMPLETIONS, json=asked, headers=headers), 409)["code"] == "duplicate_request"
-        assert len(doors.cluster.service._open) <= num_running, "nothing of it was begun"
+        assert doors.num_open() <= num_running, "nothing of it was begun"
         assert http.post(COMPLETIONS, json=asked, headers={"x-request-id": "twice-0"}).status_code == 200
     doors.wait_until_empty()
     assert http.post(COMPLETIONS, json=asked, headers=headers).status_code == 200

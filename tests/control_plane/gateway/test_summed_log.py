@@ -15,7 +15,8 @@ from control_plane.gateway.service import GenerateInput, SamplingInput
 from control_plane.gateway.summed_log import SummedLog
 from phasewise.core.clock import ManualClock, MonotonicClock
 from phasewise.core.errors import DeadlineExceeded, InternalError
-from tests.control_plane.gateway.test_request_loop import Cluster
+from phasewise.core.messages import RequestFailed, WorkerOutput
+from tests.control_plane.gateway.test_inference import Cluster
 
 OVERLOADED: Kind = ("loop", logging.WARNING, "overloaded")
 EXPIRED: Kind = ("loop", logging.WARNING, "deadline_exceeded")
@@ -121,7 +122,8 @@ async def test_an_overloaded_gateway_says_so_in_few_lines_and_faults_one_by_one(
     for number in range(300):
         stream = await cluster.loop.generate(GenerateInput(text="a", request_id=f"r{number}", sampling=options))
         error = InternalError("broken") if number % 100 == 0 else DeadlineExceeded("too late")
-        cluster.loop._fail(stream, error)
+        failure = RequestFailed(stream.record.request_id, error.code, error.message)
+        cluster.loop.deliver(WorkerOutput("decode-0", failures=(failure,)))
     faults = [line for line in heard.lines if line[0] == "ERROR"]
     assert faults == [("ERROR", "request failed: broken", f"r{number}") for number in (0, 100, 200)]
     await cluster.loop.drain(1.0)

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from control_plane.gateway.open_requests import merge_deltas, stage_durations
-from control_plane.gateway.open_stream import OpenStream
+from control_plane.gateway.attempts import MAX_ATTEMPTS
+from control_plane.gateway.inference import InferenceGateway
+from control_plane.gateway.open_requests import stage_durations
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
-from control_plane.gateway.request_loop import MAX_ATTEMPTS, RequestLoop
-from control_plane.gateway.service import GenerateInput, ModelCard, SampleDelta, SamplingInput
+from control_plane.gateway.service import GenerateInput, ModelCard, SamplingInput
+from control_plane.gateway.streams import OpenStream
 from control_plane.gateway.text.tokenizer import TextTokenizer
 from control_plane.gateway.text.vocabulary import ByteVocabulary
 from control_plane.metrics import GatewayMetrics
@@ -30,6 +31,7 @@ from phasewise.core.lifecycle import Stage
 from phasewise.core.messages import AbortRequest, NewTokens, PrefillTask, TimelineEvent, WorkerOutput
 from phasewise.core.placement import Placement, PlaceRequest, WorkerRole
 from phasewise.core.request import FinishReason, SampledToken
+from tests.support.generated_stream import deltas_of
 
 
 class Cluster:
@@ -45,7 +47,7 @@ class Cluster:
         preparer = RequestPreparer(tokenizer, card, RequestLimits(600.0))
         metrics, clock = GatewayMetrics("m"), MonotonicClock()
         pools = ServingPools({"prefill-0": WorkerRole.PREFILL, "decode-0": WorkerRole.DECODE})
-        self.loop = RequestLoop(
+        self.loop = InferenceGateway(
             "g", card, tokenizer, preparer, self, self, metrics, clock, pools=pools, max_open_requests=10, addresses={}
         )
         self.loop.start_admitting()
@@ -79,13 +81,13 @@ class Cluster:
 
 async def collect(stream: OpenStream) -> str:
     async with asyncio.timeout(5):
-        return "".join([delta.text async for delta in stream])
+        return "".join([delta.text async for delta in deltas_of(stream)])
 
 
 async def test_an_id_used_again_does_not_meet_its_own_past() -> None:
     cluster = Cluster()
     old = await cluster.ask()
-    await old.aclose()
+    old.close()
     new = await cluster.ask()
     assert old.request_id == new.request_id == "r"
     cluster.say(old, 0, "A")  # said before the worker heard the abort
@@ -103,8 +105,8 @@ async def test_one_id_is_open_once() -> None:
     stream = await cluster.ask()
     with pytest.raises(DuplicateRequest):
         await cluster.ask()
-    await stream.aclose()
-    await (await cluster.ask()).aclose()
+    stream.close()
+    (await cluster.ask()).close()
 
 
 async def test_tokens_that_overtake_each_other_are_put_in_order() -> None:
@@ -203,16 +205,6 @@ def test_stages_that_a_fault_broke_off_count_in_the_attempt_that_ended_them() ->
     assert stage_durations(events) == expected
 
 
-def test_merged_deltas_are_those_of_each_sample_joined() -> None:
-    deltas = [SampleDelta(i % 2, f"{i} ", (i,)) for i in range(6)] + [
-        SampleDelta(0, "end", (9,), (), FinishReason.STOP, "x")
-    ]
-    assert merge_deltas(deltas) == [
-        SampleDelta(0, "0 2 4 end", (0, 2, 4, 9), (), FinishReason.STOP, "x"),
-        SampleDelta(1, "1 3 5 ", (1, 3, 5)),
-    ]
-
-
 async def test_readiness_follows_the_pools_and_draining() -> None:
     cluster = Cluster()
     loop = cluster.loop
@@ -247,9 +239,14 @@ async def test_one_client_has_its_share_of_the_open_requests_and_gives_it_back()
     others = [await ask(number, "b") for number in range(2)]
     with pytest.raises(Overloaded, match="there are 10"):
         await ask(3, "c")
-    await streams.pop().aclose()
+    streams.pop().close()
     streams.append(await ask(10, "a"))
     for stream in (*streams, *others):
-        await stream.aclose()
-        await stream.aclose()
-    assert cluster.loop._quota.in_use == 0 and not cluster.loop._quota._by_client
+        stream.close()
+        stream.close()
+    again = [await ask(20 + number, "a") for number in range(8)] + [await ask(20 + number, "b") for number in range(2)]
+    with pytest.raises(Overloaded, match="there are 10"):
+        await ask(30, "c")
+    for stream in again:
+        stream.close()
+    assert cluster.loop.is_idle

@@ -19,7 +19,7 @@ from control_plane.gateway.grpc_front.health import LIVENESS
 from control_plane.gateway.grpc_front.refusals import client_of_call
 from control_plane.gateway.grpc_front.server import SERVICE_NAME, start_grpc_server
 from control_plane.gateway.service import SampleDelta
-from phasewise.core.errors import ConfigError, InvalidRequest, WorkerLost
+from phasewise.core.errors import ConfigError, InvalidRequest, RequestCancelled, WorkerLost
 from phasewise.core.request import FinishReason
 from phasewise.rpc import phasewise_pb2 as pb
 from phasewise.rpc.phasewise_pb2_grpc import InferenceStub
@@ -69,7 +69,7 @@ def detail(error: grpc.aio.AioRpcError) -> pb.ErrorDetail:
 async def test_ready_deltas_share_a_message_with_the_beginning_and_the_end(channel: grpc.aio.Channel) -> None:
     messages = [message async for message in InferenceStub(channel).Generate(generate(timeline=True))]
     (message,) = messages
-    assert [delta.text for delta in message.deltas] == ["c", "b", "a", "c"]
+    assert [(delta.text, list(delta.token_ids)) for delta in message.deltas] == [("cbac", [99, 98, 97, 99])]
     assert message.started.request_id == "chosen-by-the-server"
     assert message.deltas[-1].finish_reason == pb.FINISH_REASON_LENGTH
     assert message.finished.usage.num_output_tokens == 4
@@ -89,7 +89,7 @@ async def test_a_delta_does_not_wait_for_the_next(channel: grpc.aio.Channel, ser
 
 async def test_a_long_backlog_is_split_and_complete(channel: grpc.aio.Channel) -> None:
     messages = [message async for message in InferenceStub(channel).Generate(generate(max_tokens=1000))]
-    assert len(messages) == 4 and max(len(message.deltas) for message in messages) == 256
+    assert len(messages) == 4 and max(len(d.token_ids) for message in messages for d in message.deltas) == 256
     assert "".join(delta.text for message in messages for delta in message.deltas) == ("cba" * 334)[:1000]
     assert [message.HasField("started") for message in messages] == [True, False, False, False]
     assert [message.HasField("finished") for message in messages] == [False, False, False, True]
@@ -108,7 +108,7 @@ async def test_deltas_before_an_error_are_sent(channel: grpc.aio.Channel, servic
     service.script(Attempt(WorkerLost("prefill-0 died", retry_after_s=0.5), num_tokens=2))
     call = InferenceStub(channel).Generate(generate())
     message = await call.read()
-    assert [delta.text for delta in message.deltas] == ["c", "b"]
+    assert [delta.text for delta in message.deltas] == ["cb"]
     error = await failure(call)
     assert (error.code(), error.details()) == (grpc.StatusCode.UNAVAILABLE, "prefill-0 died")
     assert detail(error) == pb.ErrorDetail(code="worker_lost", retry_after_s=0.5, retry_safe=True)
@@ -154,7 +154,7 @@ async def test_a_fault_is_logged_with_the_request_id_and_hidden(
 async def test_a_stream_that_is_cancelled_inside_ends_its_call(
     channel: grpc.aio.Channel, service: ScriptedService
 ) -> None:
-    service.script(Attempt(asyncio.CancelledError(), num_tokens=1))
+    service.script(Attempt(RequestCancelled("the server is stopping"), num_tokens=1))
     error = await failure(InferenceStub(channel).Generate(generate(), timeout=WAIT_S))
     assert error.code() is grpc.StatusCode.CANCELLED and detail(error).code == "cancelled"
 
@@ -184,40 +184,18 @@ async def test_a_lost_connection_closes_the_stream(service: ScriptedService) -> 
     await server.stop(None)
 
 
-class SlowToClose(ScriptedStream):
-    """Its `aclose` waits for the test, so that a cancellation can arrive in the middle of it."""
-
-    def __init__(self, stream: ScriptedStream) -> None:
-        super().__init__(stream.request, stream.prompt_token_ids, None)
-        self.closing = asyncio.Event()
-        self.may_close = asyncio.Event()
-
-    async def aclose(self) -> None:
-        self.closing.set()
-        await self.may_close.wait()
-        await super().aclose()
-
-
-async def test_a_server_that_stops_does_not_interrupt_a_close(
-    service: ScriptedService, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    slow: list[SlowToClose] = []
-    plain = service.generate
-
-    async def generate_slow(request: object) -> SlowToClose:
-        slow.append(SlowToClose(await plain(request)))  # type: ignore[arg-type]
-        return slow[0]
-
-    monkeypatch.setattr(service, "generate", generate_slow)
+async def test_a_server_that_stops_has_closed_every_stream_once(service: ScriptedService) -> None:
+    """Also the one whose handler it cancels, and the one that has just sent its last message."""
+    service.script(None, Attempt(num_tokens=1))
     server, port = await start_grpc_server(service, "127.0.0.1:0", max_message_bytes=1 << 20)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        call = InferenceStub(channel).Generate(generate())
-        assert (await call.read()).HasField("finished")
-        await asyncio.wait_for(slow[0].closing.wait(), WAIT_S)
-        await server.stop(None)  # cancels the handler, which is just closing the stream
-        assert not slow[0].closed.is_set()
-    slow[0].may_close.set()
-    assert await happened(slow[0].closed)
+        stub = InferenceStub(channel)
+        whole, open_one = stub.Generate(generate()), stub.Generate(generate())
+        assert (await whole.read()).HasField("finished")
+        assert (await open_one.read()).deltas
+        await server.stop(None)
+        assert [await happened(stream.closed) for stream in service.streams] == [True, True]
+    assert [stream.num_closes for stream in service.streams] == [1, 1]
 
 
 class Burst(ScriptedStream):

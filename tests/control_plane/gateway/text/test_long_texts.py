@@ -350,4 +350,4 @@ async def test_both_protocols_refuse_by_length_and_name_the_field(tmp_path: Path
                 assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         await server.stop(None)
         bodies.close()
-        assert not cluster.service._open
+        assert cluster.service.is_idle

@@ -1,0 +1,368 @@
+"""Attempts at open requests: what is tried, again where needed, and how a request ends. Pure: events in, commands out.
+
+    open         a request is accepted; its first attempt is to be placed
+    placed       the control plane has answered: the prefill worker is sent its task, or, where one of the two workers
+                 was lost meanwhile, another attempt is to be placed
+    refused      it has answered with an error: the request ends
+    deliver      tokens go into the record (open_requests.py). A sample that a stop string ends is aborted at its
+                 workers. A failure gives its attempt up
+    worker_lost  every attempt that loses something with the worker is given up
+    the end      exactly one: finished, failed, or cancelled. Nothing of the request is left here, and the workers that
+                 may still hold something of it are told to drop it
+
+An attempt that is given up is followed by others under new ids, one for each sample that has tokens, up to
+`MAX_ATTEMPTS`. What its workers still send finds nothing under the old id.
+
+Commands are values where an answer is expected: an `Attempt` that is returned is to be placed, `placed` or `refused`
+takes the answer. All others go to the ports given in. Whoever calls this asks for placements, and calls `expire` when a
+record's deadline has passed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Protocol
+
+from control_plane.gateway.open_requests import Attempt, OpenRequest, OpenSample, PreparedRequest
+from control_plane.gateway.text.detokenizer import SampleText, TokenTexts, token_info
+from phasewise.core.clock import Clock
+from phasewise.core.errors import (
+    ERROR_BY_CODE,
+    DeadlineExceeded,
+    InternalError,
+    RequestCancelled,
+    ServingError,
+    TransferFailed,
+    Unavailable,
+    WorkerLost,
+)
+from phasewise.core.lifecycle import RequestStatus, Stage, check_transition
+from phasewise.core.messages import (
+    AbortRequest,
+    NewTokens,
+    PrefillTask,
+    PromptLogprobs,
+    RequestFailed,
+    TimelineEvent,
+    WorkerOutput,
+)
+from phasewise.core.placement import Placement, WorkerId
+from phasewise.core.ports import PeerPort
+
+MAX_ATTEMPTS = 3
+"""At a request, or at a sample of it that goes on alone: the first and what may follow a fault."""
+
+_RECOVERABLE = (WorkerLost, TransferFailed, Unavailable)  # another attempt may find other workers
+
+
+class PlacementLedger(Protocol):
+    """Where the control plane is told how far a placed attempt is. Both return at once."""
+
+    def first_token(self, attempt_id: str) -> None: ...
+
+    def finished(self, attempt_id: str, num_output_tokens: int) -> None:
+        """The placement is given back."""
+
+
+class ProgressMetrics(Protocol):
+    """What is counted before a request's end."""
+
+    def placed(self, *, is_local: bool) -> None: ...
+
+    def handoff(self, num_bytes: int, seconds: float) -> None: ...
+
+    def preempted(self) -> None: ...
+
+    def inter_token(self, gap_s: float, num_tokens: int = 1) -> None:
+        """`num_tokens` of one sample came together, `gap_s` after the one before them."""
+
+
+class RequestOwner(Protocol):
+    """Whoever opened the requests."""
+
+    def has_news(self, record: OpenRequest) -> None:
+        """There are more deltas in `record.pending`."""
+
+    def given_up(self, attempt: Attempt, error: ServingError) -> None:
+        """The attempt ended with `error`; others follow."""
+
+    def ended(self, record: OpenRequest) -> None:
+        """Called once for each request. `record.status` and `record.error` say how it ended."""
+
+
+class Attempts:
+    """All open requests of one gateway.
+
+    Args:
+        nonce: makes the ids of attempts differ from those of other gateways, and of an earlier process of this one.
+        texts: the texts of the model's tokens.
+        ledger, workers, metrics: told of each attempt.
+        owner: told of each request.
+    """
+
+    def __init__(
+        self,
+        gateway_id: str,
+        nonce: str,
+        texts: TokenTexts,
+        ledger: PlacementLedger,
+        workers: PeerPort,
+        owner: RequestOwner,
+        metrics: ProgressMetrics,
+        clock: Clock,
+    ) -> None:
+        self._gateway_id = gateway_id
+        self._nonce = nonce
+        self._texts = texts
+        self._ledger = ledger
+        self._workers = workers
+        self._owner = owner
+        self._metrics = metrics
+        self._clock = clock
+        self._open: dict[str, OpenRequest] = {}  # by the id of the first attempt
+        self._attempts: dict[str, Attempt] = {}  # by the ids that workers know
+        self._num_ids = 0
+        self._lost_workers: set[WorkerId] = set()
+
+    @property
+    def open_requests(self) -> Collection[OpenRequest]:
+        """In the order in which they were opened."""
+        return self._open.values()
+
+    @property
+    def num_attempts(self) -> int:
+        """Attempts that have not ended, placed or not."""
+        return len(self._attempts)
+
+    # ---- a request, from its beginning to an attempt that runs
+
+    def open(self, prepared: PreparedRequest) -> Attempt:
+        """Opens the record of a request; returns its first attempt, to be placed."""
+        request = replace(prepared.request, request_id=self._new_id(prepared.request.request_id))
+        samples = [
+            OpenSample(
+                SampleText(
+                    self._texts,
+                    prepared.stop,
+                    continues_text=prepared.continues_text,
+                    min_tokens=request.sampling.min_tokens,
+                )
+            )
+            for _ in range(request.sampling.n)
+        ]
+        now_s = self._clock.now_s()
+        record = OpenRequest(prepared.request.request_id, request, now_s, now_s + prepared.timeout_s, samples)
+        self._open[record.request_id] = record
+        self._record_event(record, Stage.RECEIVED)
+        return self._begin(Attempt(record, request))
+
+    def placed(self, attempt: Attempt, placement: Placement) -> Attempt | None:
+        """Sends the attempt to its workers; returns another one to be placed instead, where one of them is lost.
+
+        The placement is given back where the request has ended meanwhile.
+        """
+        record = attempt.record
+        if attempt.attempt_id not in self._attempts:
+            self._ledger.finished(attempt.attempt_id, 0)
+            return None
+        attempt.placement = record.placement = placement
+        pair = (placement.prefill_worker, placement.decode_worker)
+        lost = next((worker_id for worker_id in pair if worker_id in self._lost_workers), None)
+        if lost is not None:
+            again = self._give_up(attempt, _worker_lost(lost))
+            for successor in again:  # one at most: no token has come
+                successor.cause = attempt.cause
+            return again[0] if again else None
+        if all(other.placement is not None for other in record.attempts.values()):
+            _move(record, RequestStatus.PLACED)
+        self._record_event(record, Stage.PLACED)
+        self._metrics.placed(is_local=placement.is_local)
+        time_left_s = record.deadline_s - self._clock.now_s()
+        task = PrefillTask(attempt.request, placement, self._gateway_id, time_left_s)
+        self._workers.send(placement.prefill_worker, task)
+        return None
+
+    def refused(self, attempt: Attempt, error: ServingError) -> None:
+        """Ends the request: where no worker is left for a further attempt, with the fault that led to it."""
+        if attempt.cause is not None and isinstance(error, Unavailable):
+            error = attempt.cause
+        self.fail(attempt.record, error)
+
+    # ---- from workers and the control plane
+
+    def deliver(self, output: WorkerOutput) -> list[Attempt]:
+        """Takes what one step of one worker has for this gateway; returns the attempts that are to be placed."""
+        for event in output.events:
+            self._on_event(event)
+        for logprobs in output.prompt_logprobs:
+            self._on_prompt_logprobs(logprobs)
+        for new in output.chunks:
+            self._on_tokens(new)
+        again: list[Attempt] = []
+        for failure in output.failures:
+            again += self._on_failure(failure, output.worker_id)
+        return again
+
+    def worker_lost(self, worker_id: WorkerId) -> list[Attempt]:
+        """Gives up what is lost with a worker; returns the attempts that are to be placed."""
+        self._lost_workers.add(worker_id)
+        again: list[Attempt] = []
+        for record in list(self._open.values()):
+            for attempt in [a for a in record.attempts.values() if a.ends_with(worker_id)]:
+                if not record.is_over:
+                    again += self._give_up(attempt, _worker_lost(worker_id))
+        return again
+
+    # ---- the ends
+
+    def expire(self, record: OpenRequest) -> None:
+        """The request's deadline has passed."""
+        if record.placement is None:
+            self.fail(record, DeadlineExceeded("the request's deadline passed before it was placed"))
+        else:
+            message = "the request's deadline passed; allow more time or ask for fewer tokens"
+            self.fail(record, DeadlineExceeded(message))
+
+    def cancel(self, record: OpenRequest) -> None:
+        """The client has left. Harmless after the end."""
+        self._end(record, RequestStatus.CANCELLED, RequestCancelled("the client cancelled the request"))
+
+    def fail(self, record: OpenRequest, error: ServingError) -> None:
+        """Harmless after the end."""
+        self._end(record, RequestStatus.FAILED, error)
+
+    def _end(self, record: OpenRequest, status: RequestStatus, error: ServingError | None) -> None:
+        if record.is_over:
+            return
+        record.error = error
+        _move(record, status)
+        for attempt in list(record.attempts.values()):
+            self._end_attempt(attempt, attempt.num_output_tokens)
+        del self._open[record.request_id]
+        self._owner.ended(record)
+
+    # ---- inside: attempts
+
+    def _new_id(self, client_id: str) -> str:
+        """An id for workers. A client may use its own again at once, and what workers still send for an earlier request
+        or attempt must not reach a later one."""
+        self._num_ids += 1
+        return f"{client_id}~{self._nonce}{self._num_ids}"
+
+    def _begin(self, attempt: Attempt) -> Attempt:
+        self._attempts[attempt.attempt_id] = attempt.record.attempts[attempt.attempt_id] = attempt
+        return attempt
+
+    def _give_up(self, attempt: Attempt, error: ServingError) -> list[Attempt]:
+        """Ends an attempt; returns those that go on in its place. The request ends with `error` after the last."""
+        record = attempt.record
+        if attempt.number + 1 >= MAX_ATTEMPTS:
+            self.fail(record, error)
+            return []
+        self._end_attempt(attempt, num_output_tokens=0)
+        if record.status is RequestStatus.PLACED:
+            _move(record, RequestStatus.RECOVERING)
+        self._record_event(record, Stage.RECOVERING)
+        self._owner.given_up(attempt, error)
+        rest = [replace(request, request_id=self._new_id(record.client_id)) for request in attempt.rest()]
+        return [self._begin(Attempt(record, request, attempt.number + 1, error)) for request in rest]
+
+    def _end_attempt(self, attempt: Attempt, num_output_tokens: int, *, is_known: bool = False) -> None:
+        """Forgets the attempt and gives its placement back. `is_known`: the workers have nothing of it any more."""
+        del attempt.record.attempts[attempt.attempt_id], self._attempts[attempt.attempt_id]
+        if attempt.placement is None:
+            return  # `placed` gives it back
+        if not is_known:
+            self._abort(attempt.attempt_id, attempt.placement)
+        self._ledger.finished(attempt.attempt_id, num_output_tokens)
+
+    def _abort(self, attempt_id: str, placement: Placement, sample_index: int | None = None) -> None:
+        """Tells both workers; the one that knows nothing of the attempt ignores it."""
+        message = AbortRequest(attempt_id, sample_index)
+        for worker_id in dict.fromkeys((placement.prefill_worker, placement.decode_worker)):
+            self._workers.send(worker_id, message)
+
+    # ---- inside: what workers say
+
+    def _on_event(self, event: TimelineEvent) -> None:
+        attempt = self._attempts.get(event.request_id)
+        if attempt is None:
+            return
+        record = attempt.record
+        record.events.append(event)
+        if event.stage is Stage.PREFILL_START and record.first_token_s is None:
+            record.num_cached_tokens = event.num_tokens  # of the prompt; later attempts find output there, too
+        elif event.stage is Stage.HANDOFF_END:
+            self._metrics.handoff(event.num_bytes, event.duration_s)
+        elif event.stage is Stage.PREEMPTED:
+            self._metrics.preempted()
+        if event.stage in (Stage.HANDOFF_END, Stage.DECODE_START):
+            attempt.is_decoding = True
+
+    def _on_prompt_logprobs(self, logprobs: PromptLogprobs) -> None:
+        attempt = self._attempts.get(logprobs.request_id)
+        if attempt is not None:
+            attempt.record.prompt_tokens = tuple(token_info(self._texts, token) for token in logprobs.tokens)
+
+    def _on_tokens(self, new: NewTokens) -> None:
+        attempt = self._attempts.get(new.request_id)
+        if attempt is None:
+            return
+        record = attempt.record
+        deltas = record.take(new, self._texts)
+        if not deltas:
+            return
+        now_s = self._clock.now_s()
+        if record.first_token_s is None:
+            record.first_token_s = now_s
+        if not attempt.has_first_token:
+            attempt.has_first_token = True
+            self._ledger.first_token(attempt.attempt_id)
+        sample = record.samples[new.sample_index]
+        if sample.last_token_s is not None:
+            self._metrics.inter_token(now_s - sample.last_token_s, sum(len(d.token_ids) for d in deltas))
+        sample.last_token_s = now_s
+        record.pending += deltas
+        self._owner.has_news(record)
+        if sample.finish_reason is not None:
+            self._on_sample_end(attempt, new.sample_index, by_worker=not isinstance(deltas[-1].stop_reason, str))
+
+    def _on_sample_end(self, attempt: Attempt, sample_index: int, *, by_worker: bool) -> None:
+        """A sample ended. When a stop string ended it, the workers do not know yet."""
+        if all(sample.finish_reason is not None for sample in attempt.samples):
+            self._end_attempt(attempt, attempt.num_output_tokens, is_known=by_worker)
+        elif not by_worker and attempt.placement is not None:
+            self._abort(attempt.attempt_id, attempt.placement, sample_index)
+        record = attempt.record
+        if record.is_whole:
+            self._record_event(record, Stage.FINISHED)
+            self._end(record, RequestStatus.FINISHED, None)
+
+    def _on_failure(self, failure: RequestFailed, worker_id: WorkerId) -> list[Attempt]:
+        attempt = self._attempts.get(failure.request_id)
+        if attempt is None:
+            return []
+        record, placement = attempt.record, attempt.placement
+        error = ERROR_BY_CODE.get(failure.code, InternalError)(failure.message)
+        if not isinstance(error, _RECOVERABLE):
+            self.fail(record, error)
+            return []
+        assert placement is not None, "a worker has it"
+        if isinstance(error, TransferFailed):  # either may be at fault
+            record.avoided.update((placement.prefill_worker, placement.decode_worker))
+        elif isinstance(error, Unavailable):
+            record.avoided.add(worker_id)
+        return self._give_up(attempt, error)
+
+    def _record_event(self, record: OpenRequest, stage: Stage) -> None:
+        record.events.append(TimelineEvent(record.request_id, stage, self._clock.unix_s(), self._gateway_id))
+
+
+def _move(record: OpenRequest, status: RequestStatus) -> None:
+    check_transition(record.status, status)
+    record.status = status
+
+
+def _worker_lost(worker_id: WorkerId) -> WorkerLost:
+    return WorkerLost(f"worker {worker_id} was lost; sending the request again is safe")
