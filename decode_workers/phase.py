@@ -241,32 +241,25 @@ class DecodePhase:
 
     def _reserve(self, offer: KVOffer, lease_end_s: float) -> None:
         """Sets blocks aside; what the prefix cache has of the prompt need not travel."""
-        request = offer.request
-        cached = self._blocks.match_prefix(request.prompt_token_ids, request.cache_salt)
-        self._blocks.share(cached)
-        missing = self._blocks.blocks_for(len(request.prompt_token_ids)) - len(cached)
-        block_table = cached + self._blocks.allocate(missing)
-        num_cached_tokens = len(cached) * self._blocks.block_size
-        reservation = self._receiver.accept(offer, block_table, num_cached_tokens, lease_end_s)
+        prompt = Sequence.of_prompt(offer.request)
+        has_room = self._blocks.allocate_prompt(prompt)
+        assert has_room, "the joining rules have counted the blocks"
+        reservation = self._receiver.accept(offer, prompt.block_table, prompt.num_computed_tokens, lease_end_s)
         # Now, while the sender computes or packs, and not when all has come: it takes long.
-        reservation.block_hashes = self._blocks.prompt_hashes(request.prompt_token_ids, request.cache_salt)
+        self._blocks.hash_ahead(prompt, prompt.num_tokens)
+        reservation.block_hashes = prompt.block_hashes
 
     def _begin(self, reservation: Reservation) -> None:
         """A handoff is whole: its samples join the running batch, sharing the prompt's blocks."""
-        commit, offer = reservation.commit, reservation.offer
+        commit, request, gateway_id = reservation.commit, reservation.offer.request, reservation.offer.gateway_id
         assert commit is not None
-        request = offer.request
         self.counters["handoffs_in"] += 1
         self._handed_in.add(request.request_id)
         for again in self._offers.remove(lambda waiting: waiting.offer.request.request_id == request.request_id):
             self._peers.send(again.sender, KVDone(again.transfer_id))
         duration_s = max(self._clock.unix_s() - commit.started_unix_s, 0.0)
         self._outbox.event(
-            offer.gateway_id,
-            request.request_id,
-            Stage.HANDOFF_END,
-            num_bytes=reservation.num_bytes,
-            duration_s=duration_s,
+            gateway_id, request.request_id, Stage.HANDOFF_END, num_bytes=reservation.num_bytes, duration_s=duration_s
         )
         prompt = Sequence.of_prompt(request)
         prompt.num_computed_tokens = commit.num_tokens
@@ -276,7 +269,7 @@ class DecodePhase:
         for sequence in sequences:
             self._blocks.share(sequence.block_table)
             self._blocks.publish(sequence)
-        self.adopt(sequences, offer.gateway_id, reservation.lease_end_s)
+        self.adopt(sequences, gateway_id, reservation.lease_end_s)
 
     def _carry_out(self, plan: DecodePlan) -> None:
         for job, blocks in plan.swap_out:

@@ -116,17 +116,11 @@ class PrefillScheduler:
 
     def _admit(self, job: PrefillJob) -> bool:
         """Gives the job blocks for its whole prompt, shared with known prefixes. False when too few are free."""
-        sequence = job.sequence
         # Prompt log-probabilities need every logit, so nothing of such a prompt may be skipped.
-        wants_logits = sequence.sampling.prompt_logprobs is not None
-        cached = [] if wants_logits else self._blocks.match_prefix(sequence.token_ids, sequence.cache_salt)
-        self._blocks.share(cached)
-        missing = self._blocks.blocks_for(sequence.num_tokens) - len(cached)
-        if missing > self._blocks.num_free_blocks:
-            self._blocks.release(cached)
+        may_skip = job.sequence.sampling.prompt_logprobs is None
+        if not self._blocks.allocate_prompt(job.sequence, may_skip=may_skip):
             return False
-        sequence.block_table = cached + self._blocks.allocate(missing)
-        sequence.num_computed_tokens = job.num_cached_tokens = len(cached) * self._blocks.block_size
+        job.num_cached_tokens = job.sequence.num_computed_tokens
         self.waiting.remove(job)
         self.running.append(job)
         job.move(RequestStatus.PREFILLING)

@@ -190,13 +190,11 @@ class WorkerRound:
         """Takes the results of the oldest step that was submitted. What has no usable logits fails."""
         parts, num_decodes = self.parts, len(step.decodes)
         self._num_steps += 1
-        of_decodes, of_prompts = result.tokens[:num_decodes], result.tokens[num_decodes:]
         if None in result.tokens:
-            entries = zip((*step.decodes, *step.prompts), result.tokens, strict=True)
-            self._fail([item for item, tokens in entries if tokens is None], UNUSABLE)
-        parts.decode.take(step.decodes, of_decodes)
-        logprobs = result.prompt_logprobs[num_decodes:]
-        for item, tokens, prompt_logprobs in zip(step.prompts, of_prompts, logprobs, strict=True):
+            self._fail_unusable(step, result)
+        parts.decode.take(step.decodes, result.tokens[:num_decodes])
+        of_prompts = result.tokens[num_decodes:], result.prompt_logprobs[num_decodes:]
+        for item, tokens, prompt_logprobs in zip(step.prompts, *of_prompts, strict=True):
             if tokens is not None and (staying := parts.prefill.take(item, tokens, prompt_logprobs)):
                 parts.decode.adopt(*staying)
 
@@ -316,6 +314,10 @@ class WorkerRound:
                 over.gateways.add(gateway_id)
                 parts.prefill.on_gateway_lost(gateway_id)
                 parts.decode.on_gateway_lost(gateway_id)
+
+    def _fail_unusable(self, step: Step, result: StepResult) -> None:
+        entries = zip((*step.decodes, *step.prompts), result.tokens, strict=True)
+        self._fail([item for item, tokens in entries if tokens is None], UNUSABLE)
 
     def _fail(self, items: Collection[ScheduledSequence], reason: str) -> None:
         """Ends the items' requests with InternalError, if they are here still.
