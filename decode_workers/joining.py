@@ -5,11 +5,14 @@ reservations, and of prompts that run on this worker and stay here. While a pree
 else may join: what runs already goes first.
 
 A reservation needs blocks besides: those of its prompt, and a share of the cache stays free for running sequences to
-grow into.
+grow into. Offers are answered in the order in which they came, and only the first may be accepted: a small one must not
+keep a large one out for ever. An offer whose time is over is taken out.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from phasewise.core.messages import KVOffer
@@ -57,3 +60,38 @@ class JoiningRules:
         kept_free = 0 if is_empty else int(self.num_blocks * self.headroom)
         has_blocks = now.num_free_blocks - self.blocks_needed(offer) >= kept_free
         return has_blocks and offer.request.sampling.n <= self.num_free_seats(now)
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingOffer:
+    offer: KVOffer
+    deadline_s: float
+
+
+class ReservationQueue:
+    """Offers that have not been answered yet."""
+
+    def __init__(self, rules: JoiningRules) -> None:
+        self._rules = rules
+        self._waiting: deque[WaitingOffer] = deque()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, offer: KVOffer, deadline_s: float) -> None:
+        self._waiting.append(WaitingOffer(offer, deadline_s))
+
+    def next_acceptable(self, now: Occupancy) -> WaitingOffer | None:
+        """Takes the first offer out of the queue when there is room for it; else None."""
+        if self._waiting and self._rules.may_reserve(self._waiting[0].offer, now):
+            return self._waiting.popleft()
+        return None
+
+    def remove(self, matches: Callable[[WaitingOffer], bool]) -> list[KVOffer]:
+        """Takes out those that match: their time is over, they were cancelled, or their sender was lost."""
+        removed = [waiting.offer for waiting in self._waiting if matches(waiting)]
+        self._waiting = deque(waiting for waiting in self._waiting if not matches(waiting))
+        return removed
+
+    def next_deadline_s(self) -> float:
+        return min((waiting.deadline_s for waiting in self._waiting), default=float("inf"))

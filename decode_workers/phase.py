@@ -2,7 +2,7 @@
 
 One request's life here:
 
-    KVOffer → waits for room (decode_workers/reservations.py, joining.py)
+    KVOffer → waits for room (decode_workers/joining.py)
       → reserved: blocks set aside, parts come in (kv_transfer/receiver.py)
       → commit, all parts right: one sequence per living sample joins the running batch → one token a step
       → ends with a reason: blocks released, full ones remembered by the prefix cache
@@ -18,8 +18,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
-from decode_workers.joining import JoiningRules, Occupancy
-from decode_workers.reservations import ReservationQueue
+from decode_workers.joining import JoiningRules, Occupancy, ReservationQueue
 from decode_workers.scheduler import DecodeJob, DecodePlan, DecodeScheduler
 from engine.batch import ScheduledSequence
 from engine.block_manager import BlockManager
@@ -103,7 +102,7 @@ class DecodePhase:
             self._offers.add(offer, self._clock.now_s() + offer.time_left_s)
 
     def on_transfer_abort(self, transfer_id: str, reason: str) -> None:
-        self._offers.remove(lambda offer: offer.transfer_id == transfer_id)
+        self._offers.remove(lambda waiting: waiting.offer.transfer_id == transfer_id)
         self._incoming.on_abort(transfer_id, reason)
 
     def on_abort(self, request_id: str, sample_index: int | None) -> bool:
@@ -125,18 +124,18 @@ class DecodePhase:
             if sample_index is None or len(reservation.dropped_samples) == request.sampling.n:
                 self._incoming.fail(reservation.offer.transfer_id, "the request was cancelled")
         if sample_index is None:
-            for offer in self._offers.remove(lambda offer: offer.request.request_id == request_id):
+            for offer in self._offers.remove(lambda waiting: waiting.offer.request.request_id == request_id):
                 self._peers.send(offer.sender, KVRefused(offer.transfer_id, "the request was cancelled"))
                 found = True
         return found
 
     def on_peer_lost(self, worker_id: WorkerId) -> None:
-        self._offers.remove(lambda offer: offer.sender == worker_id)
+        self._offers.remove(lambda waiting: waiting.offer.sender == worker_id)
         self._incoming.on_peer_lost(worker_id)
 
     def on_gateway_lost(self, gateway_id: str) -> None:
         self._settle()
-        self._offers.remove(lambda offer: offer.gateway_id == gateway_id)
+        self._offers.remove(lambda waiting: waiting.offer.gateway_id == gateway_id)
         for job in list(self.scheduler.jobs()):
             if job.gateway_id == gateway_id:
                 self._end(job, RequestStatus.CANCELLED)
@@ -167,11 +166,8 @@ class DecodePhase:
         """
         now_s = self._clock.now_s()
         if self._first_deadline_s <= now_s:
-            for job in list(self.scheduler.jobs()):
-                if job.deadline_s <= now_s:
-                    self.fail(job.sequence.request_id, DeadlineExceeded("the request's deadline passed during decode"))
-            self._first_deadline_s = min((job.deadline_s for job in self.scheduler.jobs()), default=float("inf"))
-        for offer in self._offers.expired(now_s):
+            self._fail_overdue(now_s)
+        for offer in self._offers.remove(lambda waiting: waiting.deadline_s <= now_s):
             self._peers.send(offer.sender, KVFailed(offer.transfer_id, "no room came free in the request's time"))
         self._incoming.expire()
         self._settle()
@@ -182,7 +178,8 @@ class DecodePhase:
         """The next step's decodes; carries out the preemptions and copies that they need."""
         plan = self.scheduler.schedule()
         self.has_made_room = bool(plan.swap_out)
-        self._carry_out(plan)
+        if plan.swap_out or plan.copies or plan.swap_in:
+            self._carry_out(plan)
         # A request that failed for want of swap space may have taken planned samples with it.
         return [ScheduledSequence(job.sequence, 1, 1) for job in plan.jobs if job.status is RequestStatus.DECODING]
 
@@ -227,10 +224,11 @@ class DecodePhase:
     def _settle(self) -> None:
         """Takes over handoffs that have ended. Before an abort too, which must find them among the sequences."""
         for reservation in self._incoming.pop_ended():
-            if reservation.status is ReceiveStatus.DONE:
+            # The first of two offers may become whole beside the second, when its abort is still on its way.
+            is_first = reservation.offer.request.request_id not in self._handed_in
+            if is_first and reservation.status is ReceiveStatus.DONE:
                 self._begin(reservation)
-            else:
-                self._blocks.release(reservation.block_table)
+            self._blocks.release(reservation.block_table)
 
     def _occupancy(self, num_staying: int) -> Occupancy:
         num_reserved = sum(r.offer.request.sampling.n for r in self._incoming.reservations)
@@ -243,60 +241,35 @@ class DecodePhase:
 
     def _reserve(self, offer: KVOffer, lease_end_s: float) -> None:
         """Sets blocks aside; what the prefix cache has of the prompt need not travel."""
-        request = offer.request
-        cached = self._blocks.match_prefix(request.prompt_token_ids, request.cache_salt)
-        self._blocks.share(cached)
-        missing = self._blocks.blocks_for(len(request.prompt_token_ids)) - len(cached)
-        block_table = cached + self._blocks.allocate(missing)
-        num_cached_tokens = len(cached) * self._blocks.block_size
-        reservation = self._receiver.accept(offer, block_table, num_cached_tokens, lease_end_s)
+        prompt = Sequence.of_prompt(offer.request)
+        has_room = self._blocks.allocate_prompt(prompt)
+        assert has_room, "the joining rules have counted the blocks"
+        reservation = self._receiver.accept(offer, prompt.block_table, prompt.num_computed_tokens, lease_end_s)
         # Now, while the sender computes or packs, and not when all has come: it takes long.
-        reservation.block_hashes = self._blocks.prompt_hashes(request.prompt_token_ids, request.cache_salt)
+        self._blocks.hash_ahead(prompt, prompt.num_tokens)
+        reservation.block_hashes = prompt.block_hashes
 
     def _begin(self, reservation: Reservation) -> None:
-        """A handoff is whole: its samples join the running batch, sharing the prompt's blocks.
-
-        Once only: the first of two offers may become whole beside the second, when its abort is still on its way.
-        """
-        commit, offer = reservation.commit, reservation.offer
+        """A handoff is whole: its samples join the running batch, sharing the prompt's blocks."""
+        commit, request, gateway_id = reservation.commit, reservation.offer.request, reservation.offer.gateway_id
         assert commit is not None
-        request = offer.request
-        if request.request_id in self._handed_in:
-            self._blocks.release(reservation.block_table)
-            return
         self.counters["handoffs_in"] += 1
         self._handed_in.add(request.request_id)
-        for again in self._offers.remove(lambda waiting: waiting.request.request_id == request.request_id):
+        for again in self._offers.remove(lambda waiting: waiting.offer.request.request_id == request.request_id):
             self._peers.send(again.sender, KVDone(again.transfer_id))
         duration_s = max(self._clock.unix_s() - commit.started_unix_s, 0.0)
         self._outbox.event(
-            offer.gateway_id,
-            request.request_id,
-            Stage.HANDOFF_END,
-            num_bytes=reservation.num_bytes,
-            duration_s=duration_s,
+            gateway_id, request.request_id, Stage.HANDOFF_END, num_bytes=reservation.num_bytes, duration_s=duration_s
         )
-        sequences = []
-        for index, token in enumerate(commit.first_tokens, request.sample_index):
-            if token is None or index in reservation.dropped_samples:
-                continue
-            sequence = Sequence(
-                request_id=request.request_id,
-                sampling=request.sampling,
-                token_ids=[*request.prompt_token_ids, token.token_id],
-                num_prompt_tokens=request.num_prompt_tokens,
-                sample_index=index,
-                num_resumed_tokens=request.num_resumed_tokens,
-                cache_salt=request.cache_salt,
-                num_computed_tokens=commit.num_tokens,
-                block_table=list(reservation.block_table),
-                block_hashes=list(reservation.block_hashes),
-            )
+        prompt = Sequence.of_prompt(request)
+        prompt.num_computed_tokens = commit.num_tokens
+        prompt.block_table, prompt.block_hashes = reservation.block_table, reservation.block_hashes
+        samples, dropped = enumerate(commit.first_tokens, request.sample_index), reservation.dropped_samples
+        sequences = [prompt.fork(i, token) for i, token in samples if token is not None and i not in dropped]
+        for sequence in sequences:
             self._blocks.share(sequence.block_table)
             self._blocks.publish(sequence)
-            sequences.append(sequence)
-        self.adopt(sequences, offer.gateway_id, reservation.lease_end_s)
-        self._blocks.release(reservation.block_table)
+        self.adopt(sequences, gateway_id, reservation.lease_end_s)
 
     def _carry_out(self, plan: DecodePlan) -> None:
         for job, blocks in plan.swap_out:
@@ -314,6 +287,12 @@ class DecodePhase:
         for job in plan.swap_in:
             self._cache.copy_in(self._swapped.pop(job), job.sequence.block_table[: job.num_swapped_blocks])
             self._outbox.event(job.gateway_id, job.sequence.request_id, Stage.RESUMED)
+
+    def _fail_overdue(self, now_s: float) -> None:
+        for job in list(self.scheduler.jobs()):
+            if job.deadline_s <= now_s:
+                self.fail(job.sequence.request_id, DeadlineExceeded("the request's deadline passed during decode"))
+        self._first_deadline_s = min((job.deadline_s for job in self.scheduler.jobs()), default=float("inf"))
 
     def _end(self, job: DecodeJob, status: RequestStatus) -> None:
         """Nothing of the sample is left here afterwards."""

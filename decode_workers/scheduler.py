@@ -92,37 +92,44 @@ class DecodeScheduler:
                 break  # only younger ones follow
             if job.sequence.awaits_last_token:
                 continue
-            while job.sequence.num_scheduled_tokens >= job.writable_end and not self._grow(job, plan):
-                if any(other.sequence.awaits_last_token for other in self.running):
-                    break  # blocks come free with the step in flight: this sequence waits for it, and nobody leaves
-                youngest = self.running[-1]
-                self._preempt(youngest, plan)
-                if youngest is job:
-                    break
-            else:
+            has_slot = job.sequence.num_scheduled_tokens < job.writable_end
+            if has_slot or self._grow(job, plan) or self._make_room(job, plan):
                 plan.jobs.append(job)
-        if not plan.swap_out:
+        if self.preempted and not plan.swap_out:
             self._resume(plan)
         return plan
 
     def _grow(self, job: DecodeJob, plan: DecodePlan) -> bool:
         """Makes sure that the next token has a slot of its own. False when no block is free."""
-        sequence = job.sequence
-        index = sequence.num_scheduled_tokens // self._blocks.block_size
-        if index == len(sequence.block_table):
+        table = job.sequence.block_table
+        index = job.sequence.num_scheduled_tokens // self._blocks.block_size
+        is_new = index == len(table)
+        if is_new or self._blocks.is_shared(table[index]):
             if self._blocks.num_free_blocks == 0:
                 return False
-            sequence.block_table += self._blocks.allocate(1)
-        elif self._blocks.is_shared(sequence.block_table[index]):
-            if self._blocks.num_free_blocks == 0:
-                return False
-            shared = sequence.block_table[index]
-            (own,) = self._blocks.allocate(1)
-            plan.copies.append((shared, own))
-            sequence.block_table[index] = own
-            self._blocks.release([shared])
+            table += self._blocks.allocate(1)
+            if not is_new:
+                self._leave_shared(table, index, plan)
         job.writable_end = (index + 1) * self._blocks.block_size
         return True
+
+    def _leave_shared(self, table: list[int], index: int, plan: DecodePlan) -> None:
+        """The newest block takes the place of one that another sample refers to as well, with its content."""
+        shared, table[index] = table[index], table.pop()
+        plan.copies.append((shared, table[index]))
+        self._blocks.release([shared])
+
+    def _make_room(self, job: DecodeJob, plan: DecodePlan) -> bool:
+        """Preempts the youngest until the job's next token has a slot. False when the job waits, or was preempted."""
+        while True:
+            if any(other.sequence.awaits_last_token for other in self.running):
+                return False  # blocks come free with the step in flight: this sequence waits for it, and nobody leaves
+            youngest = self.running[-1]
+            self._preempt(youngest, plan)
+            if youngest is job:
+                return False
+            if self._grow(job, plan):
+                return True
 
     def _preempt(self, job: DecodeJob, plan: DecodePlan) -> None:
         job.move(RequestStatus.PREEMPTED)

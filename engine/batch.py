@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -58,14 +58,10 @@ def sample_indices(item: ScheduledSequence) -> list[int]:
     return list(range(first, first + item.num_samples))
 
 
-def all_or_none(tokens: Iterable[SampledToken | None]) -> tuple[SampledToken, ...] | None:
+def all_or_none(tokens: Collection[SampledToken | None]) -> tuple[SampledToken, ...] | None:
     """An entry of StepResult.tokens; None for a token stands for a row of logits without one."""
-    chosen: list[SampledToken] = []
-    for token in tokens:
-        if token is None:
-            return None
-        chosen.append(token)
-    return tuple(chosen)
+    chosen = [token for token in tokens if token is not None]
+    return tuple(chosen) if len(chosen) == len(tokens) else None
 
 
 class DeviceLost(Exception):

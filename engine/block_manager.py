@@ -110,19 +110,29 @@ class BlockManager:
             blocks.append(block)
         return blocks
 
+    def allocate_prompt(self, sequence: Sequence, *, may_skip: bool = True) -> bool:
+        """Gives a sequence blocks for all its tokens; with `may_skip` it shares those of its known beginning, which
+        then counts as computed. False, and nothing is given, when too few are free."""
+        cached = self.match_prefix(sequence.token_ids, sequence.cache_salt) if may_skip else []
+        self.share(cached)
+        missing = self.blocks_for(sequence.num_tokens) - len(cached)
+        if missing > self.num_free_blocks:
+            self.release(cached)
+            return False
+        sequence.block_table = cached + self.allocate(missing)
+        sequence.num_computed_tokens = len(cached) * self.block_size
+        return True
+
     def hash_ahead(self, sequence: Sequence, num_tokens: int) -> None:
         """Computes the hashes that `publish` needs of the first so many tokens, while the device computes these tokens.
 
         Hashes take some 2 us a block, which the first token of a prompt would wait for otherwise.
         """
-        tokens = sequence.token_ids
-        self._extend(sequence.block_hashes, tokens, min(num_tokens, len(tokens)), sequence.cache_salt)
-
-    def prompt_hashes(self, token_ids: Seq[int], salt: str = "") -> list[bytes]:
-        """`block_hashes` of a sequence that begins with these tokens."""
-        hashes: list[bytes] = []
-        self._extend(hashes, token_ids, len(token_ids), salt)
-        return hashes
+        size, tokens, hashes = self.block_size, sequence.token_ids, sequence.block_hashes
+        num_full = min(num_tokens, len(tokens)) // size if self._prefix_caching else 0
+        for i in range(len(hashes), num_full):
+            previous = hashes[-1] if hashes else _root(sequence.cache_salt)
+            hashes.append(_chain(previous, tokens[i * size : (i + 1) * size]))
 
     def publish(self, sequence: Sequence) -> None:
         """Makes the sequence's full computed blocks findable for others."""
@@ -153,14 +163,6 @@ class BlockManager:
         assert len(used) + len(free) + len(cached) == self.num_blocks, "a block is lost"
         assert set(self._hash_by_block) == set(self._block_by_hash.values()), "the prefix cache is torn"
         assert cached <= set(self._hash_by_block), "a cached block has no content"
-
-    def _extend(self, hashes: list[bytes], token_ids: Seq[int], num_tokens: int, salt: str) -> None:
-        if not self._prefix_caching:
-            return
-        size = self.block_size
-        for i in range(len(hashes), num_tokens // size):
-            previous = hashes[-1] if hashes else _root(salt)
-            hashes.append(_chain(previous, token_ids[i * size : (i + 1) * size]))
 
     def _pop_free(self) -> int:
         if self._free:

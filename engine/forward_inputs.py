@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.batch import ScheduledBatch
+from engine.batch import ScheduledBatch, ScheduledSequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +58,9 @@ def build_forward_inputs(
         sequence, start = item.sequence, item.start
         end = start + item.num_tokens
         num_blocks = -(-end // block_size)
-        if not 0 < item.num_tokens <= sequence.num_tokens - start or end > max_model_len:
-            raise ValueError(
-                f"sequence of request {sequence.request_id} has {sequence.num_tokens} tokens, {start} computed; "
-                f"cannot compute {item.num_tokens} more within {max_model_len}"
-            )
-        if num_blocks > len(sequence.block_table):
-            raise ValueError(
-                f"sequence of request {sequence.request_id} has {len(sequence.block_table)} blocks, needs {num_blocks}"
-            )
+        is_inside = 0 < item.num_tokens <= sequence.num_tokens - start and end <= max_model_len
+        if not is_inside or num_blocks > len(sequence.block_table):
+            raise ValueError(_why_not(item, num_blocks, max_model_len, is_inside=is_inside))
         table = tuple(sequence.block_table[:num_blocks])
         ids += sequence.token_ids[start:end]
         span = np.arange(start, end, dtype=np.int64)
@@ -82,4 +76,14 @@ def build_forward_inputs(
         query_starts=tuple(query_starts),
         context_lens=tuple(context_lens),
         block_tables=tuple(tables),
+    )
+
+
+def _why_not(item: ScheduledSequence, num_blocks: int, max_model_len: int, *, is_inside: bool) -> str:
+    sequence = item.sequence
+    if is_inside:
+        return f"sequence of request {sequence.request_id} has {len(sequence.block_table)} blocks, needs {num_blocks}"
+    return (
+        f"sequence of request {sequence.request_id} has {sequence.num_tokens} tokens, {item.start} computed; "
+        f"cannot compute {item.num_tokens} more within {max_model_len}"
     )

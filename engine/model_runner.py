@@ -84,17 +84,12 @@ class ModelRunner:
         """
         if not batch.items:
             return StepResult((), ())
-        hidden = self._forward(batch, on_layers_done, layers_per_group or self._num_layers)
-        last_rows, first_rows = [], []
-        row = 0
-        for item in batch.items:
-            first_rows.append(row)
-            row += item.num_tokens
-            last_rows.append(row - 1)
-        prompt_logprobs = tuple(
-            self._head.prompt_logprobs(item, hidden, first) for item, first in zip(batch.items, first_rows, strict=True)
-        )
-        return StepResult(self._sample(batch, hidden, last_rows), prompt_logprobs)
+        inputs = build_forward_inputs(batch, self._kv_cache.block_size, self._max_model_len, self._model.device)
+        with together(self._others, ("forward", inputs.to_host() if self._others else None), "a step"):
+            hidden = self._forward(inputs, on_layers_done, layers_per_group or self._num_layers)
+        starts, head = inputs.query_starts, self._head
+        prompt_logprobs = [head.prompt_logprobs(item, hidden, starts[i]) for i, item in enumerate(batch.items)]
+        return StepResult(self._sample(batch, hidden, starts), tuple(prompt_logprobs))
 
     @torch.inference_mode()
     def carry_out(self, command: Command) -> None:
@@ -108,22 +103,14 @@ class ModelRunner:
         match command:
             case ("forward", host):
                 inputs = ForwardInputs.from_host(host, self._model.device)
-                self._head.keep(self._forward_inputs(inputs, None, self._num_layers))
+                self._head.keep(self._forward(inputs, None, self._num_layers))
             case _:
                 self._head.carry_out(command)
 
     def _forward(
-        self, batch: ScheduledBatch, on_layers_done: Callable[[int, int], None] | None, layers_per_group: int
-    ) -> torch.Tensor:
-        """[num_tokens, hidden_size] after the last layer."""
-        inputs = build_forward_inputs(batch, self._kv_cache.block_size, self._max_model_len, self._model.device)
-        with together(self._others, ("forward", inputs.to_host() if self._others else None), "a step"):
-            return self._forward_inputs(inputs, on_layers_done, layers_per_group)
-
-    def _forward_inputs(
         self, inputs: ForwardInputs, on_layers_done: Callable[[int, int], None] | None, layers_per_group: int
     ) -> torch.Tensor:
-        """As `_forward`, on one rank."""
+        """[num_tokens, hidden_size] after the last layer; this rank's part of the work."""
         self._backend.plan(inputs)
         rope = self._rotary.plan(inputs.positions)
         hidden = self._model.embed(inputs.input_ids)
@@ -135,22 +122,16 @@ class ModelRunner:
         return hidden
 
     def _sample(
-        self, batch: ScheduledBatch, hidden: torch.Tensor, last_rows: list[int]
+        self, batch: ScheduledBatch, hidden: torch.Tensor, query_starts: tuple[int, ...]
     ) -> tuple[tuple[SampledToken, ...] | None, ...]:
-        """As StepResult.tokens; hidden: [num_tokens, hidden_size], item i's last token in row `last_rows[i]`."""
-        sampled_rows = [row for row, item in zip(last_rows, batch.items, strict=True) if item.num_samples]
-        if not sampled_rows:
-            return ((),) * len(batch.items)
-        # Only these rows go through the output head: it is as large as many layers.
-        return self._sample_rows(batch, self._head.logits(hidden, sampled_rows))
-
-    def _sample_rows(self, batch: ScheduledBatch, logits: torch.Tensor) -> tuple[tuple[SampledToken, ...] | None, ...]:
-        """As StepResult.tokens; logits: [number of items that sample, vocab_size], in their order."""
+        """As StepResult.tokens; hidden: [num_tokens, hidden_size]. `query_starts`: as ForwardInputs has it."""
         rows: list[SampleRow] = []
-        logits_row = 0
-        for item in batch.items:
+        last_rows: list[int] = []  # only these go through the output head: it is as large as many layers
+        for item, end in zip(batch.items, query_starts[1:], strict=True):
             if item.num_samples:
-                rows += [SampleRow(item.sequence, index, logits_row) for index in sample_indices(item)]
-                logits_row += 1
-        tokens = iter(sample(logits, rows))
+                rows += [SampleRow(item.sequence, index, len(last_rows)) for index in sample_indices(item)]
+                last_rows.append(end - 1)
+        if not rows:
+            return ((),) * len(batch.items)
+        tokens = iter(sample(self._head.logits(hidden, last_rows), rows))
         return tuple(all_or_none([next(tokens) for _ in range(item.num_samples)]) for item in batch.items)

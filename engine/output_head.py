@@ -39,11 +39,15 @@ class OutputHead:
 
         hidden: [num_tokens, hidden_size] of the whole step; the item's rows begin at `first_row`.
         """
-        sequence, wanted = item.sequence, item.sequence.sampling.prompt_logprobs
-        start = item.start + 1
+        wanted = item.sequence.sampling.prompt_logprobs
+        return () if wanted is None else self._prompt_logprobs(item, hidden, first_row, wanted)
+
+    def _prompt_logprobs(
+        self, item: ScheduledSequence, hidden: torch.Tensor, first_row: int, wanted: int
+    ) -> tuple[SampledToken, ...]:
+        """With so many alternatives."""
+        sequence, start = item.sequence, item.start + 1
         targets = sequence.token_ids[start : min(start + item.num_tokens, sequence.num_prompt_tokens)]
-        if wanted is None or not targets:
-            return ()
         described: list[SampledToken] = []
         for i in range(0, len(targets), _LOGITS_ROWS):
             part = targets[i : i + _LOGITS_ROWS]

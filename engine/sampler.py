@@ -42,18 +42,20 @@ def sample(logits: torch.Tensor, rows: list[SampleRow]) -> list[SampledToken | N
     if not rows:
         return []
     largest, best = logits.max(dim=-1)  # a NaN anywhere in a row is its maximum
-    is_usable = largest.isfinite().tolist()
-    usable = [row for row in rows if is_usable[row.logits_row]]
-    chosen = iter(_choose(logits, usable, best.tolist()))
-    tokens = [next(chosen) if is_usable[row.logits_row] else None for row in rows]
-    return _with_logprobs(logits, rows, tokens)
+    is_usable, best_ids = largest.isfinite().tolist(), best.tolist()
+    tokens = [best_ids[row.logits_row] if is_usable[row.logits_row] else None for row in rows]
+    others = [i for i, row in enumerate(rows) if is_usable[row.logits_row] and not _takes_largest(row.sequence)]
+    if others:
+        for i, token in zip(others, _choose(logits, [rows[i] for i in others]), strict=True):
+            tokens[i] = token
+    if any(row.sequence.sampling.logprobs is not None for row in rows):
+        return _with_logprobs(logits, rows, tokens)
+    return [None if token is None else SampledToken(token) for token in tokens]
 
 
 def _with_logprobs(logits: torch.Tensor, rows: list[SampleRow], tokens: list[int | None]) -> list[SampledToken | None]:
     """The tokens chosen for these rows; with log-probabilities where asked for. logits: as in `sample`."""
     wanted = [row.sequence.sampling.logprobs for row in rows]
-    if all(count is None for count in wanted):
-        return [None if token is None else SampledToken(token) for token in tokens]
     picked = logits[torch.tensor([row.logits_row for row in rows], device=logits.device)]
     described = describe(picked, [token or 0 for token in tokens], wanted)
     return [None if token is None else one for token, one in zip(tokens, described, strict=True)]
@@ -79,27 +81,20 @@ def describe(logits: torch.Tensor, tokens: list[int], wanted: list[int | None]) 
     return described
 
 
-def _choose(logits: torch.Tensor, rows: list[SampleRow], best: list[int]) -> list[int | None]:
-    """Tokens for rows whose logits have a largest, at `best[row.logits_row]`; None where no token may be chosen."""
-    tokens: list[int | None] = [best[row.logits_row] for row in rows]
-    special = [i for i, row in enumerate(rows) if not _takes_largest(row.sequence)]
-    if not special:
-        return tokens
-    picked = [rows[i] for i in special]
-    adjusted = logits[torch.tensor([row.logits_row for row in picked], device=logits.device)]
-    for values, row in zip(adjusted, picked, strict=True):
+def _choose(logits: torch.Tensor, rows: list[SampleRow]) -> list[int | None]:
+    """Tokens for rows whose logits are usable and do not decide alone; None where no token may be chosen."""
+    adjusted = logits[torch.tensor([row.logits_row for row in rows], device=logits.device)]
+    for values, row in zip(adjusted, rows, strict=True):
         apply_bias_and_penalties(values, row.sequence)
     largest, places = adjusted.max(dim=-1)
     has_token = largest.isfinite().tolist()
     chosen: list[int | None] = [token if has_token[i] else None for i, token in enumerate(places.tolist())]
-    drawn = [i for i, row in enumerate(picked) if has_token[i] and row.sequence.sampling.temperature > 0]
+    drawn = [i for i, row in enumerate(rows) if has_token[i] and row.sequence.sampling.temperature > 0]
     if drawn:
         index = torch.tensor(drawn, device=logits.device)
-        for i, token in zip(drawn, _draw(adjusted[index], [picked[i] for i in drawn]), strict=True):
+        for i, token in zip(drawn, _draw(adjusted[index], [rows[i] for i in drawn]), strict=True):
             chosen[i] = token
-    for i, place in zip(special, chosen, strict=True):
-        tokens[i] = place
-    return tokens
+    return chosen
 
 
 def _takes_largest(sequence: Sequence) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from phasewise.core.request import FinishReason, SamplingParams
+from phasewise.core.request import FinishReason, Request, SampledToken, SamplingParams
 
 
 @dataclass(slots=True, eq=False)
@@ -40,6 +40,29 @@ class Sequence:
     def __post_init__(self) -> None:
         self.first_output = self.num_prompt_tokens - self.num_resumed_tokens
         self.max_length = self.first_output + self.sampling.max_tokens
+
+    @staticmethod
+    def of_prompt(request: Request) -> Sequence:
+        """The request's prompt, of which nothing is computed and which has no blocks."""
+        return Sequence(
+            request_id=request.request_id,
+            sampling=request.sampling,
+            token_ids=list(request.prompt_token_ids),
+            num_prompt_tokens=request.num_prompt_tokens,
+            sample_index=request.sample_index,
+            num_resumed_tokens=request.num_resumed_tokens,
+            cache_salt=request.cache_salt,
+        )
+
+    def fork(self, sample_index: int, token: SampledToken) -> Sequence:
+        """The sequence of one sample: this prompt and its first token. The caller shares the blocks."""
+        return replace(
+            self,
+            sample_index=sample_index,
+            token_ids=[*self.token_ids, token.token_id],
+            block_table=list(self.block_table),
+            block_hashes=list(self.block_hashes),
+        )
 
     @property
     def num_tokens(self) -> int:

@@ -1,7 +1,7 @@
 """The incoming handoffs of one worker: which parts belong to them, when one is whole, and how it ends. Pure.
 
 Life of a handoff: kv_transfer/state.py. Whether blocks may be set aside is not decided here but by the decode phase
-(decode_workers/reservations.py), which brings them. A part that belongs to no live handoff (delayed, aborted, expired)
+(decode_workers/joining.py), which brings them. A part that belongs to no live handoff (delayed, aborted, expired)
 is counted and dropped: the id of its transfer is never used again, so it can reach no block.
 
 What happens to a received part:

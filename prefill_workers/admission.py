@@ -33,11 +33,11 @@ class Admission:
 
     def __init__(self, blocks: BlockManager, computed: Iterable[PrefillJob]) -> None:
         self._blocks = blocks
-        self._unplaced_at = {job.decode_worker for job in computed if job.is_unanswered}
+        self._unplaced_at = {job.handoff.peer for job in computed if job.is_unanswered}
 
     def may_reserve(self, job: PrefillJob) -> bool:
         """May the prompt, which does not run yet, ask for its reservation or keep it?"""
-        return not self._unplaced_at or (job.decode_worker not in self._unplaced_at and self._fits(job))
+        return not self._unplaced_at or (job.handoff.peer not in self._unplaced_at and self._fits(job))
 
     def may_begin(self, job: PrefillJob, num_seats: int, *, may_be_early: bool) -> bool:
         """May a waiting prompt be computed?

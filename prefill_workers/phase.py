@@ -18,7 +18,7 @@ with `TransferFailed`, and its gateway may try other workers.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.batch import ScheduledSequence
 from engine.block_manager import BlockManager
@@ -37,8 +37,7 @@ from prefill_workers.job import PrefillJob
 from prefill_workers.scheduler import PrefillScheduler
 
 
-@dataclass(frozen=True, slots=True)
-class Staying:
+class Staying(NamedTuple):
     """Sequences whose prompt is computed and that this worker decodes; they bring references to its blocks."""
 
     sequences: list[Sequence]
@@ -81,16 +80,7 @@ class PrefillPhase:
             error = Overloaded(f"{self._max_waiting} requests are waiting already", retry_after_s=1.0)
             self._outbox.failure(task.gateway_id, request.request_id, error)
             return
-        sequence = Sequence(
-            request_id=request.request_id,
-            sampling=request.sampling,
-            token_ids=list(request.prompt_token_ids),
-            num_prompt_tokens=request.num_prompt_tokens,
-            sample_index=request.sample_index,
-            num_resumed_tokens=request.num_resumed_tokens,
-            cache_salt=request.cache_salt,
-        )
-        job = PrefillJob(task, sequence, self._clock.now_s() + task.time_left_s)
+        job = PrefillJob(task, Sequence.of_prompt(request), self._clock.now_s() + task.time_left_s)
         self._jobs[request.request_id] = job
         self.scheduler.add(job)
         self._event(job, Stage.WAITING)
@@ -126,7 +116,7 @@ class PrefillPhase:
         """The decode worker is gone: no second offer to it can help."""
         self._sender.on_peer_lost(worker_id)
         for job in list(self._jobs.values()):
-            if job.decode_worker == worker_id:
+            if job.handoff.peer == worker_id:
                 error = WorkerLost(f"worker {worker_id} was lost; sending the request again is safe")
                 self.fail(job.request_id, error)
 
@@ -151,8 +141,11 @@ class PrefillPhase:
         for job in list(self._jobs.values()):
             if job.deadline_s <= now_s:
                 self.fail(job.request_id, DeadlineExceeded("the request's deadline passed during prefill"))
-            else:
-                self._poll_handoff(job)
+            elif job.handoff.num_failures > job.num_failures:
+                self._on_failed_attempt(job)
+            elif job.handoff.status is SendStatus.DONE:
+                self.counters["handoffs_out"] += 1
+                self._end(job, RequestStatus.FINISHED, "it is done")
         for job in self.scheduler.jobs_to_reserve():
             job.move(RequestStatus.RESERVING)
             self._sender.offer(job.handoff)
@@ -192,8 +185,7 @@ class PrefillPhase:
         sequence.end_step(item.num_tokens)
         self.counters["prompt_tokens"] += item.num_tokens
         self._blocks.publish(sequence)
-        if sequence.sampling.prompt_logprobs is not None:
-            job.prompt_logprobs.extend(prompt_logprobs)
+        job.prompt_logprobs += prompt_logprobs
         return None if sequence.is_prefilling else self._finish(job, tokens)
 
     def next_deadline_s(self) -> float:
@@ -215,34 +207,47 @@ class PrefillPhase:
         """The prompt is computed and its first tokens are sampled, one per sample."""
         self._event(job, Stage.PREFILL_END)
         if job.sequence.sampling.prompt_logprobs is not None:
-            first = SampledToken(job.sequence.token_ids[0])
-            logprobs = PromptLogprobs(job.request_id, (first, *job.prompt_logprobs))
-            self._outbox.prompt_logprobs(job.task.gateway_id, logprobs)
+            self._send_prompt_logprobs(job)
+        if job.task.request.max_new_tokens < 1:
+            self._finish_without_output(job)
+            return None
         live: list[SampledToken | None] = []
         sequences: list[Sequence] = []
-        position = job.sequence.num_output_tokens
-        has_output = job.task.request.max_new_tokens > 0
         for index, token in enumerate(tokens, job.sequence.sample_index):
-            sequence = job.fork(index, token)
-            # Without output the token only showed that the prompt's logits are usable.
-            reason = sequence.finish_reason() if has_output else FinishReason.LENGTH
+            sequence = job.sequence.fork(index, token)
+            reason = sequence.finish_reason()
             goes_on = reason is None and index not in job.ended_samples
             live.append(token if goes_on else None)
             if goes_on:
                 sequences.append(sequence)
-            new = NewTokens(job.request_id, index, position, (token,) if has_output else (), reason)
+            new = NewTokens(job.request_id, index, job.sequence.num_output_tokens, (token,), reason)
             self._outbox.tokens(job.task.gateway_id, new)
-        if has_output:
-            self._event(job, Stage.FIRST_TOKEN)
+        self._event(job, Stage.FIRST_TOKEN)
         if not sequences:
-            self._end(job, RequestStatus.FINISHED, "every sample ended with its first token, or without one")
-            return None
-        if job.needs_handoff:
+            self._end(job, RequestStatus.FINISHED, "every sample ended with its first token")
+        elif job.needs_handoff:
             self.scheduler.hand_off(job)
             self._sender.commit(job.handoff, tuple(live))
             if job.is_unanswered:
                 self._give_back()
-            return None
+        else:
+            return self._stay(job, sequences)
+        return None
+
+    def _send_prompt_logprobs(self, job: PrefillJob) -> None:
+        first = SampledToken(job.sequence.token_ids[0])
+        logprobs = PromptLogprobs(job.request_id, (first, *job.prompt_logprobs))
+        self._outbox.prompt_logprobs(job.task.gateway_id, logprobs)
+
+    def _finish_without_output(self, job: PrefillJob) -> None:
+        """No output was asked for: the sampled tokens only showed that the prompt's logits are usable."""
+        for index in job.task.request.sample_indices:
+            new = NewTokens(job.request_id, index, job.sequence.num_output_tokens, (), FinishReason.LENGTH)
+            self._outbox.tokens(job.task.gateway_id, new)
+        self._end(job, RequestStatus.FINISHED, "it has no output")
+
+    def _stay(self, job: PrefillJob, sequences: list[Sequence]) -> Staying:
+        """The prompt's samples are decoded on this worker."""
         for sequence in sequences:
             self._blocks.share(sequence.block_table)
         self._end(job, RequestStatus.DECODING, "it is decoded here")
@@ -255,19 +260,15 @@ class PrefillPhase:
             job.has_pushed = True
             self._event(job, Stage.HANDOFF_START)
 
-    def _poll_handoff(self, job: PrefillJob) -> None:
-        handoff = job.handoff
-        if handoff.num_failures > job.num_failures:
-            job.num_failures = handoff.num_failures
-            self.counters["handoff_failures"] += 1
-            if handoff.has_failed:
-                error = TransferFailed(f"the KV handoff failed {job.num_failures} times: {handoff.reason}")
-                self.fail(job.request_id, error)
-            elif job.status is RequestStatus.HANDOFF:
-                self._give_back()
-        elif handoff.status is SendStatus.DONE:
-            self.counters["handoffs_out"] += 1
-            self._end(job, RequestStatus.FINISHED, "it is done")
+    def _on_failed_attempt(self, job: PrefillJob) -> None:
+        """The sender offers the handoff once more, or the request ends."""
+        job.num_failures = job.handoff.num_failures
+        self.counters["handoff_failures"] += 1
+        if job.handoff.has_failed:
+            error = TransferFailed(f"the KV handoff failed {job.num_failures} times: {job.handoff.reason}")
+            self.fail(job.request_id, error)
+        elif job.status is RequestStatus.HANDOFF:
+            self._give_back()
 
     def _give_back(self) -> None:
         """A computed prompt waits for room: prompts that do not run yet must not be in its way."""

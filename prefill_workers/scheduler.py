@@ -77,7 +77,7 @@ class PrefillScheduler:
         ahead: dict[WorkerId, int] = {}
         wanted: list[PrefillJob] = []
         for job in self.waiting:
-            peer = job.decode_worker
+            peer = job.handoff.peer
             if peer in ahead and ahead[peer] >= self._lookahead_tokens:
                 continue
             ahead[peer] = ahead.get(peer, running) + job.sequence.num_unscheduled_tokens
@@ -97,43 +97,30 @@ class PrefillScheduler:
         `num_seats`: free ones in this worker's own decoding batch, those of running prompts that stay not taken off.
         """
         planned: list[tuple[PrefillJob, int]] = []
-        for job in self.running:
-            if budget <= 0:
-                return planned
-            if not job.sequence.num_unscheduled_tokens:
-                continue  # its last chunk is in flight
-            num_tokens = _chunk(job, budget)
-            planned.append((job, num_tokens))
-            budget -= num_tokens
         admission = Admission(self._blocks, self.handing_off)
-        is_first = True  # of those that are to be handed off
-        for job in list(self.waiting):
+        is_first = True  # of those that wait and are to be handed off
+        for job in self.running + self.waiting:
             if budget <= 0:
                 break
-            may_be_early = is_first and not self.running
-            is_first = is_first and not job.needs_handoff
-            if not admission.may_begin(job, num_seats - self.num_staying, may_be_early=may_be_early):
-                continue
-            if not self._admit(job):
-                break
-            num_tokens = _chunk(job, budget)
-            planned.append((job, num_tokens))
-            budget -= num_tokens
+            if job.status is not RequestStatus.PREFILLING:
+                may_be_early = is_first and not self.running
+                is_first = is_first and not job.needs_handoff
+                if not admission.may_begin(job, num_seats - self.num_staying, may_be_early=may_be_early):
+                    continue
+                if not self._admit(job):
+                    break
+            if num_tokens := _chunk(job, budget):  # 0 when the last chunk is in flight
+                planned.append((job, num_tokens))
+                budget -= num_tokens
         return planned
 
     def _admit(self, job: PrefillJob) -> bool:
         """Gives the job blocks for its whole prompt, shared with known prefixes. False when too few are free."""
-        sequence = job.sequence
         # Prompt log-probabilities need every logit, so nothing of such a prompt may be skipped.
-        wants_logits = sequence.sampling.prompt_logprobs is not None
-        cached = [] if wants_logits else self._blocks.match_prefix(sequence.token_ids, sequence.cache_salt)
-        self._blocks.share(cached)
-        missing = self._blocks.blocks_for(sequence.num_tokens) - len(cached)
-        if missing > self._blocks.num_free_blocks:
-            self._blocks.release(cached)
+        may_skip = job.sequence.sampling.prompt_logprobs is None
+        if not self._blocks.allocate_prompt(job.sequence, may_skip=may_skip):
             return False
-        sequence.block_table = cached + self._blocks.allocate(missing)
-        sequence.num_computed_tokens = job.num_cached_tokens = len(cached) * self._blocks.block_size
+        job.num_cached_tokens = job.sequence.num_computed_tokens
         self.waiting.remove(job)
         self.running.append(job)
         job.move(RequestStatus.PREFILLING)

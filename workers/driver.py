@@ -155,10 +155,8 @@ class WorkerDriver:
             pending = self._runner.submit(step.batch, hook, self._layers_per_part or 0)
             if is_behind:
                 rounds.layers_done(step, 0, self.info.kv_spec.num_layers)
-        except DeviceLost:
-            raise
-        except Exception:
-            self._fail(step)
+        except Exception as error:
+            self._fail(step, error)
             return False
         rounds.submitted(step)
         self._in_flight.append((step, pending))
@@ -169,14 +167,15 @@ class WorkerDriver:
             self._take_ack_inside()
         try:
             result = pending.collect()
-        except DeviceLost:
-            raise
-        except Exception:
-            self._fail(step)
-            return
-        self.rounds.end(step, result)
+        except Exception as error:
+            self._fail(step, error)
+        else:
+            self.rounds.end(step, result)
 
-    def _fail(self, step: Step) -> None:
+    def _fail(self, step: Step, error: Exception) -> None:
+        """The requests of a step on which the engine broke end. Raises DeviceLost again: no later step would do."""
+        if isinstance(error, DeviceLost):
+            raise error
         logger.exception("a step failed", extra={"worker_id": self.info.worker_id})
         self.rounds.failed(step)
 
@@ -196,10 +195,6 @@ class WorkerDriver:
     def _drain_mailbox(self) -> None:
         while self._kept:
             self.rounds.take(*self._kept.popleft())
-        while True:
-            try:
-                entry = self._mailbox.get_nowait()
-            except queue.Empty:
-                return
-            if entry is not None:
+        while not self._mailbox.empty():  # nobody else takes from it
+            if (entry := self._mailbox.get()) is not None:
                 self.rounds.take(*entry)

@@ -55,7 +55,6 @@ from phasewise.core.placement import WorkerState
 from phasewise.core.ports import LoadPort
 from phasewise.core.recent import RecentNames
 from prefill_workers.phase import PrefillPhase
-from workers.roles import may_prefill, may_reserve
 
 UNUSABLE = "the model computed NaN or infinite logits for this request; its KV or the weights may be damaged"
 BROKEN = "the engine failed on this request's batch; the worker's log has the cause"
@@ -141,20 +140,10 @@ class WorkerRound:
         match message:
             case PrefillTask():
                 self._on_task(message)
-            case AbortRequest(request_id, sample_index):
-                if sample_index is None:
-                    self._over.requests.add(request_id)
-                in_prefill = parts.prefill.on_abort(request_id, sample_index)
-                in_decode = parts.decode.on_abort(request_id, sample_index)
-                self._num_aborts += in_prefill or in_decode
             case KVOffer():
                 self._on_offer(message)
             case KVAccepted():
                 parts.prefill.on_accepted(message)
-            case KVRefused():
-                parts.prefill.on_refused(message)
-            case KVFailed():
-                parts.sender.on_failed(message.transfer_id, message.reason)  # another attempt may succeed
             case KVPart():
                 assert arrived is not None
                 parts.receiver.on_part(message, arrived)
@@ -165,26 +154,12 @@ class WorkerRound:
             case KVCommit():
                 parts.receiver.incoming.on_commit(message)
                 return parts.receiver.incoming.has_ended
-            case KVAbort(transfer_id, reason):
-                self._over.transfers.add(transfer_id)
-                parts.decode.on_transfer_abort(transfer_id, reason)
             case KVDone(transfer_id):
                 parts.sender.on_done(transfer_id)
-            case PeerLost(worker_id):
-                self._over.workers.add(worker_id)
-                parts.prefill.on_peer_lost(worker_id)
-                parts.decode.on_peer_lost(worker_id)
-                parts.prober.on_peer_lost(worker_id)
-            case LinkLost():
-                parts.sender.on_link_lost(message)
-                parts.receiver.incoming.on_link_lost(message)
-                parts.prober.on_link_lost(message)
             case ProbeLink():
                 parts.prober.start(message)
-            case GatewayLost(gateway_id):
-                self._over.gateways.add(gateway_id)
-                parts.prefill.on_gateway_lost(gateway_id)
-                parts.decode.on_gateway_lost(gateway_id)
+            case _:
+                self._on_end(message)
         return True
 
     # ---- a step
@@ -215,17 +190,13 @@ class WorkerRound:
         """Takes the results of the oldest step that was submitted. What has no usable logits fails."""
         parts, num_decodes = self.parts, len(step.decodes)
         self._num_steps += 1
-        of_decodes, of_prompts = result.tokens[:num_decodes], result.tokens[num_decodes:]
         if None in result.tokens:
-            entries = zip((*step.decodes, *step.prompts), result.tokens, strict=True)
-            self._fail([item for item, tokens in entries if tokens is None], UNUSABLE)
-        parts.decode.take(step.decodes, of_decodes)
-        for item, tokens, prompt_logprobs in zip(
-            step.prompts, of_prompts, result.prompt_logprobs[num_decodes:], strict=True
-        ):
-            staying = None if tokens is None else parts.prefill.take(item, tokens, prompt_logprobs)
-            if staying is not None:
-                parts.decode.adopt(staying.sequences, staying.gateway_id, staying.deadline_s)
+            self._fail_unusable(step, result)
+        parts.decode.take(step.decodes, result.tokens[:num_decodes])
+        of_prompts = result.tokens[num_decodes:], result.prompt_logprobs[num_decodes:]
+        for item, tokens, prompt_logprobs in zip(step.prompts, *of_prompts, strict=True):
+            if tokens is not None and (staying := parts.prefill.take(item, tokens, prompt_logprobs)):
+                parts.decode.adopt(*staying)
 
     def failed(self, step: Step) -> None:
         """The engine broke on the step: its requests end, the worker lives on."""
@@ -296,7 +267,7 @@ class WorkerRound:
     def _on_task(self, task: PrefillTask) -> None:
         if task.request.request_id in self._over.requests or task.gateway_id in self._over.gateways:
             return  # its abort overtook it
-        if may_prefill(self.info.role, self._state):
+        if self._state is WorkerState.READY and self.info.role.can_prefill:
             self.parts.prefill.on_task(task)
         else:
             error = Unavailable(f"worker {self.info.worker_id} ({self.info.role.value}) takes no prompts now")
@@ -304,18 +275,49 @@ class WorkerRound:
 
     def _on_offer(self, offer: KVOffer) -> None:
         over = self._over
-        if (
-            offer.transfer_id in over.transfers
-            or offer.request.request_id in over.requests
-            or offer.sender in over.workers
-            or offer.gateway_id in over.gateways
-        ):
+        is_over = offer.transfer_id in over.transfers or offer.sender in over.workers
+        if is_over or offer.request.request_id in over.requests or offer.gateway_id in over.gateways:
             self.parts.peers.send(offer.sender, KVFailed(offer.transfer_id, "it was cancelled"))
-        elif may_reserve(self.info.role, self._state):
+        elif self._state is WorkerState.READY and self.info.role.can_decode:
             self.parts.decode.on_offer(offer)
         else:
             reason = f"worker {self.info.worker_id} ({self.info.role.value}) takes no handoffs now"
             self.parts.peers.send(offer.sender, KVFailed(offer.transfer_id, reason))
+
+    def _on_end(self, message: WorkerMessage) -> None:
+        """A request, a handoff, a link, a worker or a gateway has ended before its time."""
+        parts, over = self.parts, self._over
+        match message:
+            case AbortRequest(request_id, sample_index):
+                if sample_index is None:
+                    over.requests.add(request_id)
+                in_prefill = parts.prefill.on_abort(request_id, sample_index)
+                in_decode = parts.decode.on_abort(request_id, sample_index)
+                self._num_aborts += in_prefill or in_decode
+            case KVRefused():
+                parts.prefill.on_refused(message)
+            case KVFailed(transfer_id, reason):
+                parts.sender.on_failed(transfer_id, reason)  # another attempt may succeed
+            case KVAbort(transfer_id, reason):
+                over.transfers.add(transfer_id)
+                parts.decode.on_transfer_abort(transfer_id, reason)
+            case LinkLost():
+                parts.sender.on_link_lost(message)
+                parts.receiver.incoming.on_link_lost(message)
+                parts.prober.on_link_lost(message)
+            case PeerLost(worker_id):
+                over.workers.add(worker_id)
+                parts.prefill.on_peer_lost(worker_id)
+                parts.decode.on_peer_lost(worker_id)
+                parts.prober.on_peer_lost(worker_id)
+            case GatewayLost(gateway_id):
+                over.gateways.add(gateway_id)
+                parts.prefill.on_gateway_lost(gateway_id)
+                parts.decode.on_gateway_lost(gateway_id)
+
+    def _fail_unusable(self, step: Step, result: StepResult) -> None:
+        entries = zip((*step.decodes, *step.prompts), result.tokens, strict=True)
+        self._fail([item for item, tokens in entries if tokens is None], UNUSABLE)
 
     def _fail(self, items: Collection[ScheduledSequence], reason: str) -> None:
         """Ends the items' requests with InternalError, if they are here still.

@@ -200,7 +200,7 @@ class RequestPreparer:
                 field="min_tokens",
             )
         limits = self._limits
-        # Every further sample gets its own copy of the prompt's last block (decode_workers/reservations.py).
+        # Every further sample gets its own copy of the prompt's last block (decode_workers/joining.py).
         need = -(-num_prompt_tokens // limits.block_size) + sampling.n - 1
         if limits.num_kv_blocks is not None and need > limits.num_kv_blocks:
             raise InvalidRequest(

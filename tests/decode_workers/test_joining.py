@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from decode_workers.joining import JoiningRules, Occupancy
-from decode_workers.reservations import ReservationQueue
+from decode_workers.joining import JoiningRules, Occupancy, ReservationQueue
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.messages import KVOffer
 from phasewise.core.request import Request, SamplingParams
@@ -75,8 +74,9 @@ def test_offers_are_first_come_first_served_and_expire() -> None:
     now = Occupancy(10, 1, 0, 0)
     assert queue.next_acceptable(now) is None, "a small one must not starve the big one"
     assert queue.next_deadline_s() == 50.0
-    assert queue.expired(49.9) == []
-    assert [offer.request.request_id for offer in queue.expired(50.0)] == ["big"]
+    assert queue.remove(lambda waiting: waiting.deadline_s <= 49.9) == []
+    over = queue.remove(lambda waiting: waiting.deadline_s <= 50.0)
+    assert [offer.request.request_id for offer in over] == ["big"]
     taken = queue.next_acceptable(now)
     assert taken is not None
     assert taken.offer.request.request_id == "small"
@@ -90,5 +90,6 @@ def test_offers_leave_in_their_order_and_those_that_match_are_returned() -> None
         queue.add(offer_of(name, 4), 60.0)
     first = queue.next_acceptable(EMPTY)
     assert first is not None and first.offer.request.request_id == "a"
-    assert [offer.request.request_id for offer in queue.remove(lambda o: o.request.request_id != "c")] == ["b", "d"]
+    others = queue.remove(lambda waiting: waiting.offer.request.request_id != "c")
+    assert [offer.request.request_id for offer in others] == ["b", "d"]
     assert len(queue) == 1

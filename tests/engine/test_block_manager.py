@@ -93,8 +93,11 @@ def test_what_is_hashed_ahead_is_found_only_when_it_is_computed() -> None:
         assert manager.match_prefix([*tokens, 0]) == sequence.block_table[: computed // 4]
     manager.hash_ahead(sequence, 99)
     assert len(sequence.block_hashes) == 5, "of no token that is not known"
-    assert sequence.block_hashes == manager.prompt_hashes(tokens)
-    assert BlockManager(8, 4, prefix_caching=False).prompt_hashes(tokens) == []
+    at_once, not_hashed = sequence_of(tokens, [], 0), sequence_of(tokens, [], 0)
+    manager.hash_ahead(at_once, len(tokens))
+    assert sequence.block_hashes == at_once.block_hashes
+    BlockManager(8, 4, prefix_caching=False).hash_ahead(not_hashed, len(tokens))
+    assert not_hashed.block_hashes == []
 
 
 def test_blocks_that_are_hashed_and_not_computed_are_not_published() -> None:
