@@ -20,11 +20,13 @@ record's deadline has passed.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Protocol
 
 from control_plane.gateway.open_requests import Attempt, OpenRequest, OpenSample, PreparedRequest
+from control_plane.gateway.service import SampleDelta
 from control_plane.gateway.text.detokenizer import SampleText, TokenTexts, token_info
 from phasewise.core.clock import Clock
 from phasewise.core.errors import (
@@ -42,7 +44,6 @@ from phasewise.core.messages import (
     AbortRequest,
     NewTokens,
     PrefillTask,
-    PromptLogprobs,
     RequestFailed,
     TimelineEvent,
     WorkerOutput,
@@ -113,7 +114,6 @@ class Attempts:
         clock: Clock,
     ) -> None:
         self._gateway_id = gateway_id
-        self._nonce = nonce
         self._texts = texts
         self._ledger = ledger
         self._workers = workers
@@ -122,8 +122,10 @@ class Attempts:
         self._clock = clock
         self._open: dict[str, OpenRequest] = {}  # by the id of the first attempt
         self._attempts: dict[str, Attempt] = {}  # by the ids that workers know
-        self._num_ids = 0
         self._lost_workers: set[WorkerId] = set()
+        # Behind the client's id they make one for workers. A client may use its own again at once, and what workers
+        # still send for an earlier request or attempt must not reach a later one.
+        self._suffixes = (f"~{nonce}{number}" for number in itertools.count(1))
 
     @property
     def open_requests(self) -> Collection[OpenRequest]:
@@ -139,22 +141,17 @@ class Attempts:
 
     def open(self, prepared: PreparedRequest) -> Attempt:
         """Opens the record of a request; returns its first attempt, to be placed."""
-        request = replace(prepared.request, request_id=self._new_id(prepared.request.request_id))
-        samples = [
-            OpenSample(
-                SampleText(
-                    self._texts,
-                    prepared.stop,
-                    continues_text=prepared.continues_text,
-                    min_tokens=request.sampling.min_tokens,
-                )
-            )
-            for _ in range(request.sampling.n)
+        client_id, sampling = prepared.request.request_id, prepared.request.sampling
+        request = replace(prepared.request, request_id=client_id + next(self._suffixes))
+        least = sampling.min_tokens
+        texts = [
+            SampleText(self._texts, prepared.stop, continues_text=prepared.continues_text, min_tokens=least)
+            for _ in range(sampling.n)
         ]
         now_s = self._clock.now_s()
-        record = OpenRequest(prepared.request.request_id, request, now_s, now_s + prepared.timeout_s, samples)
+        record = OpenRequest(client_id, request, now_s, now_s + prepared.timeout_s, [OpenSample(t) for t in texts])
         self._open[record.request_id] = record
-        self._record_event(record, Stage.RECEIVED)
+        record.note(Stage.RECEIVED, self._clock.unix_s(), self._gateway_id)
         return self._begin(Attempt(record, request))
 
     def placed(self, attempt: Attempt, placement: Placement) -> Attempt | None:
@@ -176,7 +173,7 @@ class Attempts:
             return again[0] if again else None
         if all(other.placement is not None for other in record.attempts.values()):
             _move(record, RequestStatus.PLACED)
-        self._record_event(record, Stage.PLACED)
+        record.note(Stage.PLACED, self._clock.unix_s(), self._gateway_id)
         self._metrics.placed(is_local=placement.is_local)
         time_left_s = record.deadline_s - self._clock.now_s()
         task = PrefillTask(attempt.request, placement, self._gateway_id, time_left_s)
@@ -196,13 +193,11 @@ class Attempts:
         for event in output.events:
             self._on_event(event)
         for logprobs in output.prompt_logprobs:
-            self._on_prompt_logprobs(logprobs)
+            if attempt := self._attempts.get(logprobs.request_id):
+                attempt.record.prompt_tokens = tuple(token_info(self._texts, token) for token in logprobs.tokens)
         for new in output.chunks:
             self._on_tokens(new)
-        again: list[Attempt] = []
-        for failure in output.failures:
-            again += self._on_failure(failure, output.worker_id)
-        return again
+        return [again for failure in output.failures for again in self._on_failure(failure, output.worker_id)]
 
     def worker_lost(self, worker_id: WorkerId) -> list[Attempt]:
         """Gives up what is lost with a worker; returns the attempts that are to be placed."""
@@ -226,29 +221,29 @@ class Attempts:
 
     def cancel(self, record: OpenRequest) -> None:
         """The client has left. Harmless after the end."""
-        self._end(record, RequestStatus.CANCELLED, RequestCancelled("the client cancelled the request"))
+        if not record.is_over:
+            self._break_off(record, RequestStatus.CANCELLED, RequestCancelled("the client cancelled the request"))
 
     def fail(self, record: OpenRequest, error: ServingError) -> None:
         """Harmless after the end."""
-        self._end(record, RequestStatus.FAILED, error)
+        if not record.is_over:
+            self._break_off(record, RequestStatus.FAILED, error)
 
-    def _end(self, record: OpenRequest, status: RequestStatus, error: ServingError | None) -> None:
-        if record.is_over:
-            return
+    def _break_off(self, record: OpenRequest, status: RequestStatus, error: ServingError) -> None:
+        """Ends a request whose samples have not all ended."""
         record.error = error
-        _move(record, status)
         for attempt in list(record.attempts.values()):
+            self._abort(attempt)
             self._end_attempt(attempt, attempt.num_output_tokens)
+        self._end(record, status)
+
+    def _end(self, record: OpenRequest, status: RequestStatus) -> None:
+        """The one end of a request, when it has no attempt any more."""
+        _move(record, status)
         del self._open[record.request_id]
         self._owner.ended(record)
 
     # ---- inside: attempts
-
-    def _new_id(self, client_id: str) -> str:
-        """An id for workers. A client may use its own again at once, and what workers still send for an earlier request
-        or attempt must not reach a later one."""
-        self._num_ids += 1
-        return f"{client_id}~{self._nonce}{self._num_ids}"
 
     def _begin(self, attempt: Attempt) -> Attempt:
         self._attempts[attempt.attempt_id] = attempt.record.attempts[attempt.attempt_id] = attempt
@@ -260,28 +255,27 @@ class Attempts:
         if attempt.number + 1 >= MAX_ATTEMPTS:
             self.fail(record, error)
             return []
+        self._abort(attempt)
         self._end_attempt(attempt, num_output_tokens=0)
         if record.status is RequestStatus.PLACED:
             _move(record, RequestStatus.RECOVERING)
-        self._record_event(record, Stage.RECOVERING)
+        record.note(Stage.RECOVERING, self._clock.unix_s(), self._gateway_id)
         self._owner.given_up(attempt, error)
-        rest = [replace(request, request_id=self._new_id(record.client_id)) for request in attempt.rest()]
+        rest = [replace(request, request_id=record.client_id + next(self._suffixes)) for request in attempt.rest()]
         return [self._begin(Attempt(record, request, attempt.number + 1, error)) for request in rest]
 
-    def _end_attempt(self, attempt: Attempt, num_output_tokens: int, *, is_known: bool = False) -> None:
-        """Forgets the attempt and gives its placement back. `is_known`: the workers have nothing of it any more."""
+    def _end_attempt(self, attempt: Attempt, num_output_tokens: int) -> None:
+        """Forgets the attempt and gives its placement back."""
         del attempt.record.attempts[attempt.attempt_id], self._attempts[attempt.attempt_id]
-        if attempt.placement is None:
-            return  # `placed` gives it back
-        if not is_known:
-            self._abort(attempt.attempt_id, attempt.placement)
-        self._ledger.finished(attempt.attempt_id, num_output_tokens)
+        if attempt.placement is not None:  # else `placed` gives it back
+            self._ledger.finished(attempt.attempt_id, num_output_tokens)
 
-    def _abort(self, attempt_id: str, placement: Placement, sample_index: int | None = None) -> None:
-        """Tells both workers; the one that knows nothing of the attempt ignores it."""
-        message = AbortRequest(attempt_id, sample_index)
-        for worker_id in dict.fromkeys((placement.prefill_worker, placement.decode_worker)):
-            self._workers.send(worker_id, message)
+    def _abort(self, attempt: Attempt, sample_index: int | None = None) -> None:
+        """Tells both workers of a placed attempt; the one that knows nothing of it ignores it."""
+        if (placement := attempt.placement) is not None:
+            message = AbortRequest(attempt.attempt_id, sample_index)
+            for worker_id in dict.fromkeys((placement.prefill_worker, placement.decode_worker)):
+                self._workers.send(worker_id, message)
 
     # ---- inside: what workers say
 
@@ -297,13 +291,6 @@ class Attempts:
             self._metrics.handoff(event.num_bytes, event.duration_s)
         elif event.stage is Stage.PREEMPTED:
             self._metrics.preempted()
-        if event.stage in (Stage.HANDOFF_END, Stage.DECODE_START):
-            attempt.is_decoding = True
-
-    def _on_prompt_logprobs(self, logprobs: PromptLogprobs) -> None:
-        attempt = self._attempts.get(logprobs.request_id)
-        if attempt is not None:
-            attempt.record.prompt_tokens = tuple(token_info(self._texts, token) for token in logprobs.tokens)
 
     def _on_tokens(self, new: NewTokens) -> None:
         attempt = self._attempts.get(new.request_id)
@@ -326,18 +313,19 @@ class Attempts:
         record.pending += deltas
         self._owner.has_news(record)
         if sample.finish_reason is not None:
-            self._on_sample_end(attempt, new.sample_index, by_worker=not isinstance(deltas[-1].stop_reason, str))
+            self._on_last_delta(attempt, deltas[-1])
 
-    def _on_sample_end(self, attempt: Attempt, sample_index: int, *, by_worker: bool) -> None:
-        """A sample ended. When a stop string ended it, the workers do not know yet."""
-        if all(sample.finish_reason is not None for sample in attempt.samples):
-            self._end_attempt(attempt, attempt.num_output_tokens, is_known=by_worker)
-        elif not by_worker and attempt.placement is not None:
-            self._abort(attempt.attempt_id, attempt.placement, sample_index)
+    def _on_last_delta(self, attempt: Attempt, delta: SampleDelta) -> None:
+        """A sample has ended, and with it perhaps its attempt and the request."""
         record = attempt.record
-        if record.is_whole:
-            self._record_event(record, Stage.FINISHED)
-            self._end(record, RequestStatus.FINISHED, None)
+        is_over = all(sample.finish_reason is not None for sample in attempt.samples)
+        if isinstance(delta.stop_reason, str):  # a stop string: the workers know no text
+            self._abort(attempt, None if is_over else delta.sample_index)
+        if is_over:
+            self._end_attempt(attempt, attempt.num_output_tokens)
+        if not record.attempts:  # each sample that has not ended is part of one
+            record.note(Stage.FINISHED, self._clock.unix_s(), self._gateway_id)
+            self._end(record, RequestStatus.FINISHED)
 
     def _on_failure(self, failure: RequestFailed, worker_id: WorkerId) -> list[Attempt]:
         attempt = self._attempts.get(failure.request_id)
@@ -354,9 +342,6 @@ class Attempts:
         elif isinstance(error, Unavailable):
             record.avoided.add(worker_id)
         return self._give_up(attempt, error)
-
-    def _record_event(self, record: OpenRequest, stage: Stage) -> None:
-        record.events.append(TimelineEvent(record.request_id, stage, self._clock.unix_s(), self._gateway_id))
 
 
 def _move(record: OpenRequest, status: RequestStatus) -> None:

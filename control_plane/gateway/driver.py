@@ -53,8 +53,7 @@ class RequestDriver:
         self._lines = SummedLog(clock)
         self._streams: dict[str, OpenStream] = {}  # of the open requests, by the id of the first attempt
         self._recoveries: set[asyncio.Task[None]] = set()
-        self._all_ended = asyncio.Event()
-        self._all_ended.set()
+        self._has_ended = asyncio.Event()  # set at each end of a request; `drain` clears it
 
     @property
     def num_open(self) -> int:
@@ -72,13 +71,11 @@ class RequestDriver:
 
     def open(self, prepared: PreparedRequest, client: str | None, own_id: ClaimedId | None) -> OpenStream:
         """Opens a request. Its end gives back its place in the quota, and `own_id`."""
-        attempt = self._attempts.open(prepared)
-        record = attempt.record
+        record = self._attempts.open(prepared).record
         stream = OpenStream(record, self._attempts, client, own_id)
         loop = asyncio.get_running_loop()
         stream.timer = loop.call_later(prepared.timeout_s, self._attempts.expire, record)
         self._streams[record.request_id] = stream
-        self._all_ended.clear()
         self._metrics.request_started()
         return stream
 
@@ -90,8 +87,7 @@ class RequestDriver:
         """
         record = stream.record
         try:
-            (attempt,) = record.attempts.values()
-            await self._place(attempt)
+            await self._place(*record.attempts.values())
         except BaseException:  # a cancellation or a fault of ours: nothing may stay open; raised again
             self._attempts.cancel(record)
             raise
@@ -100,16 +96,20 @@ class RequestDriver:
 
     def deliver(self, output: WorkerOutput) -> None:
         """Takes what one step of one worker has for this gateway."""
-        self._place_again(self._attempts.deliver(output))
+        for attempt in self._attempts.deliver(output):
+            self._place_again(attempt)
 
     def worker_lost(self, worker_id: WorkerId) -> None:
-        self._place_again(self._attempts.worker_lost(worker_id))
+        for attempt in self._attempts.worker_lost(worker_id):
+            self._place_again(attempt)
 
     async def drain(self, timeout_s: float) -> None:
         """Waits for the open requests; what is left after `timeout_s` is ended."""
         try:
             async with asyncio.timeout(timeout_s):
-                await self._all_ended.wait()
+                while self._streams:
+                    self._has_ended.clear()
+                    await self._has_ended.wait()
         except TimeoutError:
             for record in list(self._attempts.open_requests):
                 self._attempts.fail(record, Unavailable("the server is shutting down"))
@@ -129,11 +129,10 @@ class RequestDriver:
                 return
             waiting = self._attempts.placed(waiting, placement)
 
-    def _place_again(self, attempts: list[Attempt]) -> None:
-        for attempt in attempts:
-            task = asyncio.create_task(self._recover(attempt))
-            self._recoveries.add(task)
-            task.add_done_callback(self._recoveries.discard)
+    def _place_again(self, attempt: Attempt) -> None:
+        task = asyncio.create_task(self._recover(attempt))
+        self._recoveries.add(task)
+        task.add_done_callback(self._recoveries.discard)
 
     async def _recover(self, attempt: Attempt) -> None:
         try:
@@ -159,11 +158,27 @@ class RequestDriver:
         stream = self._streams.pop(record.request_id)
         stream.ended()
         self._quota.give_back(stream.client)
-        if not self._streams:
-            self._all_ended.set()
+        self._has_ended.set()
         if record.status is RequestStatus.FINISHED:
             self._count_finished(record)
-            return
+        else:
+            self._count_unfinished(record)
+
+    def _count_finished(self, record: OpenRequest) -> None:
+        reason, first_token_s = record.samples[0].finish_reason, record.first_token_s
+        assert reason is not None and first_token_s is not None, "every sample has ended"
+        self._metrics.request_finished(
+            reason.value,
+            num_prompt_tokens=record.request.num_prompt_tokens,
+            num_output_tokens=record.num_output_tokens,
+            num_cached_tokens=record.num_cached_tokens,
+            e2e_s=self._clock.now_s() - record.received_s,
+            ttft_s=first_token_s - record.received_s,
+            stages=stage_durations(record.events),
+            num_samples=len(record.samples),
+        )
+
+    def _count_unfinished(self, record: OpenRequest) -> None:
         num_prompt_tokens = len(record.request.prompt_token_ids) if record.first_token_s is not None else 0
         counts = {"num_prompt_tokens": num_prompt_tokens, "num_output_tokens": record.num_output_tokens}
         if record.status is RequestStatus.CANCELLED:
@@ -176,17 +191,3 @@ class RequestDriver:
             logger.error("%s", message, extra={"request_id": record.request_id})
         else:
             self._lines.log(logger, logging.WARNING, record.error.code, message, record.request_id)
-
-    def _count_finished(self, record: OpenRequest) -> None:
-        now_s = self._clock.now_s()
-        reasons = [s.finish_reason.value for s in record.samples if s.finish_reason is not None]
-        self._metrics.request_finished(
-            reasons[0] if reasons else "stop",
-            num_prompt_tokens=len(record.request.prompt_token_ids),
-            num_output_tokens=record.num_output_tokens,
-            num_cached_tokens=record.num_cached_tokens,
-            e2e_s=now_s - record.received_s,
-            ttft_s=(record.first_token_s or now_s) - record.received_s,
-            stages=stage_durations(record.events),
-            num_samples=record.request.sampling.n,
-        )

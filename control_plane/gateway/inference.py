@@ -3,8 +3,8 @@
     generate()   check and tokenise (preparation.py) → an open request (driver.py) → its stream (streams.py)
     deliver()    what workers say → the open requests
 
-What becomes of an open request is decided in attempts.py. This file imports more than 15 of ours: it is where the parts
-of a gateway, and what is reported of its cluster, meet.
+What becomes of an open request is decided in attempts.py. More than 15 of our modules are imported: here the parts of a
+gateway, and what is reported of its cluster, meet.
 """
 
 from __future__ import annotations

@@ -89,11 +89,6 @@ class OpenRequest:
         return is_end(self.status)
 
     @property
-    def is_whole(self) -> bool:
-        """True when every sample has ended."""
-        return all(sample.finish_reason is not None for sample in self.samples)
-
-    @property
     def num_output_tokens(self) -> int:
         return sum(len(sample.token_ids) for sample in self.samples)
 
@@ -101,35 +96,33 @@ class OpenRequest:
     def usage(self) -> Usage:
         return Usage(len(self.request.prompt_token_ids), self.num_output_tokens, self.num_cached_tokens)
 
+    def note(self, stage: Stage, at_unix_s: float, gateway_id: str) -> None:
+        """Adds an event of the gateway's own to the timeline."""
+        self.events.append(TimelineEvent(self.request_id, stage, at_unix_s, gateway_id))
+
     def take(self, new: NewTokens, texts: TokenTexts) -> list[SampleDelta]:
         """Puts new tokens in their place; returns the deltas that are certain now, in order."""
         sample = self.samples[new.sample_index]
-        if sample.finish_reason is not None:
-            return []
         sample.early[new.position] = new
         deltas = []
-        while sample.finish_reason is None:
-            following = sample.early.pop(len(sample.token_ids), None)
-            if following is None:
-                break
-            deltas.append(self._apply(sample, following, texts))
+        while sample.finish_reason is None and len(sample.token_ids) in sample.early:
+            deltas.append(self._apply(sample, sample.early.pop(len(sample.token_ids)), texts))
         return deltas
 
     def _apply(self, sample: OpenSample, new: NewTokens, texts: TokenTexts) -> SampleDelta:
-        tokens = new.tokens
-        text, stop = sample.text.push(tokens, new.finish_reason)
-        reason = FinishReason.STOP if stop is not None else new.finish_reason
-        stop_reason: str | int | None = stop
-        if reason is FinishReason.STOP and stop is None:
-            stop_reason = tokens[-1].token_id
-        if stop is not None:  # what follows the stop string is not counted
+        stop_reason: str | int | None
+        tokens, reason = new.tokens, new.finish_reason
+        text, stop_reason = sample.text.push(tokens, reason)
+        if stop_reason is not None:  # a stop string; what follows it is not counted
             tokens = tokens[: sample.text.num_tokens - len(sample.token_ids)]
+            reason = FinishReason.STOP
+        elif reason is FinishReason.STOP:
+            stop_reason = tokens[-1].token_id
         ids = tuple(token.token_id for token in tokens)
         sample.token_ids.extend(ids)
         sample.finish_reason = reason
-        infos: tuple[TokenInfo, ...] = ()
-        if self.request.sampling.logprobs is not None:
-            infos = tuple(token_info(texts, token) for token in tokens)
+        has_logprobs = self.request.sampling.logprobs is not None
+        infos = tuple(token_info(texts, token) for token in tokens) if has_logprobs else ()
         return SampleDelta(new.sample_index, text, ids, infos, reason, stop_reason)
 
 
@@ -143,7 +136,6 @@ class Attempt:
         number: 0 for the first, one more for each that was given up before it.
         cause: the fault of the one that was given up before it.
         placement: None until the control plane has answered.
-        is_decoding: the decode worker has all of it; the prefill worker holds nothing of it any more.
     """
 
     record: OpenRequest
@@ -152,7 +144,6 @@ class Attempt:
     cause: ServingError | None = None
     placement: Placement | None = None
     has_first_token: bool = False
-    is_decoding: bool = False
 
     @property
     def attempt_id(self) -> str:
@@ -162,14 +153,8 @@ class Attempt:
     def wanted(self) -> PlaceRequest:
         """What to ask of the control plane."""
         request = self.request
-        return PlaceRequest(
-            self.attempt_id,
-            request.num_prompt_tokens,
-            request.sampling.n,
-            request.max_new_tokens,
-            self.number,
-            frozenset(self.record.avoided),
-        )
+        size = (request.num_prompt_tokens, request.sampling.n, request.max_new_tokens)
+        return PlaceRequest(self.attempt_id, *size, self.number, frozenset(self.record.avoided))
 
     @property
     def samples(self) -> list[OpenSample]:
@@ -184,10 +169,13 @@ class Attempt:
         placement = self.placement
         if placement is None or worker_id not in (placement.prefill_worker, placement.decode_worker):
             return False
-        # A first token that is not here yet may have died with the prefill worker, even when decoding has begun.
+        # Once decode has all of it, the prefill worker holds nothing any more. But a first token that is not here yet
+        # may have died with it.
+        own_stages = {event.stage for event in self.record.events if event.request_id == self.attempt_id}
+        is_decoding = Stage.HANDOFF_END in own_stages or Stage.DECODE_START in own_stages
         num_before = self.request.num_resumed_tokens
         has_all_first = all(len(sample.token_ids) > num_before for sample in self.samples)
-        return placement.decode_worker == worker_id or not (self.is_decoding and has_all_first)
+        return placement.decode_worker == worker_id or not (is_decoding and has_all_first)
 
     def rest(self) -> list[Request]:
         """What is left of an attempt that is given up, as requests; their ids are the caller's to choose.
@@ -215,11 +203,17 @@ class Attempt:
         ]
 
 
-_BREAKABLE = (
-    (Stage.RESERVE_ASKED, Stage.RESERVED),
-    (Stage.PREFILL_START, Stage.PREFILL_END),
-    (Stage.HANDOFF_START, Stage.HANDOFF_END),
+_SPANS = (
+    ("queue", Stage.RECEIVED, Stage.PREFILL_START),
+    ("reserve", Stage.RESERVE_ASKED, Stage.RESERVED),
+    ("prefill", Stage.PREFILL_START, Stage.PREFILL_END),
+    ("handoff", Stage.HANDOFF_START, Stage.HANDOFF_END),
+    ("first_decode", Stage.PREFILL_END, Stage.DECODE_START),
+    ("first_decode", Stage.HANDOFF_END, Stage.DECODE_START),
 )
+"""The stages of a request. Of two with the same name the later counts, where the timeline has both."""
+
+_BREAKABLE = ("reserve", "prefill", "handoff")
 
 
 def stage_durations(events: Iterable[TimelineEvent]) -> dict[str, float]:
@@ -232,22 +226,16 @@ def stage_durations(events: Iterable[TimelineEvent]) -> dict[str, float]:
     at: dict[Stage, float] = {}
     for event in events:
         if event.stage is Stage.RECOVERING:
-            for start, end in _BREAKABLE:
-                if end not in at:
-                    at.pop(start, None)
+            _forget_broken_off(at)
         at.setdefault(event.stage, event.at_unix_s)
+    spans = [(name, at[end] - at[start]) for name, start, end in _SPANS if start in at and end in at]
+    durations = {name: max(seconds, 0.0) for name, seconds in spans}
+    if "queue" in durations:
+        durations["queue"] = max(durations["queue"] - durations.get("reserve", 0.0), 0.0)
+    return durations
 
-    def between(start: Stage, end: Stage) -> float | None:
-        return max(at[end] - at[start], 0.0) if start in at and end in at else None
 
-    reserve = between(Stage.RESERVE_ASKED, Stage.RESERVED)
-    queue = between(Stage.RECEIVED, Stage.PREFILL_START)
-    decode_from = Stage.HANDOFF_END if Stage.HANDOFF_END in at else Stage.PREFILL_END
-    durations = {
-        "queue": None if queue is None else max(queue - (reserve or 0.0), 0.0),
-        "reserve": reserve,
-        "prefill": between(Stage.PREFILL_START, Stage.PREFILL_END),
-        "handoff": between(Stage.HANDOFF_START, Stage.HANDOFF_END),
-        "first_decode": between(decode_from, Stage.DECODE_START),
-    }
-    return {stage: seconds for stage, seconds in durations.items() if seconds is not None}
+def _forget_broken_off(at: dict[Stage, float]) -> None:
+    for name, start, end in _SPANS:
+        if name in _BREAKABLE and end not in at:
+            at.pop(start, None)

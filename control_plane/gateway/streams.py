@@ -25,14 +25,15 @@ class OpenStream:
 
     Attributes:
         client: whose share of the open requests it is part of.
-        timer: of the request's deadline.
+        timer: of the request's deadline; the request's driver sets it.
         news: is set when there is something to take.
     """
+
+    timer: asyncio.TimerHandle
 
     def __init__(self, record: OpenRequest, attempts: Attempts, client: str | None, own_id: ClaimedId | None) -> None:
         self.record = record
         self.client = client
-        self.timer: asyncio.TimerHandle | None = None
         self._attempts = attempts
         self._own_id = own_id
         self.news: News = NotRead()
@@ -87,8 +88,7 @@ class OpenStream:
 
     def ended(self) -> None:
         """Called by the request's driver. Deltas that were not taken stay in the record."""
-        if self.timer is not None:
-            self.timer.cancel()
+        self.timer.cancel()
         if self._own_id is not None:
             self._own_id.release()
         self.news.set()
@@ -113,11 +113,8 @@ class StreamReader:
         while True:
             await self._news.wait()
             self._news.clear()
-            new, is_last = [], True
-            for number, stream in enumerate(self.streams):
-                for delta in _joined(stream.take()):
-                    new.append((number, delta))
-                is_last = is_last and stream.is_over
+            new = [(number, delta) for number, stream in enumerate(self.streams) for delta in _joined(stream.take())]
+            is_last = all(stream.is_over for stream in self.streams)
             if new or is_last:
                 return new, is_last
 
