@@ -100,6 +100,7 @@ class StreamReader:
     def __init__(self) -> None:
         self.streams: list[GenerationStream] = []
         self._news = asyncio.Event()
+        self._error: Exception | None = None  # of one stream, while what others have brought goes first
 
     def add(self, stream: GenerationStream) -> None:
         self.streams.append(stream)
@@ -108,15 +109,23 @@ class StreamReader:
     async def take(self) -> tuple[list[tuple[int, SampleDelta]], bool]:
         """Waits for something new; returns (number of the stream, delta) for each sample, and whether that was all.
 
-        Raises the error of a stream when all its deltas were taken.
+        Raises the error of a stream when all its deltas were taken, and those that others had brought before.
         """
-        while True:
+        while self._error is None:
             await self._news.wait()
             self._news.clear()
-            new = [(number, delta) for number, stream in enumerate(self.streams) for delta in _joined(stream.take())]
-            is_last = all(stream.is_over for stream in self.streams)
+            new, is_last = [], True
+            for number, stream in enumerate(self.streams):
+                try:
+                    deltas = stream.take()
+                except Exception as error:
+                    self._error, is_last = error, False
+                    break
+                new += [(number, delta) for delta in _joined(deltas)]
+                is_last = is_last and stream.is_over
             if new or is_last:
                 return new, is_last
+        raise self._error
 
     def close(self) -> None:
         """Cancels what still runs. Harmless when repeated."""

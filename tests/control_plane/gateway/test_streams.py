@@ -9,7 +9,8 @@ import pytest
 
 from control_plane.gateway.service import SampleDelta
 from control_plane.gateway.streams import MAX_TAKEN, StreamReader
-from phasewise.core.errors import WorkerLost
+from phasewise.core.errors import Overloaded, WorkerLost
+from phasewise.core.messages import RequestFailed, WorkerOutput
 from phasewise.core.request import FinishReason
 from tests.control_plane.gateway.test_inference import Cluster
 from tests.support.generated_stream import GeneratedStream
@@ -55,6 +56,24 @@ async def test_an_error_comes_after_the_deltas_before_it() -> None:
     assert await reader.take() == ([(0, SampleDelta(0, "a", (1,)))], False)
     with pytest.raises(WorkerLost):
         await reader.take()
+
+
+async def test_an_error_of_one_stream_comes_after_what_another_has_brought() -> None:
+    cluster = Cluster()
+    first, second = await cluster.ask("first"), await cluster.ask("second")
+    reader = StreamReader()
+    reader.add(first)
+    reader.add(second)
+    cluster.say(first, 0, "a")
+    failure = RequestFailed(second.record.request_id, "overloaded", "full")
+    cluster.loop.deliver(WorkerOutput("prefill-0", failures=(failure,)))
+    new, is_last = await reader.take()
+    assert [(number, delta.text) for number, delta in new] == [(0, "a")] and not is_last
+    cluster.say(first, 1, "b")
+    with pytest.raises(Overloaded, match="full"):
+        await reader.take()
+    reader.close()
+    assert cluster.open == set()
 
 
 async def test_a_reader_waits_for_any_of_its_streams_and_wakes_once_for_a_step() -> None:
