@@ -298,7 +298,7 @@ class PeerLost:
 class LinkLost:
     """The link between this worker and `peer` broke, and took with it parts of the transfers `transfer_ids`.
 
-    Others are not concerned: their parts have arrived, or went another road.
+    Others are not concerned: their parts have arrived, or took another link.
     """
 
     peer: WorkerId
