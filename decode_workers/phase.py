@@ -172,7 +172,15 @@ class DecodePhase:
         self._incoming.expire()
         self._settle()
         while self._offers and (waiting := self._offers.next_acceptable(self._occupancy(num_staying))):
-            self._reserve(waiting.offer, waiting.deadline_s)
+            # What the prefix cache has of the prompt need not travel.
+            prompt = Sequence.of_prompt(waiting.offer.request)
+            has_room = self._blocks.allocate_prompt(prompt)
+            assert has_room, "the joining rules have counted the blocks"
+            cached = prompt.num_computed_tokens
+            reservation = self._receiver.accept(waiting.offer, prompt.block_table, cached, waiting.deadline_s)
+            # Now, while the sender computes or packs, and not when all has come: it takes long.
+            self._blocks.hash_ahead(prompt, prompt.num_tokens)
+            reservation.block_hashes = prompt.block_hashes
 
     def plan(self) -> list[ScheduledSequence]:
         """The next step's decodes; carries out the preemptions and copies that they need."""
@@ -238,16 +246,6 @@ class DecodePhase:
             len(self.scheduler.preempted),
             num_reserved + num_staying,
         )
-
-    def _reserve(self, offer: KVOffer, lease_end_s: float) -> None:
-        """Sets blocks aside; what the prefix cache has of the prompt need not travel."""
-        prompt = Sequence.of_prompt(offer.request)
-        has_room = self._blocks.allocate_prompt(prompt)
-        assert has_room, "the joining rules have counted the blocks"
-        reservation = self._receiver.accept(offer, prompt.block_table, prompt.num_computed_tokens, lease_end_s)
-        # Now, while the sender computes or packs, and not when all has come: it takes long.
-        self._blocks.hash_ahead(prompt, prompt.num_tokens)
-        reservation.block_hashes = prompt.block_hashes
 
     def _begin(self, reservation: Reservation) -> None:
         """A handoff is whole: its samples join the running batch, sharing the prompt's blocks."""

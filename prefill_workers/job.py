@@ -8,8 +8,8 @@ from engine.sequence import Sequence
 from kv_transfer.outgoing import Handoff
 from kv_transfer.state import SendStatus
 from phasewise.core.lifecycle import RequestStatus, check_transition
-from phasewise.core.messages import PrefillTask
-from phasewise.core.request import SampledToken
+from phasewise.core.messages import NewTokens, PrefillTask, PromptLogprobs
+from phasewise.core.request import FinishReason, SampledToken
 
 
 @dataclass(slots=True, eq=False)
@@ -49,3 +49,14 @@ class PrefillJob:
     def move(self, status: RequestStatus) -> None:
         check_transition(self.status, status)
         self.status = status
+
+    def described_prompt(self) -> PromptLogprobs:
+        """The prompt's tokens with their log-probabilities, once all of it is computed."""
+        first = SampledToken(self.sequence.token_ids[0])
+        return PromptLogprobs(self.request_id, (first, *self.prompt_logprobs))
+
+    def empty_outputs(self) -> list[NewTokens]:
+        """One per sample, when no output is wanted: the tokens only showed that the prompt's logits are usable."""
+        position = self.sequence.num_output_tokens
+        indices = self.task.request.sample_indices
+        return [NewTokens(self.request_id, index, position, (), FinishReason.LENGTH) for index in indices]

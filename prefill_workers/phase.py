@@ -29,10 +29,10 @@ from kv_transfer.state import SendStatus
 from phasewise.core.clock import Clock
 from phasewise.core.errors import DeadlineExceeded, InternalError, Overloaded, ServingError, TransferFailed, WorkerLost
 from phasewise.core.lifecycle import RequestStatus, Stage
-from phasewise.core.messages import KVAccepted, KVRefused, NewTokens, PrefillTask, PromptLogprobs
+from phasewise.core.messages import KVAccepted, KVRefused, NewTokens, PrefillTask
 from phasewise.core.outbox import Outbox
 from phasewise.core.placement import WorkerId
-from phasewise.core.request import FinishReason, SampledToken
+from phasewise.core.request import SampledToken
 from prefill_workers.job import PrefillJob
 from prefill_workers.scheduler import PrefillScheduler
 
@@ -207,9 +207,11 @@ class PrefillPhase:
         """The prompt is computed and its first tokens are sampled, one per sample."""
         self._event(job, Stage.PREFILL_END)
         if job.sequence.sampling.prompt_logprobs is not None:
-            self._send_prompt_logprobs(job)
+            self._outbox.prompt_logprobs(job.task.gateway_id, job.described_prompt())
         if job.task.request.max_new_tokens < 1:
-            self._finish_without_output(job)
+            for new in job.empty_outputs():
+                self._outbox.tokens(job.task.gateway_id, new)
+            self._end(job, RequestStatus.FINISHED, "it has no output")
             return None
         live: list[SampledToken | None] = []
         sequences: list[Sequence] = []
@@ -231,27 +233,11 @@ class PrefillPhase:
             if job.is_unanswered:
                 self._give_back()
         else:
-            return self._stay(job, sequences)
+            for sequence in sequences:
+                self._blocks.share(sequence.block_table)
+            self._end(job, RequestStatus.DECODING, "it is decoded here")
+            return Staying(sequences, job.task.gateway_id, job.deadline_s)
         return None
-
-    def _send_prompt_logprobs(self, job: PrefillJob) -> None:
-        first = SampledToken(job.sequence.token_ids[0])
-        logprobs = PromptLogprobs(job.request_id, (first, *job.prompt_logprobs))
-        self._outbox.prompt_logprobs(job.task.gateway_id, logprobs)
-
-    def _finish_without_output(self, job: PrefillJob) -> None:
-        """No output was asked for: the sampled tokens only showed that the prompt's logits are usable."""
-        for index in job.task.request.sample_indices:
-            new = NewTokens(job.request_id, index, job.sequence.num_output_tokens, (), FinishReason.LENGTH)
-            self._outbox.tokens(job.task.gateway_id, new)
-        self._end(job, RequestStatus.FINISHED, "it has no output")
-
-    def _stay(self, job: PrefillJob, sequences: list[Sequence]) -> Staying:
-        """The prompt's samples are decoded on this worker."""
-        for sequence in sequences:
-            self._blocks.share(sequence.block_table)
-        self._end(job, RequestStatus.DECODING, "it is decoded here")
-        return Staying(sequences, job.task.gateway_id, job.deadline_s)
 
     # ---- inside: the handoff
 
