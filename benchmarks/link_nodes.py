@@ -218,7 +218,7 @@ class CacheEnd(LinkEnd):
         self._table = random.Random(name).sample(range(num_blocks), num_blocks)
         clock = MonotonicClock()
         self._sender = KVSender(name, self._port, self.links, self, clock, SendLimits(window_bytes))
-        self._receiver = KVReceiver(self._port, self, clock)
+        self._receiver = KVReceiver(self._port, self, clock, threading.Lock())
         self._num_offers = 0
         self._num_taken = 0
 

@@ -6,8 +6,8 @@ later (`on_part`), and writes those that no link has written.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 
 from kv_transfer.cache_protocol import ReceivingCache, WireBuffer
@@ -22,9 +22,12 @@ class KVReceiver:
     """All incoming handoffs of one worker: `incoming`. `prepare_write` and what it returns may be called from any
     thread, all else belongs to the step loop's."""
 
-    def __init__(self, cache: ReceivingCache, peers: PeerPort, clock: Clock) -> None:
+    def __init__(
+        self, cache: ReceivingCache, peers: PeerPort, clock: Clock, guard: AbstractContextManager[object]
+    ) -> None:
+        """`guard`: a lock, where links write received parts on threads of their own."""
         self._cache = cache
-        self.incoming = IncomingHandoffs(cache.spec, peers, clock, threading.Lock())
+        self.incoming = IncomingHandoffs(cache.spec, peers, clock, guard)
 
     def accept(self, offer: KVOffer, block_table: list[int], num_cached_tokens: int, lease_end_s: float) -> Reservation:
         """Takes the offer into `block_table`, whose first `num_cached_tokens` tokens are in place already."""

@@ -6,6 +6,8 @@ our modules are imported, for this file alone knows all parts of a worker beside
 
 from __future__ import annotations
 
+import threading
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import ceil
 from typing import Protocol
@@ -65,7 +67,7 @@ def assemble(
     codec_bytes_per_s: float = 0.0,
 ) -> WorkerDriver:
     """Wires a worker around an engine. `codec_bytes_per_s`: as SendLimits has it."""
-    rounds = make_round(info, port, config, ports, clock, codec_bytes_per_s=codec_bytes_per_s)
+    rounds = make_round(info, port, config, ports, clock, threading.Lock(), codec_bytes_per_s=codec_bytes_per_s)
     layers_per_part = config.transfer.layers_per_part if port.packs_inside_steps else None
     return WorkerDriver(rounds, runner, clock, layers_per_part)
 
@@ -76,16 +78,17 @@ def make_round(
     config: ServingConfig,
     ports: Ports,
     clock: Clock,
+    guard: AbstractContextManager[object],
     *,
     codec_bytes_per_s: float = 0.0,
 ) -> WorkerRound:
-    """What decides in a worker, without an engine and without a thread."""
+    """What decides in a worker, without an engine and without a thread. `guard`: as KVReceiver has it."""
     scheduler, budget = config.scheduler, token_budget(config, info.device)
     blocks = BlockManager(info.num_kv_blocks, info.kv_spec.block_size, prefix_caching=config.cache.prefix_caching)
     outbox, peers = Outbox(info.worker_id, ports.gateways, clock), PeerOutbox(ports.peers)
     limits = _send_limits(info, config, budget, codec_bytes_per_s, packs_inside_steps=port.packs_inside_steps)
     sender = KVSender(info.worker_id, port, ports.link, peers, clock, limits)
-    receiver = KVReceiver(port, peers, clock)
+    receiver = KVReceiver(port, peers, clock, guard)
     prober = LinkProber(info.worker_id, port, ports.link, clock)
     prompts = PrefillScheduler(blocks, lookahead_tokens=2 * budget)
     prefill = PrefillPhase(blocks, prompts, sender, outbox, clock, scheduler.max_waiting)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from engine.batch import StepResult
@@ -130,7 +130,9 @@ class PureWorker:
         info = WorkerInfo(
             f"{role}-0", WorkerRole(role), 1, "here", "cpu", "float32", 1, SPEC, num_blocks, 10_000, profile
         )
-        self.rounds = make_round(info, PureCache(), config, Ports(self, self, self, self.link), self.clock)
+        self.rounds = make_round(
+            info, PureCache(), config, Ports(self, self, self, self.link), self.clock, nullcontext()
+        )
 
     # ---- ports
 

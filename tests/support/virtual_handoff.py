@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from kv_transfer.codec import WireLayout
@@ -105,7 +106,7 @@ class Pair:
         self.sent: list[Any] = []
         self.reservation: Reservation | None = None
         self.cache = CountingCache()
-        self.receiver = KVReceiver(self.cache, self, clock)
+        self.receiver = KVReceiver(self.cache, self, clock, nullcontext())
         self.link = VirtualLink(self.receiver.on_part)
         limits = SendLimits(window_bytes=1 << 20, threshold_tokens=50)
         self.sender = KVSender("prefill-0", CountingCache(), self.link, self, clock, limits)

@@ -8,6 +8,7 @@ nothing to run    the worker sleeps until a message comes or the next deadline i
 from __future__ import annotations
 
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -60,7 +61,9 @@ class VirtualWorker:
         )
         self.link = VirtualLink(worker_id, time, network, receivers, self.receive, shape.link)
         cache = VirtualCache(spec, num_blocks, num_blocks)
-        self.rounds = make_round(self.info, cache, shape.config, Ports(self, self, self, self.link), time)
+        self.rounds = make_round(
+            self.info, cache, shape.config, Ports(self, self, self, self.link), time, nullcontext()
+        )
         self._engine = ScriptedEngine(shape.profile, cache, seed)
         self._time = time
         self._network = network
