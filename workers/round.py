@@ -154,7 +154,7 @@ class WorkerRound:
             case KVRefused():
                 parts.prefill.on_refused(message)
             case KVFailed():
-                parts.sender.on_failed(message.transfer_id, message.reason)  # another attempt may succeed
+                parts.sender.outgoing.on_failed(message.transfer_id, message.reason)  # another attempt may succeed
             case KVPart():
                 assert arrived is not None
                 parts.receiver.on_part(message, arrived)
@@ -169,7 +169,7 @@ class WorkerRound:
                 self._over.transfers.add(transfer_id)
                 parts.decode.on_transfer_abort(transfer_id, reason)
             case KVDone(transfer_id):
-                parts.sender.on_done(transfer_id)
+                parts.sender.outgoing.on_done(transfer_id)
             case PeerLost(worker_id):
                 self._over.workers.add(worker_id)
                 parts.prefill.on_peer_lost(worker_id)
@@ -234,7 +234,7 @@ class WorkerRound:
     @property
     def is_held_back(self) -> bool:
         """Whether computed KV waits for word that parts have arrived: take that inside a step, too."""
-        return self.parts.sender.is_held_back
+        return self.parts.sender.outgoing.is_held_back
 
     @property
     def has_more(self) -> bool:
@@ -247,7 +247,7 @@ class WorkerRound:
         return min(
             parts.prefill.next_deadline_s(),
             parts.decode.next_deadline_s(),
-            parts.sender.next_deadline_s(),
+            parts.sender.outgoing.next_deadline_s(),
             parts.prober.next_deadline_s(),
             self._clock.now_s() + self.limits.heartbeat_s,
         )
