@@ -328,7 +328,7 @@ class CacheEnd(LinkEnd):
             case KVCommit():
                 receiver.incoming.on_commit(message)
             case KVDone(transfer_id):
-                sender.on_done(transfer_id)
+                sender.outgoing.on_done(transfer_id)
             case KVAbort(transfer_id, reason):
                 receiver.incoming.on_abort(transfer_id, reason)
             case KVRefused() | KVFailed() | LinkLost():

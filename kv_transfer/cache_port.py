@@ -41,14 +41,11 @@ class CachePort:
     def __init__(self, cache: Cache, spec: KVCacheSpec) -> None:
         self.cache = cache
         self.spec = spec
+        self.device = cache.storage.device
         self._storage = cache.storage
         has_streams = self.device.type == "cuda"
         # Of another priority than those of wires: torch hands out 32 of each again and again, and steps wait for this.
         self._side = torch.cuda.Stream(self.device, priority=-2) if has_streams else None
-
-    @property
-    def device(self) -> torch.device:
-        return self._storage.device
 
     def mark(self) -> torch.cuda.Event | None:
         """The end of what is on the current stream now; None where that is over already."""

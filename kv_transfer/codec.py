@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from math import prod
 
 from kv_transfer.plan import PartSpan
 from phasewise.core.kv_spec import DTYPE_BYTES, FP8, KVCacheSpec
@@ -70,19 +71,14 @@ class WireLayout:
         return self.num_layers, 2, self.num_tokens, self.num_kv_heads, self.head_dim
 
     @property
-    def num_rows(self) -> int:
-        """A row is one head of one token, of keys or values, in one layer."""
-        return 2 * self.num_layers * self.num_tokens * self.num_kv_heads
-
-    @property
     def values_bytes(self) -> int:
         element_bytes = DTYPE_BYTES[self.dtype] if self.codec is Codec.NONE else 1
-        return self.num_rows * self.head_dim * element_bytes
+        return prod(self.shape) * element_bytes
 
     @property
     def content_bytes(self) -> int:
         """Values and scales."""
-        return self.values_bytes + (self.num_rows * _SCALE_BYTES if self.codec is Codec.INT8 else 0)
+        return self.values_bytes + (prod(self.shape[:-1]) * _SCALE_BYTES if self.codec is Codec.INT8 else 0)
 
     @property
     def num_bytes(self) -> int:

@@ -50,12 +50,6 @@ class _Peer:
         self.has_answer = threading.Event()  # of the first try: up, or `failure`
         self.is_forgotten = threading.Event()
 
-    @property
-    def live_end(self) -> SendingEnd | None:
-        """None while parts cannot be sent."""
-        end = self.end
-        return end if end is not None and end.epoch.is_up and not end.epoch.reason else None
-
 
 class DirectLinks:
     """A `Link` (kv_transfer/link.py) to every worker that `open` was called for, and the receiving end of others'.
@@ -66,6 +60,8 @@ class DirectLinks:
         identity: what the other ends must agree with.
         outgoing, incoming: what the epochs of each direction share.
     """
+
+    uses_store = False
 
     def __init__(
         self,
@@ -168,10 +164,6 @@ class DirectLinks:
         slab, _ = self._packing.pop(wire.data_ptr())
         self.outgoing.pool.give_back(slab, self._device.mark())
 
-    @property
-    def uses_store(self) -> bool:
-        return False
-
     def send_part(self, peer: WorkerId, part: KVPart, wire: torch.Tensor) -> None:
         slab, ready = self._packing.pop(wire.data_ptr())
         assert wire.numel() == part.num_bytes, f"{wire.numel()} bytes for a part of {part.num_bytes}"
@@ -226,8 +218,10 @@ class DirectLinks:
     # ---- inside
 
     def _live_end(self, peer: WorkerId) -> SendingEnd | None:
+        """None while parts cannot be sent to the peer."""
         entry = self._peers.get(peer)
-        return entry.live_end if entry is not None else None
+        end = entry.end if entry is not None else None
+        return end if end is not None and end.epoch.is_up and not end.epoch.reason else None
 
     def _keep_open(self, entry: _Peer, timeout_s: float) -> None:
         number, pause_s = 0, _FIRST_PAUSE_S

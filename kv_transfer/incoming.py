@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from kv_transfer.cache_protocol import KVPlace
 from kv_transfer.codec import Codec, WireLayout, part_layout, wire_dtype
 from kv_transfer.plan import WIRE_VERSION, PartSpan
-from kv_transfer.state import ReceiveStatus, check_receive
+from kv_transfer.state import RECEIVE_TRANSITIONS, ReceiveStatus, check
 from phasewise.core.clock import Clock
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.messages import KVAccepted, KVCommit, KVDone, KVFailed, KVOffer, KVPart, LinkLost
@@ -55,11 +55,11 @@ class Reservation:
         self.place = KVPlace(self.block_table)
 
     def move(self, status: ReceiveStatus) -> None:
-        check_receive(self.status, status)
+        check(RECEIVE_TRANSITIONS, self.status, status)
         self.status = status
 
-    def layout_of(self, part: KVPart, spec: KVCacheSpec) -> WireLayout:
-        """What the part looks like, for a cache of `spec`. Raises WrongPart."""
+    def layout_of(self, part: KVPart, spec: KVCacheSpec, *, is_right: bool = True) -> WireLayout:
+        """What the part looks like, for a cache of `spec`. Raises WrongPart; `is_right`: its checksum, if known."""
         prompt_len = self.offer.request.num_prompt_tokens
         inside = 0 <= part.first_layer < part.first_layer + part.num_layers <= spec.num_layers
         if not inside or part.first_token < self.num_cached_tokens or part.num_tokens <= 0:
@@ -73,6 +73,8 @@ class Reservation:
         layout = part_layout(spec, span_of(part), dtype, Codec(part.codec))
         if part.num_bytes != layout.num_bytes:
             raise WrongPart(f"part {part.part_index} has {part.num_bytes} bytes where {layout.num_bytes} were due")
+        if not is_right:
+            raise WrongPart(f"the checksum of part {part.part_index} does not match")
         return layout
 
 
@@ -165,20 +167,13 @@ class IncomingHandoffs:
         reservation = self._reservations.get(part.transfer_id)
         if reservation is None:
             self.counters.late_parts += 1
-            return None
-        if part.part_index in reservation.parts:
-            return None
-        try:
-            layout = reservation.layout_of(part, self.spec)
-        except WrongPart as error:
+        elif part.part_index not in reservation.parts:
             self.counters.checksum_failures += not is_right
-            self.fail(part.transfer_id, str(error))
-            return None
-        if not is_right:
-            self.counters.checksum_failures += 1
-            self.fail(part.transfer_id, f"the checksum of part {part.part_index} does not match")
-            return None
-        return reservation, layout
+            try:
+                return reservation, reservation.layout_of(part, self.spec, is_right=is_right)
+            except WrongPart as error:
+                self.fail(part.transfer_id, str(error))
+        return None
 
     def receive(self, reservation: Reservation, part: KVPart) -> None:
         """A part that `check` let through is in its blocks, for what the current stream gets behind this."""

@@ -22,6 +22,9 @@ class LoopbackLink:
     links do it.
     """
 
+    is_full = False
+    uses_store = False
+
     def __init__(
         self,
         worker_id: WorkerId,
@@ -55,14 +58,6 @@ class LoopbackLink:
 
     def buffer(self, peer: WorkerId, num_bytes: int) -> torch.Tensor | None:
         return torch.empty(num_bytes, dtype=torch.uint8)
-
-    @property
-    def is_full(self) -> bool:
-        return False
-
-    @property
-    def uses_store(self) -> bool:
-        return False
 
     def give_back(self, wire: torch.Tensor) -> None:
         pass

@@ -35,6 +35,9 @@ _PART_S = 0.0003  # until an actor's call returns to its caller, Ray 2.60
 class ObjectStoreLink:
     """Sends parts as arguments of calls to the peer's actor (`post_part`), which gives them to `receive`."""
 
+    is_full = False
+    uses_store = True
+
     def __init__(self, worker_id: WorkerId, workers: WorkerHandles, device: torch.device, post: Post) -> None:
         self._worker_id = worker_id
         self._workers = workers
@@ -64,14 +67,6 @@ class ObjectStoreLink:
             return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
         except torch.OutOfMemoryError as error:
             raise DeviceFull(str(error)) from None
-
-    @property
-    def is_full(self) -> bool:
-        return False
-
-    @property
-    def uses_store(self) -> bool:
-        return True
 
     def give_back(self, wire: torch.Tensor) -> None:
         pass

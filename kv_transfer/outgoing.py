@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from kv_transfer.cache_protocol import KVPlace, StreamMark
 from kv_transfer.codec import ALIGNMENT, Codec, part_layout, wire_dtype
 from kv_transfer.plan import WIRE_VERSION, PartSpan, clip_tokens, cut
-from kv_transfer.state import SendStatus, check_send
+from kv_transfer.state import SEND_TRANSITIONS, SendStatus, check
 from phasewise.core.clock import Clock
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.messages import KVAbort, KVAccepted, KVCommit, KVOffer, LinkLost
@@ -35,7 +35,9 @@ from phasewise.core.request import Request, SampledToken
 MAX_ATTEMPTS = 2
 """The first attempt at a handoff and one more with the same worker."""
 
-_LIVE = (SendStatus.OFFERED, SendStatus.ACCEPTED, SendStatus.SENDING, SendStatus.COMMITTED)
+_NOTHING = PartSpan(0, 0, 0, 0)
+_ACCEPTED = (SendStatus.ACCEPTED, SendStatus.SENDING)
+_LIVE = (SendStatus.OFFERED, *_ACCEPTED, SendStatus.COMMITTED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,20 +68,8 @@ class Attempt:
     commit_on_link: KVCommit | None = None  # while nothing but the link brings it
 
     def move(self, status: SendStatus) -> None:
-        check_send(self.status, status)
+        check(SEND_TRANSITIONS, self.status, status)
         self.status = status
-
-    def queue(self, computed: ComputedKV, spec: KVCacheSpec, clock: Clock) -> None:
-        """Cuts accepted KV into parts that the link takes; tokens that the receiver has are left out."""
-        if self.status is SendStatus.ACCEPTED:
-            self.move(SendStatus.SENDING)
-            self.started_unix_s = clock.unix_s()
-        span = clip_tokens(computed.span, self.num_cached_tokens)
-        if span is not None:
-            cell = part_layout(spec, PartSpan(0, 1, 0, 1), self.dtype, Codec.NONE)
-            seal_bytes = cell.num_bytes - cell.content_bytes  # at most: padding and checksum
-            max_cells = (self.max_part_bytes - seal_bytes - ALIGNMENT) // cell.content_bytes
-            self.waiting.extend(replace(computed, span=part) for part in cut(span, max_cells))
 
 
 class SendWindow:
@@ -115,23 +105,25 @@ class SendWindow:
         attempt.in_flight.clear()
 
 
+@dataclass(slots=True, eq=False)
 class Handoff:
     """A sequence that its owner hands to another worker. The owner makes it, gives it to the sender's methods, and
-    reads its state once a step."""
+    reads its state once a step.
 
-    def __init__(self, peer: WorkerId, request: Request, gateway_id: str, deadline_s: float) -> None:
-        """`request`: what the peer goes on with; the KV of its prompt is what is handed off. `deadline_s`: its own."""
-        self.peer = peer
-        self.request = request
-        self.gateway_id = gateway_id
-        self.deadline_s = deadline_s
-        self.attempt = Attempt()
-        self.place: KVPlace | None = None  # from the prompt's first chunk on
-        self.whole = PartSpan(0, 0, 0, 0)  # all of the prompt's KV; known with `place`
-        self.is_layerwise = False
-        self.first_tokens: tuple[SampledToken | None, ...] | None = None  # known once the prompt is computed
-        self.has_sent_parts = False  # by any attempt
-        self.num_failures = 0
+    `request`: what the peer goes on with; the KV of its prompt is what is handed off. `deadline_s`: its own.
+    """
+
+    peer: WorkerId
+    request: Request
+    gateway_id: str
+    deadline_s: float
+    attempt: Attempt = field(default_factory=Attempt)
+    place: KVPlace | None = None  # from the prompt's first chunk on
+    whole: PartSpan = _NOTHING  # all of the prompt's KV; known with `place`
+    is_layerwise: bool = False
+    first_tokens: tuple[SampledToken | None, ...] | None = None  # known once the prompt is computed
+    has_sent_parts: bool = False  # by any attempt
+    num_failures: int = 0
 
     @property
     def transfer_id(self) -> str:
@@ -189,10 +181,6 @@ class Handoff:
         num_tokens = self.request.num_prompt_tokens
         return KVCommit(attempt.transfer_id, attempt.num_parts, num_tokens, self.first_tokens, started_unix_s)
 
-    def bound(self, deadline_s: float) -> None:
-        """The newest attempt ends no later."""
-        self.attempt.deadline_s = min(self.attempt.deadline_s, deadline_s)
-
     def end_sample(self, sample_index: int) -> None:
         """A sample was cancelled: a commit that has not gone out yet does not begin it."""
         if self.first_tokens is not None:
@@ -236,36 +224,40 @@ class OutgoingHandoffs:
         self._handoffs.pop(handoff.transfer_id, None)
         self._num_offers += 1
         transfer_id = f"{handoff.request.request_id}#{self._worker_id}.{self._num_offers}"
-        now_s = self._clock.now_s()
         handoff.attempt = Attempt(transfer_id, handoff.deadline_s, max_part_bytes)
         handoff.attempt.move(SendStatus.OFFERED)
-        if handoff.is_computed:  # other prompts ask for nothing while it is offered again: that may not last
-            handoff.bound(now_s + self._timeout_s)
+        self._bound(handoff)  # other prompts ask for nothing while it is offered again: that may not last
         self._handoffs[transfer_id] = handoff
+        request, time_left_s = handoff.request, handoff.deadline_s - self._clock.now_s()
         offer = KVOffer(
-            transfer_id,
-            WIRE_VERSION,
-            self._worker_id,
-            self._spec,
-            handoff.request,
-            handoff.gateway_id,
-            handoff.deadline_s - now_s,
+            transfer_id, WIRE_VERSION, self._worker_id, self._spec, request, handoff.gateway_id, time_left_s
         )
         self._peers.send(handoff.peer, offer)
 
     def add(self, handoff: Handoff, computed: ComputedKV) -> None:
-        """Takes KV that is computed; tokens that the receiver has are left out. Ignored when the attempt has failed."""
+        """Takes KV that is computed, and cuts it into parts that the link takes once the offer is accepted.
+
+        Tokens that the receiver has are left out. Not for an attempt that has failed.
+        """
         attempt = handoff.attempt
         if attempt.status is SendStatus.OFFERED:
             attempt.unanswered.append(computed)
-        elif attempt.status is not SendStatus.FAILED:
-            attempt.queue(computed, self._spec, self._clock)
+            return
+        if attempt.status is SendStatus.ACCEPTED:
+            attempt.move(SendStatus.SENDING)
+            attempt.started_unix_s = self._clock.unix_s()
+        span = clip_tokens(computed.span, attempt.num_cached_tokens)
+        if span is not None:
+            cell = part_layout(self._spec, PartSpan(0, 1, 0, 1), attempt.dtype, Codec.NONE)
+            seal_bytes = cell.num_bytes - cell.content_bytes  # at most: padding and checksum
+            max_cells = (attempt.max_part_bytes - seal_bytes - ALIGNMENT) // cell.content_bytes
+            attempt.waiting.extend(replace(computed, span=part) for part in cut(span, max_cells))
 
     def commit(self, handoff: Handoff, first_tokens: tuple[SampledToken | None, ...]) -> None:
         """Everything is computed and added: the commit goes out behind the last part."""
         handoff.first_tokens = first_tokens
-        if handoff.status in (SendStatus.ACCEPTED, SendStatus.SENDING):
-            handoff.bound(self._clock.now_s() + self._timeout_s)
+        if handoff.status in _ACCEPTED:
+            self._bound(handoff)
 
     def withdraw(self, handoff: Handoff, reason: str) -> None:
         """Gives the reservation back before the prompt runs, as if it had not been asked for."""
@@ -298,17 +290,7 @@ class OutgoingHandoffs:
 
         A prompt that runs is computed to its end first. One whose own deadline has passed is left to its owner.
         """
-        now_s = self._clock.now_s()
-        again = []
-        for handoff in self._handoffs.values():
-            is_computing = handoff.place is not None and not handoff.is_computed
-            if handoff.status is not SendStatus.FAILED or is_computing or handoff.deadline_s <= now_s:
-                continue
-            if not handoff.has_failed:
-                handoff.num_failures += 1
-                if not handoff.has_failed:
-                    again.append(handoff)
-        return again
+        return [h for h in self._handoffs.values() if h.status is SendStatus.FAILED and self._count_failure(h)]
 
     def next_deadline_s(self) -> float:
         """When `expire` has something to do next; infinity when never."""
@@ -331,7 +313,7 @@ class OutgoingHandoffs:
                 yield handoff, part
                 if waiting and waiting[0] is part:
                     break
-            if handoff.is_computed and not waiting and handoff.status in (SendStatus.ACCEPTED, SendStatus.SENDING):
+            if handoff.is_computed and not waiting and handoff.status in _ACCEPTED:
                 yield handoff, handoff.make_commit(self._clock)
 
     @property
@@ -349,10 +331,9 @@ class OutgoingHandoffs:
         attempt.num_cached_tokens = message.num_cached_tokens
         attempt.dtype = wire_dtype(self._spec.dtype, message.dtype)
         attempt.move(SendStatus.ACCEPTED)
-        if handoff.is_computed:
-            handoff.bound(self._clock.now_s() + self._timeout_s)
+        self._bound(handoff)
         for computed in attempt.unanswered:
-            attempt.queue(computed, self._spec, self._clock)
+            self.add(handoff, computed)
         attempt.unanswered.clear()
 
     def on_part_ack(self, transfer_id: str, part_index: int) -> None:
@@ -392,6 +373,19 @@ class OutgoingHandoffs:
                 attempt.commit_on_link = None
 
     # ---- inside
+
+    def _bound(self, handoff: Handoff) -> None:
+        """From now on the handoff of a prompt that is computed must not take longer than `timeout_s`."""
+        if handoff.is_computed:
+            handoff.attempt.deadline_s = min(handoff.attempt.deadline_s, self._clock.now_s() + self._timeout_s)
+
+    def _count_failure(self, handoff: Handoff) -> bool:
+        """Whether the handoff is to be offered again; counts the failure when it can be told."""
+        is_computing = handoff.place is not None and not handoff.is_computed
+        if is_computing or handoff.deadline_s <= self._clock.now_s() or handoff.has_failed:
+            return False
+        handoff.num_failures += 1
+        return not handoff.has_failed
 
     def _fail(self, attempt: Attempt, reason: str) -> None:
         attempt.move(SendStatus.FAILED)

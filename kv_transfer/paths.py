@@ -41,17 +41,13 @@ class Paths:
         self._spec = spec
         self._link = link
         self._limits = limits
+        self._one_token = PartSpan(0, spec.num_layers, 0, 1)
 
     def layout(self, peer: WorkerId, span: PartSpan, dtype: str) -> WireLayout:
         """Of a part whose values go out as `dtype`: with the codec where that is worth it on the link as it is now."""
-        limits = self._limits
         layout = part_layout(self._spec, span, dtype, Codec.NONE)
-        if limits.codec is not Codec.NONE and dtype != FP8:
-            encoded = part_layout(self._spec, span, dtype, limits.codec)
-            rates = self._link.bytes_per_s(peer), limits.codec_bytes_per_s
-            if choose(limits.codec, layout.num_bytes, encoded.num_bytes, *rates) is limits.codec:
-                return encoded
-        return layout
+        may_be_encoded = self._limits.codec is not Codec.NONE and dtype != FP8
+        return self._encoded(peer, span, layout) if may_be_encoded else layout
 
     def is_layerwise(self, peer: WorkerId, num_tokens: int, dtype: str) -> bool:
         """Whether a prompt should be pushed layer by layer, by what the link is now."""
@@ -85,6 +81,9 @@ class Paths:
             "" if fits else "; ".join(ours.differences(spec)),
         )
 
-    @property
-    def _one_token(self) -> PartSpan:
-        return PartSpan(0, self._spec.num_layers, 0, 1)
+    def _encoded(self, peer: WorkerId, span: PartSpan, raw: WireLayout) -> WireLayout:
+        """`raw`, or with the codec where that is worth it."""
+        limits = self._limits
+        encoded = part_layout(self._spec, span, raw.dtype, limits.codec)
+        rates = self._link.bytes_per_s(peer), limits.codec_bytes_per_s
+        return encoded if choose(limits.codec, raw.num_bytes, encoded.num_bytes, *rates) is limits.codec else raw

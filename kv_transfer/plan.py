@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 WIRE_VERSION = 3
 """Of the handoff's messages and of what parts look like. Both ends must have the same; raise it when either changes."""
 
 
-@dataclass(frozen=True, slots=True)
-class PartSpan:
+class PartSpan(NamedTuple):
     """The layers and tokens of one part."""
 
     first_layer: int
@@ -34,10 +33,9 @@ class PartSpan:
 def clip_tokens(span: PartSpan, first_token: int) -> PartSpan | None:
     """The part of `span` from `first_token` on: what the receiver does not have already. None when nothing is left."""
     start = max(span.first_token, first_token)
-    end = span.first_token + span.num_tokens
-    if start >= end:
+    if start >= span.end_token:
         return None
-    return PartSpan(span.first_layer, span.num_layers, start, end - start)
+    return span._replace(first_token=start, num_tokens=span.end_token - start)
 
 
 def cut(span: PartSpan, max_cells: int) -> list[PartSpan]:
@@ -45,12 +43,7 @@ def cut(span: PartSpan, max_cells: int) -> list[PartSpan]:
     layers = min(span.num_layers, max(max_cells, 1))
     tokens = max(max_cells // layers, 1)
     return [
-        PartSpan(
-            span.first_layer + i,
-            min(layers, span.num_layers - i),
-            span.first_token + t,
-            min(tokens, span.num_tokens - t),
-        )
-        for i in range(0, span.num_layers, layers)
-        for t in range(0, span.num_tokens, tokens)
+        PartSpan(layer, min(layers, span.end_layer - layer), token, min(tokens, span.end_token - token))
+        for layer in range(span.first_layer, span.end_layer, layers)
+        for token in range(span.first_token, span.end_token, tokens)
     ]

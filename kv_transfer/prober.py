@@ -71,15 +71,8 @@ class LinkProber:
 
     def poll(self) -> None:
         """Sends what waits for a buffer, and gives up what takes too long: once a round."""
-        if not self._probes:
-            return
-        now_s = self._clock.now_s()
         for probe_id, probe in list(self._probes.items()):
-            if probe.deadline_s <= now_s:
-                what = "every buffer of the link was in use" if probe.started_s is None else "it did not arrive"
-                self._end(probe_id, None, f"{what} for {probe.order.timeout_s:g} s")
-            elif probe.started_s is None:
-                self._try_to_send(probe_id, probe)
+            self._advance(probe_id, probe)
 
     def on_part_ack(self, probe_id: str) -> None:
         """Acknowledgements of other parts are ignored."""
@@ -101,9 +94,13 @@ class LinkProber:
         """When `poll` has something to give up next; infinity when never."""
         return min((probe.deadline_s for probe in self._probes.values()), default=float("inf"))
 
-    def _try_to_send(self, probe_id: str, probe: _Probe) -> None:
-        with self._cache.aside():  # a buffer may come back before it is filled: its next writer must come behind
-            self._fill_and_send(probe_id, probe)
+    def _advance(self, probe_id: str, probe: _Probe) -> None:
+        if probe.deadline_s <= self._clock.now_s():
+            what = "every buffer of the link was in use" if probe.started_s is None else "it did not arrive"
+            self._end(probe_id, None, f"{what} for {probe.order.timeout_s:g} s")
+        elif probe.started_s is None:
+            with self._cache.aside():  # a buffer may come back before it is filled: its next writer must come behind
+                self._fill_and_send(probe_id, probe)
 
     def _fill_and_send(self, probe_id: str, probe: _Probe) -> None:
         order = probe.order

@@ -65,9 +65,8 @@ class KVReceiver:
             arrived.release()
 
     def _write_received(self, reservation: Reservation, part: KVPart, write: Callable[[], None]) -> bool:
-        if not self._cache.can_write_beside(reservation.place):
-            return False
-        if not self.incoming.begin_write(reservation, part.part_index):
+        can_write = self._cache.can_write_beside(reservation.place)
+        if not can_write or not self.incoming.begin_write(reservation, part.part_index):
             return False
         try:
             write()

@@ -72,10 +72,6 @@ class KVSender:
         self.outgoing.commit(handoff, first_tokens)
         self._send_due()
 
-    def withdraw(self, handoff: Handoff, reason: str) -> None:
-        """Gives the reservation back before the prompt runs, as if it had not been asked for."""
-        self.outgoing.withdraw(handoff, reason)
-
     def forget(self, handoff: Handoff, reason: str) -> None:
         """The owner lets go of the handoff and of its blocks: one that goes on is given up."""
         self.outgoing.abort(handoff, reason)
@@ -95,15 +91,6 @@ class KVSender:
             if handoff.is_computed:
                 self._push(handoff, handoff.whole)
 
-    @property
-    def is_held_back(self) -> bool:
-        """Whether computed KV waits for what is under way to arrive."""
-        return self.outgoing.is_held_back
-
-    def next_deadline_s(self) -> float:
-        """When `poll` has something to give up next; infinity when never."""
-        return self.outgoing.next_deadline_s()
-
     # ---- messages
 
     def on_accepted(self, message: KVAccepted) -> None:
@@ -113,13 +100,6 @@ class KVSender:
     def on_part_ack(self, transfer_id: str, part_index: int) -> None:
         self.outgoing.on_part_ack(transfer_id, part_index)
         self._send_due()  # even the part of an attempt that is over has given its buffer back
-
-    def on_done(self, transfer_id: str) -> None:
-        self.outgoing.on_done(transfer_id)
-
-    def on_failed(self, transfer_id: str, reason: str) -> None:
-        """The receiver refused or gave up; it has freed its blocks."""
-        self.outgoing.on_failed(transfer_id, reason)
 
     def on_peer_lost(self, peer: WorkerId) -> None:
         self.outgoing.on_peer_lost(peer)
@@ -157,10 +137,8 @@ class KVSender:
             peer, num_bytes, span = handoff.peer, layout.num_bytes, computed.span
             try:
                 wire = self._link.buffer(peer, num_bytes)
-            except DeviceFull:  # a full device must not end the worker
-                if not self.outgoing.window.num_bytes_in_flight:  # else memory comes back with what is on its way
-                    remedy = "lower transfer.window_mib or cache.gpu_memory_utilization"
-                    self.outgoing.abort(handoff, f"the device has no {num_bytes} bytes left for a part; {remedy}")
+            except DeviceFull:
+                self._on_device_full(handoff, num_bytes)
                 return False
             if wire is None:
                 return False
@@ -169,20 +147,16 @@ class KVSender:
             except Exception:
                 self._link.give_back(wire)
                 raise
-            part_index = self.outgoing.window.sent(handoff.attempt, num_bytes)
+            index = self.outgoing.window.sent(handoff.attempt, num_bytes)
             handoff.has_sent_parts = True
-            part = KVPart(
-                handoff.transfer_id,
-                part_index,
-                span.first_layer,
-                span.num_layers,
-                span.first_token,
-                span.num_tokens,
-                num_bytes,
-                layout.dtype,
-                layout.codec,
-            )
+            part = KVPart(handoff.transfer_id, index, *span, num_bytes, layout.dtype, layout.codec)
             self.num_bytes_sent += num_bytes
             self.num_parts_stored += self._link.uses_store
             self._link.send_part(peer, part, wire)
             return True
+
+    def _on_device_full(self, handoff: Handoff, num_bytes: int) -> None:
+        """A full device must not end the worker. Memory comes back with what is on its way, if anything is."""
+        if not self.outgoing.window.num_bytes_in_flight:
+            remedy = "lower transfer.window_mib or cache.gpu_memory_utilization"
+            self.outgoing.abort(handoff, f"the device has no {num_bytes} bytes left for a part; {remedy}")

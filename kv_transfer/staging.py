@@ -45,12 +45,7 @@ def pack(storage: torch.Tensor, slots: torch.Tensor, first_layer: int, layout: W
     if wire.device != storage.device:
         raise ValueError(f"the cache is on {storage.device}, the buffer to pack into on {wire.device}; use one device")
     if storage.is_cuda:
-        from kv_transfer import kernels
-
-        kernels.pack(storage[first_layer:], slots, layout, values_of(layout, wire), scales_of(layout, wire))
-        if layout.content_bytes % ALIGNMENT:
-            wire[layout.content_bytes : -CHECKSUM_BYTES].zero_()
-        kernels.seal(wire)
+        _pack_on_device(storage, slots, first_layer, layout, wire)
         return
     rows = _slot_words(storage[first_layer : first_layer + layout.num_layers])
     values = values_of(layout, wire)
@@ -60,6 +55,17 @@ def pack(storage: torch.Tensor, slots: torch.Tensor, first_layer: int, layout: W
         gathered = rows.index_select(2, slots).view(torch.uint8).view(storage.dtype).view(layout.shape)
         _encode(gathered, values, scales_of(layout, wire))
     _seal(layout, wire)
+
+
+def _pack_on_device(
+    storage: torch.Tensor, slots: torch.Tensor, first_layer: int, layout: WireLayout, wire: torch.Tensor
+) -> None:
+    from kv_transfer import kernels
+
+    kernels.pack(storage[first_layer:], slots, layout, values_of(layout, wire), scales_of(layout, wire))
+    if layout.content_bytes % ALIGNMENT:
+        wire[layout.content_bytes : -CHECKSUM_BYTES].zero_()
+    kernels.seal(wire)
 
 
 def unpack(

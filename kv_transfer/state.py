@@ -14,7 +14,9 @@ The sender's blocks stay with the prefill worker until DONE or FAILED; the recei
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
+from typing import TypeVar
 
 
 class SendStatus(StrEnum):
@@ -33,6 +35,8 @@ class ReceiveStatus(StrEnum):
     DONE = "done"
     FAILED = "failed"
 
+
+Status = TypeVar("Status", SendStatus, ReceiveStatus)
 
 SEND_TRANSITIONS: dict[SendStatus, frozenset[SendStatus]] = {
     SendStatus.PLANNED: frozenset({SendStatus.OFFERED}),
@@ -53,13 +57,7 @@ RECEIVE_TRANSITIONS: dict[ReceiveStatus, frozenset[ReceiveStatus]] = {
 }
 
 
-def check_send(old: SendStatus, new: SendStatus) -> None:
-    """Raises ValueError on an illegal move of the sending side: a bug of ours."""
-    if new not in SEND_TRANSITIONS[old]:
-        raise ValueError(f"illegal handoff transition {old.value} -> {new.value}")
-
-
-def check_receive(old: ReceiveStatus, new: ReceiveStatus) -> None:
-    """Raises ValueError on an illegal move of the receiving side: a bug of ours."""
-    if new not in RECEIVE_TRANSITIONS[old]:
+def check(transitions: Mapping[Status, frozenset[Status]], old: Status, new: Status) -> None:
+    """Raises ValueError on an illegal move of one side: a bug of ours."""
+    if new not in transitions[old]:
         raise ValueError(f"illegal handoff transition {old.value} -> {new.value}")

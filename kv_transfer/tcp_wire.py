@@ -12,6 +12,7 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
@@ -60,40 +61,31 @@ class _Past:
 _PAST = _Past()
 
 
+@dataclass(slots=True, eq=False)
 class _Operation:
-    """One message in a wire's queue."""
+    """One message in a wire's queue: the mark of what is sent, the receipt of what is received."""
 
-    def __init__(self, work: Callable[[], bool]) -> None:
-        self._work = work
-        self._is_over = threading.Event()
-        self._is_right = False
-        self.error = ""
+    work: Callable[[], bool]
+    after: Mark | None
+    is_over: threading.Event = field(default_factory=threading.Event)
+    is_right: bool = False
+    error: str = ""
 
     def run(self) -> None:
         try:
-            self._is_right = self._work()
+            if self.after is not None:
+                self.after.wait()
+            self.is_right = self.work()
         except Exception as error:
             self.error = str(error) or type(error).__name__
-        self._is_over.set()
+        self.is_over.set()
 
-    def result(self) -> bool:
-        """Waits for it. Raises WireError."""
-        self._is_over.wait()
+    def wait(self) -> bool:
+        """Until the kernel has what is sent, or what is received is in: whether that is right. Raises WireError."""
+        self.is_over.wait()
         if self.error:
             raise WireError(self.error)
-        return self._is_right
-
-
-class _Sent(_Operation):
-    """The mark of a message: the kernel has it."""
-
-    def wait(self) -> None:
-        self.result()
-
-
-class _Received(_Operation):
-    def wait(self) -> bool:
-        return self.result()
+        return self.is_right
 
 
 class TcpWire:
@@ -134,15 +126,11 @@ class TcpWire:
         finally:
             self._is_idle.set()
 
-    def send(self, data: torch.Tensor, after: Mark | None = None) -> _Sent:
-        sent = _Sent(lambda: self._write_after(data, after))
-        self._enqueue(sent)
-        return sent
+    def send(self, data: torch.Tensor, after: Mark | None = None) -> _Operation:
+        return self._enqueue(_Operation(lambda: self._write(data), after))
 
-    def receive(self, data: torch.Tensor, after: Mark | None, check: Check) -> _Received:
-        received = _Received(lambda: self._receive(data, after, check))
-        self._enqueue(received)
-        return received
+    def receive(self, data: torch.Tensor, after: Mark | None, check: Check) -> _Operation:
+        return self._enqueue(_Operation(lambda: self._receive(data, check), after))
 
     def error(self) -> str:
         return self._broken
@@ -199,11 +187,12 @@ class TcpWire:
                     with contextlib.suppress(OSError):  # it is not connected, or closed already
                         end.shutdown(socket.SHUT_RDWR)
 
-    def _enqueue(self, operation: _Operation) -> None:
+    def _enqueue(self, operation: _Operation) -> _Operation:
         with self._lock:  # nothing may come behind what ends the stream
             if self._is_aborted:
                 raise WireError("aborted")
             self._queue.put(operation)
+        return operation
 
     def _run(self) -> None:
         while (operation := self._queue.get()) is not None:
@@ -212,19 +201,12 @@ class TcpWire:
                 self._broken = operation.error
                 self._shut_down()  # a message is torn: nothing that follows can be right
 
-    def _write_after(self, data: torch.Tensor, after: Mark | None) -> bool:
-        if after is not None:
-            after.wait()
-        return self._write(data)
-
     def _write(self, data: torch.Tensor) -> bool:
         assert self._socket is not None
         self._socket.sendall(data.numpy().data)
         return True
 
-    def _receive(self, data: torch.Tensor, after: Mark | None, check: Check) -> bool:
-        if after is not None:
-            after.wait()
+    def _receive(self, data: torch.Tensor, check: Check) -> bool:
         self._fill(data.numpy().data)
         answer = torch.empty(1, dtype=torch.bool)
         check(data, answer)

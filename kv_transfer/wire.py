@@ -19,7 +19,7 @@ class WireError(Exception):
 class Mark(Protocol):
     """A place in a stream."""
 
-    def wait(self) -> None:
+    def wait(self) -> object:
         """Blocks the calling thread, and no other of the interpreter's, until the device is past the mark."""
 
 

@@ -107,7 +107,7 @@ class PrefillPhase:
 
     def on_refused(self, message: KVRefused) -> None:
         """The receiver can never take it: another attempt, or another request like it, would end the same way."""
-        self._sender.on_failed(message.transfer_id, message.reason)
+        self._sender.outgoing.on_failed(message.transfer_id, message.reason)
         for job in list(self._jobs.values()):
             if job.handoff.transfer_id == message.transfer_id:
                 self.fail(job.request_id, InternalError(f"the KV handoff was refused: {message.reason}"))
@@ -259,7 +259,7 @@ class PrefillPhase:
     def _give_back(self) -> None:
         """A computed prompt waits for room: prompts that do not run yet must not be in its way."""
         for job in self.scheduler.jobs_to_give_back():
-            self._sender.withdraw(job.handoff, "a prompt that is computed goes first")
+            self._sender.outgoing.withdraw(job.handoff, "a prompt that is computed goes first")
             job.move(RequestStatus.WAITING)
 
     # ---- inside: endings

@@ -155,7 +155,7 @@ class WorkerRound:
                 parts.receiver.incoming.on_commit(message)
                 return parts.receiver.incoming.has_ended
             case KVDone(transfer_id):
-                parts.sender.on_done(transfer_id)
+                parts.sender.outgoing.on_done(transfer_id)
             case ProbeLink():
                 parts.prober.start(message)
             case _:
@@ -205,7 +205,7 @@ class WorkerRound:
     @property
     def is_held_back(self) -> bool:
         """Whether computed KV waits for word that parts have arrived: take that inside a step, too."""
-        return self.parts.sender.is_held_back
+        return self.parts.sender.outgoing.is_held_back
 
     @property
     def has_more(self) -> bool:
@@ -218,7 +218,7 @@ class WorkerRound:
         return min(
             parts.prefill.next_deadline_s(),
             parts.decode.next_deadline_s(),
-            parts.sender.next_deadline_s(),
+            parts.sender.outgoing.next_deadline_s(),
             parts.prober.next_deadline_s(),
             self._clock.now_s() + self.limits.heartbeat_s,
         )
@@ -297,7 +297,7 @@ class WorkerRound:
             case KVRefused():
                 parts.prefill.on_refused(message)
             case KVFailed(transfer_id, reason):
-                parts.sender.on_failed(transfer_id, reason)  # another attempt may succeed
+                parts.sender.outgoing.on_failed(transfer_id, reason)  # another attempt may succeed
             case KVAbort(transfer_id, reason):
                 over.transfers.add(transfer_id)
                 parts.decode.on_transfer_abort(transfer_id, reason)

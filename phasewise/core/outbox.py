@@ -66,8 +66,6 @@ class Outbox:
 
     def flush(self) -> None:
         """Sends one message per gateway that has something to hear."""
-        if not self._pending:
-            return
         pending, self._pending = self._pending, defaultdict(_Pending)
         for gateway_id, p in pending.items():
             output = WorkerOutput(

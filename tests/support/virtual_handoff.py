@@ -126,7 +126,7 @@ class Pair:
                 case KVAbort(transfer_id, reason):
                     self.receiver.incoming.on_abort(transfer_id, reason)
                 case KVDone(transfer_id):
-                    self.sender.on_done(transfer_id)
+                    self.sender.outgoing.on_done(transfer_id)
                 case KVFailed():
                     raise AssertionError(message)
 
