@@ -192,6 +192,8 @@ class OutgoingHandoffs:
     """All of one worker. What is in flight stays within `window_bytes`, but one part may always go.
 
     `timeout_s` bounds a computed prompt's handoff, from the acceptance on: the receiver may have to make room first.
+
+    There are more than 20 methods: one for each thing that an owner asks for, and for each message of a receiver.
     """
 
     def __init__(

@@ -100,6 +100,8 @@ class Attempts:
         texts: the texts of the model's tokens.
         ledger, workers, metrics: told of each attempt.
         owner: told of each request.
+
+    There are more than 20 methods: one for each event, and for each way in which an attempt or a request ends.
     """
 
     def __init__(

@@ -92,9 +92,11 @@ class RequestPreparer:
             )
         timeout_s = self._limits.default_timeout_s if given.timeout_s is None else given.timeout_s
         _check_range("timeout_s", timeout_s, 0.0, self._limits.max_timeout_s, above_low=True)
-        check_stop(given.sampling.stop)
+        if given.sampling.stop:
+            check_stop(given.sampling.stop)
         _check_lengths(given)
-        _check_cache_salt(given.cache_salt)
+        if given.cache_salt:
+            _check_cache_salt(given.cache_salt)
         partial = self._sampling(with_defaults(given.sampling, self._card.sampling))
         prompt = self._prompt(given)
         sampling = self._with_max_tokens(partial, given, len(prompt))
@@ -177,56 +179,53 @@ class RequestPreparer:
     def _with_max_tokens(
         self, sampling: SamplingParams, given: GenerateInput, num_prompt_tokens: int
     ) -> SamplingParams:
-        room = self._card.context_length - num_prompt_tokens
-        wanted = given.sampling.max_tokens
-        if wanted is None:
-            of_chat = self._limits.default_max_tokens or self._card.sampling.max_tokens
-            default = of_chat if given.messages is not None else COMPLETION_MAX_TOKENS
-            max_tokens = room if default is None else min(default, room)
-        else:
-            max_tokens = wanted
-        if max_tokens > room:
-            raise InvalidRequest(
-                f"the prompt's {num_prompt_tokens} tokens and max_tokens {max_tokens} make "
-                f"{num_prompt_tokens + max_tokens}, but the context is {self._card.context_length} tokens; lower "
-                f"max_tokens to {room} or shorten the prompt",
-                field="max_tokens",
-            )
-        if sampling.min_tokens > max_tokens:
-            source = "" if wanted is not None else ", which is the default here"
-            raise InvalidRequest(
-                f"min_tokens {sampling.min_tokens} is more than max_tokens {max_tokens}{source}; lower min_tokens or "
-                "raise max_tokens",
-                field="min_tokens",
-            )
-        limits = self._limits
+        """`sampling` with its last value, and what it needs checked against what there is."""
+        max_tokens, room = given.sampling.max_tokens, self._card.context_length - num_prompt_tokens
+        if max_tokens is None:
+            max_tokens = self._default_max_tokens(given, room)
         # Every further sample gets its own copy of the prompt's last block (decode_workers/joining.py).
-        need = -(-num_prompt_tokens // limits.block_size) + sampling.n - 1
-        if limits.num_kv_blocks is not None and need > limits.num_kv_blocks:
-            raise InvalidRequest(
-                f"the prompt's {num_prompt_tokens} tokens and n {sampling.n} need {need} KV blocks, but a worker has "
-                f"{limits.num_kv_blocks}; lower n or shorten the prompt",
-                field="n",
-            )
+        num_blocks = -(-num_prompt_tokens // self._limits.block_size) + sampling.n - 1
+        if max_tokens > room:
+            raise self._too_many_tokens(num_prompt_tokens, max_tokens)
+        if sampling.min_tokens > max_tokens:
+            raise _less_than_min_tokens(sampling.min_tokens, max_tokens, is_default=given.sampling.max_tokens is None)
+        if self._limits.num_kv_blocks is not None and num_blocks > self._limits.num_kv_blocks:
+            raise self._too_many_blocks(num_prompt_tokens, sampling.n, num_blocks)
         return replace(sampling, max_tokens=max_tokens)
+
+    def _default_max_tokens(self, given: GenerateInput, room: int) -> int:
+        of_chat = self._limits.default_max_tokens or self._card.sampling.max_tokens
+        default = of_chat if given.messages is not None else COMPLETION_MAX_TOKENS
+        return room if default is None else min(default, room)
+
+    def _too_many_tokens(self, num_prompt_tokens: int, max_tokens: int) -> InvalidRequest:
+        context_length = self._card.context_length
+        return InvalidRequest(
+            f"the prompt's {num_prompt_tokens} tokens and max_tokens {max_tokens} make "
+            f"{num_prompt_tokens + max_tokens}, but the context is {context_length} tokens; lower "
+            f"max_tokens to {context_length - num_prompt_tokens} or shorten the prompt",
+            field="max_tokens",
+        )
+
+    def _too_many_blocks(self, num_prompt_tokens: int, n: int, num_blocks: int) -> InvalidRequest:
+        return InvalidRequest(
+            f"the prompt's {num_prompt_tokens} tokens and n {n} need {num_blocks} KV blocks, but a worker has "
+            f"{self._limits.num_kv_blocks}; lower n or shorten the prompt",
+            field="n",
+        )
 
     def _sampling(self, given: SamplingInput) -> SamplingParams:
         """All but max_tokens, which depends on the prompt.
 
         Only the likeliest token is left by `top_p` 0, so that is greedy, too.
         """
-        if len(given.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise InvalidRequest(f"stop_token_ids may hold at most {MAX_STOP_TOKEN_IDS} ids", field="stop_token_ids")
-        self.check_token_ids(given.stop_token_ids, "stop_token_ids")
+        if given.stop_token_ids:
+            self._check_stop_tokens(given.stop_token_ids)
         vocab_size = self._card.vocab_size
         eos = () if given.ignore_eos else self._card.eos_token_ids
         ends = dict.fromkeys((*(token for token in eos if 0 <= token < vocab_size), *given.stop_token_ids))
         if given.min_tokens and len(ends) == vocab_size:
-            raise InvalidRequest(
-                f"min_tokens {given.min_tokens} leaves no token to generate: all {vocab_size} tokens of this model end "
-                "a sample; give fewer stop_token_ids",
-                field="min_tokens",
-            )
+            raise _no_token_left(given.min_tokens, vocab_size)
         temperature = _range_or("temperature", given.temperature, 1.0, 0.0, 2.0)
         top_p = _range_or("top_p", given.top_p, 1.0, 0.0, 1.0)
         top_k = _check_int("top_k", given.top_k if given.top_k is not None else 0, -1, None)
@@ -240,24 +239,27 @@ class RequestPreparer:
             presence_penalty=_range_or("presence_penalty", given.presence_penalty, 0.0, -2.0, 2.0),
             frequency_penalty=_range_or("frequency_penalty", given.frequency_penalty, 0.0, -2.0, 2.0),
             repetition_penalty=_range_or("repetition_penalty", given.repetition_penalty, 1.0, *_REPETITION_PENALTY),
-            logit_bias=self._logit_bias(given),
+            logit_bias=self._logit_bias(given.logit_bias) if given.logit_bias else (),
             seed=self._rng.getrandbits(63) if given.seed is None else _check_int("seed", given.seed, *_INT64),
             logprobs=_optional_int("logprobs", given.logprobs, 0, MAX_LOGPROBS),
             prompt_logprobs=_optional_int("prompt_logprobs", given.prompt_logprobs, 0, MAX_LOGPROBS),
             stop_token_ids=tuple(ends),
         )
 
-    def _logit_bias(self, given: SamplingInput) -> tuple[tuple[int, float], ...]:
-        if not given.logit_bias:
-            return ()
-        for token_id, bias in given.logit_bias.items():
+    def _check_stop_tokens(self, token_ids: Sequence[int]) -> None:
+        if len(token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidRequest(f"stop_token_ids may hold at most {MAX_STOP_TOKEN_IDS} ids", field="stop_token_ids")
+        self.check_token_ids(token_ids, "stop_token_ids")
+
+    def _logit_bias(self, biases: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
+        for token_id, bias in biases.items():
             if not 0 <= token_id < self._card.vocab_size:
                 raise InvalidRequest(
                     f"logit_bias has token id {token_id}; token ids of this model are 0 to {self._card.vocab_size - 1}",
                     field="logit_bias",
                 )
             _check_range("logit_bias", bias, -100.0, 100.0)
-        return tuple(sorted((token_id, float(bias)) for token_id, bias in given.logit_bias.items()))
+        return tuple(sorted((token_id, float(bias)) for token_id, bias in biases.items()))
 
 
 def _check_lengths(given: GenerateInput) -> None:
@@ -272,6 +274,22 @@ def _check_lengths(given: GenerateInput) -> None:
         )
     if sampling.max_tokens != 0:
         _optional_int("max_tokens", sampling.max_tokens, 1, None)
+
+
+def _no_token_left(min_tokens: int, vocab_size: int) -> InvalidRequest:
+    return InvalidRequest(
+        f"min_tokens {min_tokens} leaves no token to generate: all {vocab_size} tokens of this model end a sample; "
+        "give fewer stop_token_ids",
+        field="min_tokens",
+    )
+
+
+def _less_than_min_tokens(min_tokens: int, max_tokens: int, *, is_default: bool) -> InvalidRequest:
+    source = ", which is the default here" if is_default else ""
+    return InvalidRequest(
+        f"min_tokens {min_tokens} is more than max_tokens {max_tokens}{source}; lower min_tokens or raise max_tokens",
+        field="min_tokens",
+    )
 
 
 def is_request_id(text: str) -> bool:

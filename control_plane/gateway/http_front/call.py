@@ -61,18 +61,7 @@ class Call:
     def timeout_s(self) -> float | None:
         """Raises InvalidRequest."""
         text = self.request.headers.get("x-phasewise-timeout-s")
-        if text is None:
-            return None
-        try:
-            timeout_s = float(text)
-        except ValueError:
-            timeout_s = math.nan
-        if not (math.isfinite(timeout_s) and timeout_s > 0):
-            raise InvalidRequest(
-                f"header x-phasewise-timeout-s must be a number of seconds above 0, not {shown(text)}",
-                field="x-phasewise-timeout-s",
-            )
-        return timeout_s
+        return None if text is None else _seconds(text)
 
     def json(self, body: object, status: int = 200) -> Response:
         return Response(dumps(body), status, headers=self.headers, media_type="application/json")
@@ -85,3 +74,17 @@ class Call:
     def internal_error(self) -> InternalError:
         """What the client is told of a fault that is in the log."""
         return InternalError(f"internal error; the server's log has it under request {self.request_id}")
+
+
+def _seconds(text: str) -> float:
+    """The value of the time-out's header. Raises InvalidRequest."""
+    try:
+        timeout_s = float(text)
+    except ValueError:
+        timeout_s = math.nan
+    if not (math.isfinite(timeout_s) and timeout_s > 0):
+        raise InvalidRequest(
+            f"header x-phasewise-timeout-s must be a number of seconds above 0, not {shown(text)}",
+            field="x-phasewise-timeout-s",
+        )
+    return timeout_s

@@ -219,23 +219,27 @@ class _Api:
         try:
             await until_disconnect(receive, answer.open(self._service))
             call.end_preparation()
-            if body.stream:
-                writer = EventWriter(
-                    envelope,
-                    form,
-                    wants_usage=body.wants_usage,
-                    wants_token_ids=with_token_ids,
-                    wants_timeline=call.wants_timeline,
-                )
-                # What fails before the first event gets its HTTP status.
-                first = await until_disconnect(receive, answer.next_events(writer))
-                return EventStream(call, answer, writer, first)
-            whole = answer.whole(envelope, with_timeline=call.wants_timeline, with_token_ids=with_token_ids)
-            content = await until_disconnect(receive, whole)
-            return Response(content, headers=call.headers, media_type="application/json")
+            if not body.stream:
+                return await self._whole(call, answer, envelope, with_token_ids=with_token_ids)
+            writer = EventWriter(
+                envelope,
+                form,
+                wants_usage=body.wants_usage,
+                wants_token_ids=with_token_ids,
+                wants_timeline=call.wants_timeline,
+            )
+            # What fails before the first event gets its HTTP status.
+            first = await until_disconnect(receive, answer.next_events(writer))
+            return EventStream(call, answer, writer, first)
         except BaseException:
             answer.close()  # a client may leave before the work has even begun, and then it cleans nothing up
             raise
+
+    async def _whole(self, call: Call, answer: Answer, envelope: Envelope, *, with_token_ids: bool) -> Response:
+        """The answer in one piece."""
+        whole = answer.whole(envelope, with_timeline=call.wants_timeline, with_token_ids=with_token_ids)
+        content = await until_disconnect(call.request.receive, whole)
+        return Response(content, headers=call.headers, media_type="application/json")
 
     def _prompt_text(self, given: GenerateInput) -> str:
         return given.text if given.text is not None else self._service.detokenize(given.token_ids or (), given.model)

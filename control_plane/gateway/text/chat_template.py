@@ -124,10 +124,16 @@ def _plain_message(message: object, where: str) -> dict[str, str]:
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise _wrong(f"{where}.role", "a string such as 'user'", role)
-    plain = {"role": role, "content": _content_text(message.get("content"), f"{where}.content")}
-    for key, value in message.items():
-        if key in ("role", "content") or value is None:
-            continue
+    content = message.get("content")
+    text = content if isinstance(content, str) else _text_of_parts(content, f"{where}.content")
+    others = {key: value for key, value in message.items() if key not in ("role", "content") and value is not None}
+    return {"role": role, "content": text, **(_other_texts(others, where) if others else {})}
+
+
+def _other_texts(others: Mapping[str, Any], where: str) -> dict[str, str]:
+    """What a message may have beside role and content."""
+    plain: dict[str, str] = {}
+    for key, value in others.items():
         if key in _TEXT_KEYS:
             if not isinstance(value, str):
                 raise _wrong(f"{where}.{key}", "a string", value)
@@ -145,9 +151,7 @@ def _plain_message(message: object, where: str) -> dict[str, str]:
     return plain
 
 
-def _content_text(content: object, where: str) -> str:
-    if isinstance(content, str):
-        return content
+def _text_of_parts(content: object, where: str) -> str:
     if not isinstance(content, list | tuple):
         raise _wrong(where, "a string or a list of text parts", content)
     texts: list[str] = []

@@ -75,36 +75,31 @@ class SampleText:
         """
         if self.is_done:
             raise ValueError("push after the end of a sample")
+        self.is_done = finish_reason is not None
         ids = [token.token_id for token in tokens]
         if finish_reason is FinishReason.STOP and ids:
             ids.pop()
-        text, hit = self._push_ids(ids)
-        if hit is None and finish_reason is not None:
-            self.num_tokens += len(tokens) - len(ids)
-            rest, hit = self._finish()
-            text += rest
-        self.is_done = hit is not None or finish_reason is not None
-        return text, hit
+        if self._stop is not None:
+            return self._push_until_hit(self._stop, ids, len(tokens))
+        self.num_tokens += len(tokens)
+        text = self._decode(self._join(ids))
+        return (text + self._decode(b"", True) if self.is_done else text), None
 
-    def _push_ids(self, ids: list[int]) -> tuple[str, str | None]:
-        if self._stop is None:
-            self.num_tokens += len(ids)
-            return self._decode(self._join(ids)), None
-        text = ""
+    def _push_until_hit(self, stop: StopStrings, ids: list[int], num_tokens: int) -> tuple[str, str | None]:
+        """As `push`, with stop strings. `ids` are those of `num_tokens` tokens that may have a text."""
+        text, hit = "", None
         for token_id in ids:  # one at a time, so that num_tokens says which one completed a stop string
             self.num_tokens += 1
-            more, hit = self._stop.push(self._decode(self._join((token_id,))), may_hit=self._may_end)
+            more, hit = stop.push(self._decode(self._join((token_id,))), may_hit=self._may_end)
             text += more
             if hit is not None:
-                return text, hit
-        return text, None
-
-    def _finish(self) -> tuple[str, str | None]:
-        rest = self._decode(b"", True)
-        if self._stop is None:
-            return rest, None
-        text, hit = self._stop.push(rest, may_hit=self._may_end)
-        return (text, hit) if hit is not None else (text + self._stop.flush(), None)
+                break
+        if hit is None and self.is_done:
+            self.num_tokens += num_tokens - len(ids)
+            more, hit = stop.push(self._decode(b"", True), may_hit=self._may_end)
+            text += more if hit is not None else more + stop.flush()
+        self.is_done = self.is_done or hit is not None
+        return text, hit
 
     @property
     def _may_end(self) -> bool:
@@ -114,7 +109,10 @@ class SampleText:
         lookup = self._bytes
         if self._leading_space == "keep":
             return b"".join([lookup[token_id] for token_id in ids])
-        parts = [raw for raw in [lookup[token_id] for token_id in ids] if raw]
+        return self._join_first([raw for raw in [lookup[token_id] for token_id in ids] if raw])
+
+    def _join_first(self, parts: list[bytes]) -> bytes:
+        """The first bytes of a sample, without the space before its first word."""
         if parts:
             parts[0] = (
                 parts[0].removeprefix(b" ") if self._leading_space == "strip_one" else parts[0].replace(b" ", b"")

@@ -69,8 +69,10 @@ class LengthBound:
         Raises:
             UnicodeEncodeError: the text holds a lone surrogate.
         """
-        if 4 * len(text) <= enough:  # one token a byte would fit
-            return 0
+        # One token a byte would fit.
+        return 0 if 4 * len(text) <= enough else self._least_of_long(text, enough)
+
+    def _least_of_long(self, text: str, enough: int) -> int:
         all_bytes, by_kind, least = 0, [0] * len(self._kinds), 0
         for start in range(0, len(text), _PIECE_CHARACTERS):
             raw = self._seen(text[start : start + _PIECE_CHARACTERS]).encode("utf-8").translate(None, self._uncounted)

@@ -56,6 +56,9 @@ class TextThreads:
             return work()
         if num_characters <= LARGE_TEXT:
             return await asyncio.get_running_loop().run_in_executor(self._medium, _ending, work)
+        return await self._run_in_turn(work)
+
+    async def _run_in_turn(self, work: Callable[[], _T]) -> _T:
         try:
             async with asyncio.timeout(_TURN_TIMEOUT_S):
                 await self._turn.acquire()
