@@ -181,6 +181,19 @@ class Handoff:
         num_tokens = self.request.num_prompt_tokens
         return KVCommit(attempt.transfer_id, attempt.num_parts, num_tokens, self.first_tokens, started_unix_s)
 
+    def bound(self, deadline_s: float) -> None:
+        """The newest attempt ends no later, if the prompt is computed."""
+        if self.is_computed:
+            self.attempt.deadline_s = min(self.attempt.deadline_s, deadline_s)
+
+    def count_failure(self, now_s: float) -> bool:
+        """The newest attempt has failed: whether another one is due now. Nothing is counted while that is open."""
+        is_computing = self.place is not None and not self.is_computed
+        if is_computing or self.deadline_s <= now_s or self.has_failed:
+            return False
+        self.num_failures += 1
+        return not self.has_failed
+
     def end_sample(self, sample_index: int) -> None:
         """A sample was cancelled: a commit that has not gone out yet does not begin it."""
         if self.first_tokens is not None:
@@ -228,7 +241,8 @@ class OutgoingHandoffs:
         transfer_id = f"{handoff.request.request_id}#{self._worker_id}.{self._num_offers}"
         handoff.attempt = Attempt(transfer_id, handoff.deadline_s, max_part_bytes)
         handoff.attempt.move(SendStatus.OFFERED)
-        self._bound(handoff)  # other prompts ask for nothing while it is offered again: that may not last
+        # Other prompts ask for nothing while a computed one is offered again: that may not last.
+        handoff.bound(self._clock.now_s() + self._timeout_s)
         self._handoffs[transfer_id] = handoff
         request, time_left_s = handoff.request, handoff.deadline_s - self._clock.now_s()
         offer = KVOffer(
@@ -259,7 +273,7 @@ class OutgoingHandoffs:
         """Everything is computed and added: the commit goes out behind the last part."""
         handoff.first_tokens = first_tokens
         if handoff.status in _ACCEPTED:
-            self._bound(handoff)
+            handoff.bound(self._clock.now_s() + self._timeout_s)
 
     def withdraw(self, handoff: Handoff, reason: str) -> None:
         """Gives the reservation back before the prompt runs, as if it had not been asked for."""
@@ -292,7 +306,8 @@ class OutgoingHandoffs:
 
         A prompt that runs is computed to its end first. One whose own deadline has passed is left to its owner.
         """
-        return [h for h in self._handoffs.values() if h.status is SendStatus.FAILED and self._count_failure(h)]
+        now_s = self._clock.now_s()
+        return [h for h in self._handoffs.values() if h.status is SendStatus.FAILED and h.count_failure(now_s)]
 
     def next_deadline_s(self) -> float:
         """When `expire` has something to do next; infinity when never."""
@@ -333,7 +348,7 @@ class OutgoingHandoffs:
         attempt.num_cached_tokens = message.num_cached_tokens
         attempt.dtype = wire_dtype(self._spec.dtype, message.dtype)
         attempt.move(SendStatus.ACCEPTED)
-        self._bound(handoff)
+        handoff.bound(self._clock.now_s() + self._timeout_s)
         for computed in attempt.unanswered:
             self.add(handoff, computed)
         attempt.unanswered.clear()
@@ -375,19 +390,6 @@ class OutgoingHandoffs:
                 attempt.commit_on_link = None
 
     # ---- inside
-
-    def _bound(self, handoff: Handoff) -> None:
-        """From now on the handoff of a prompt that is computed must not take longer than `timeout_s`."""
-        if handoff.is_computed:
-            handoff.attempt.deadline_s = min(handoff.attempt.deadline_s, self._clock.now_s() + self._timeout_s)
-
-    def _count_failure(self, handoff: Handoff) -> bool:
-        """Whether the handoff is to be offered again; counts the failure when it can be told."""
-        is_computing = handoff.place is not None and not handoff.is_computed
-        if is_computing or handoff.deadline_s <= self._clock.now_s() or handoff.has_failed:
-            return False
-        handoff.num_failures += 1
-        return not handoff.has_failed
 
     def _fail(self, attempt: Attempt, reason: str) -> None:
         attempt.move(SendStatus.FAILED)

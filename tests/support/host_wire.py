@@ -79,14 +79,14 @@ class HostWire(TcpWire):
             super()._write(torch.frombuffer(content[half:], dtype=torch.uint8))
         return True
 
-    def _receive(self, data: torch.Tensor, after: Mark | None, check: Check) -> bool:
+    def _receive(self, data: torch.Tensor, check: Check) -> bool:
         def hooked(received: torch.Tensor, answer: torch.Tensor) -> None:
             if message >= 0:
                 self.device.hook("received", message, self)
             check(received, answer)
 
         with self._Message(self) as message:
-            return super()._receive(data, after, hooked)
+            return super()._receive(data, hooked)
         return True
 
     class _Message:
