@@ -235,7 +235,7 @@ class Attempts:
         """Ends a request whose samples have not all ended."""
         record.error = error
         for attempt in list(record.attempts.values()):
-            self._abort(attempt)
+            _abort(self._workers, attempt)
             self._end_attempt(attempt, attempt.num_output_tokens)
         self._end(record, status)
 
@@ -257,7 +257,7 @@ class Attempts:
         if attempt.number + 1 >= MAX_ATTEMPTS:
             self.fail(record, error)
             return []
-        self._abort(attempt)
+        _abort(self._workers, attempt)
         self._end_attempt(attempt, num_output_tokens=0)
         if record.status is RequestStatus.PLACED:
             _move(record, RequestStatus.RECOVERING)
@@ -271,13 +271,6 @@ class Attempts:
         del attempt.record.attempts[attempt.attempt_id], self._attempts[attempt.attempt_id]
         if attempt.placement is not None:  # else `placed` gives it back
             self._ledger.finished(attempt.attempt_id, num_output_tokens)
-
-    def _abort(self, attempt: Attempt, sample_index: int | None = None) -> None:
-        """Tells both workers of a placed attempt; the one that knows nothing of it ignores it."""
-        if (placement := attempt.placement) is not None:
-            message = AbortRequest(attempt.attempt_id, sample_index)
-            for worker_id in dict.fromkeys((placement.prefill_worker, placement.decode_worker)):
-                self._workers.send(worker_id, message)
 
     # ---- inside: what workers say
 
@@ -322,7 +315,7 @@ class Attempts:
         record = attempt.record
         is_over = all(sample.finish_reason is not None for sample in attempt.samples)
         if isinstance(delta.stop_reason, str):  # a stop string: the workers know no text
-            self._abort(attempt, None if is_over else delta.sample_index)
+            _abort(self._workers, attempt, None if is_over else delta.sample_index)
         if is_over:
             self._end_attempt(attempt, attempt.num_output_tokens)
         if not record.attempts:  # each sample that has not ended is part of one
@@ -349,6 +342,14 @@ class Attempts:
 def _move(record: OpenRequest, status: RequestStatus) -> None:
     check_transition(record.status, status)
     record.status = status
+
+
+def _abort(workers: PeerPort, attempt: Attempt, sample_index: int | None = None) -> None:
+    """Tells both workers of a placed attempt; the one that knows nothing of it ignores it."""
+    if (placement := attempt.placement) is not None:
+        message = AbortRequest(attempt.attempt_id, sample_index)
+        for worker_id in dict.fromkeys((placement.prefill_worker, placement.decode_worker)):
+            workers.send(worker_id, message)
 
 
 def _worker_lost(worker_id: WorkerId) -> WorkerLost:
