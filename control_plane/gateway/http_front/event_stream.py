@@ -53,4 +53,5 @@ class EventStream(Response):
         except Exception:
             logger.exception("stream failed", extra={"request_id": self._call.request_id})
             last = error_event(self._call.internal_error(), self._call.names)
+        self._answer.close()  # first: who has read the end finds nothing running
         await send({"type": "http.response.body", "body": last, "more_body": False})
