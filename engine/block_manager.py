@@ -148,7 +148,7 @@ class BlockManager:
         sequence.num_published_blocks = num_full
 
     def unpublish(self, blocks: Iterable[int]) -> None:
-        """Makes what these blocks hold unfindable: it may be wrong. Whoever refers to them keeps them."""
+        """Makes what these blocks hold unfindable: it may be wrong. Sequences that refer to them keep them."""
         for block in blocks:
             key = self._hash_by_block.pop(block, None)
             if key is not None:

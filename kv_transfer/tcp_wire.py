@@ -180,7 +180,7 @@ class TcpWire:
                 raise ConnectionAbortedError("aborted")
 
     def _shut_down(self) -> None:
-        """Whoever is in a call of a socket comes back."""
+        """Threads that are in a call of a socket return from it."""
         with self._lock:
             for end in (self._listener, self._socket):
                 if end is not None:

@@ -14,7 +14,7 @@ An attempt that is given up is followed by others under new ids, one for each sa
 `MAX_ATTEMPTS`. What its workers still send finds nothing under the old id.
 
 Commands are values where an answer is expected: an `Attempt` that is returned is to be placed, `placed` or `refused`
-takes the answer. All others go to the ports given in. Whoever calls this asks for placements, and calls `expire` when a
+takes the answer. All others go to the ports given in. The caller asks for placements, and calls `expire` when a
 record's deadline has passed.
 """
 
@@ -80,7 +80,7 @@ class ProgressMetrics(Protocol):
 
 
 class RequestOwner(Protocol):
-    """Whoever opened the requests."""
+    """Opened the requests, and hears what becomes of them."""
 
     def has_news(self, record: OpenRequest) -> None:
         """There are more deltas in `record.pending`."""

@@ -118,7 +118,7 @@ class NotRead:
 
 
 class GenerationStream(Protocol):
-    """An accepted request; a `StreamReader` (streams.py) reads it. Whoever has it must `close` it in the end.
+    """An accepted request; a `StreamReader` (streams.py) reads it. Its holder must `close` it in the end.
 
     `usage` and `timeline` are whole after the last delta.
     """

@@ -32,7 +32,7 @@ class VirtualTime:
         return self._hash.hexdigest()
 
     def at(self, time_s: float, name: str, happen: Callable[[], None]) -> None:
-        """Plans an event; one that is planned for the past happens now, behind what is planned for now."""
+        """Plans an event. A time in the past counts as now; events of one time happen in the order of planning."""
         self._num_planned += 1
         heapq.heappush(self._coming, (max(time_s, self._now_s), self._num_planned, name, happen))
 

@@ -1,4 +1,4 @@
-"""The OpenAI-compatible HTTP server: the same way as gRPC, in other clothes.
+"""The OpenAI-compatible HTTP server: the same service as over gRPC.
 
 It reads a body, makes `GenerateInput` of it, and writes what the service's streams bring. Every answer carries
 `x-request-id`, given or made. What a client may send beyond OpenAI's fields:
