@@ -20,12 +20,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from control_plane.health import ListenedTime
 from control_plane.policies.placement import Arrival, Candidate, choose_pair
 from control_plane.serving_pools import why_unservable
 from control_plane.worker_registry import WorkerRegistry
 from phasewise.core.clock import Clock
 from phasewise.core.errors import Overloaded, Unavailable
+from phasewise.core.listened import ListenedTime
 from phasewise.core.messages import WorkerInfo, WorkerLoad
 from phasewise.core.placement import Placement, PlaceRequest, WorkerId, WorkerRole
 from phasewise.core.profile import DeviceProfile
@@ -54,8 +54,8 @@ class ClusterScheduler:
     """The ledger of open attempts, placement, and which workers are silent.
 
     `max_waiting` bounds the prompts that are placed on a prefill-capable worker and have no first token yet. A worker
-    that is silent for `overdue_s` of listened time (health.py) is lost. `candidates` has every worker that ever joined,
-    with its work: to be read only.
+    that is silent for `overdue_s` of listened time (listened.py) is lost. `candidates` has every worker that ever
+    joined, with its work: to be read only.
     """
 
     def __init__(self, clock: Clock, *, max_waiting: int, overdue_s: float, heartbeat_s: float) -> None:

@@ -1,13 +1,13 @@
 """Who is in the cluster, what each last said, and who has been silent for too long. Pure.
 
-Silence is counted in listened time (health.py): a pause of this process is not the workers'.
+Silence is counted in listened time (listened.py): a pause of this process is not the workers'.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from control_plane.health import ListenedTime
+from phasewise.core.listened import ListenedTime
 from phasewise.core.messages import WorkerInfo, WorkerLoad
 from phasewise.core.placement import WorkerId, WorkerState
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
+from phasewise.core.birth import MemberBirth
 from phasewise.core.config import ServingConfig
 from phasewise.core.placement import WorkerId, WorkerRole
 
@@ -27,6 +29,23 @@ class WorkerSettings:
     tensor_parallel: int = 1
     secret: str = field(default="", repr=False)
     head: str = ""
+
+
+def settings_of(birth: MemberBirth) -> WorkerSettings:
+    """What a worker was told, completed on the host where it runs: its share of the cores that are there."""
+    assert birth.role is not None, "a gateway is no worker"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return WorkerSettings(
+        birth.member_id,
+        birth.role,
+        birth.device,
+        birth.num_threads or max(cores // birth.num_sharing, 1),
+        birth.config,
+        birth.log_collector,
+        birth.tensor_parallel,
+        birth.secret,
+        birth.head,
+    )
 
 
 CPU_TOKEN_BUDGET = 128  # a step stays short enough for an abort to be heard within a second

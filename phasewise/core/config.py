@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from phasewise.core.errors import ConfigError
+from phasewise.core.placement import WorkerRole
 
 
 class _Section(BaseModel):
@@ -56,6 +57,9 @@ class PoolConfig(_Section):
     tensor_parallel: int = Field(1, ge=1, le=64, description="GPUs per worker: each holds a part of the model")
     block_size: Literal[8, 16, 32, 64] | None = Field(None, description="Of this pool; default: cache.block_size")
     cache_dtype: Literal["auto", "fp8_e4m3"] | None = Field(None, description="Of this pool; default: cache.dtype")
+    resources: dict[str, float] = Field(
+        {}, description="Ray resources that a worker of this pool takes of its node, beside GPUs: {name: amount}"
+    )
 
 
 class PoolsConfig(_Section):
@@ -200,10 +204,24 @@ class GatewayConfig(_Section):
         return self
 
 
+class AdminConfig(_Section):
+    """Where the cluster is watched and changed, apart from its users."""
+
+    http: str = Field("127.0.0.1:8001", description="HOST:PORT of the admin API, which the control plane serves")
+
+    @model_validator(mode="after")
+    def _address(self) -> AdminConfig:
+        split_address(self.http, field="admin.http")
+        return self
+
+
 class RayConfig(_Section):
     """Where the processes run."""
 
     address: str = Field("local", description="local: a private one-machine cluster; else an existing Ray address")
+    namespace: str = Field(
+        "phasewise", min_length=1, description="Of the cluster's actors; two clusters on one Ray need two of them"
+    )
     object_store_mib: int = Field(512, ge=80, description="Shared memory for KV on its way, in MiB (local only)")
     niceness: int = Field(
         0, ge=0, le=19, description="Of all processes of the cluster, above that of the command (local only)"
@@ -211,10 +229,18 @@ class RayConfig(_Section):
 
 
 class HealthConfig(_Section):
-    """When a silent worker is declared lost."""
+    """When a silent member of the cluster is suspected, and when it is ended."""
 
-    heartbeat_s: float = Field(1.0, gt=0, description="A worker reports at least this often")
-    overdue_s: float = Field(30.0, gt=0, description="A worker silent for this long is lost")
+    heartbeat_s: float = Field(1.0, gt=0, description="Each worker and gateway gives a sign of life this often")
+    suspect_s: float = Field(
+        3.0, gt=0, description="One that is silent for this long gets nothing new; its streams move"
+    )
+    overdue_s: float = Field(
+        30.0,
+        gt=0,
+        description="One that is silent for this long is ended; so is a worker whose step runs for this long",
+    )
+    start_s: float = Field(1800.0, gt=0, description="One that is not ready this long after its start is ended")
 
     @model_validator(mode="after")
     def _leaves_room(self) -> HealthConfig:
@@ -222,6 +248,11 @@ class HealthConfig(_Section):
             raise ValueError(
                 f"overdue_s {self.overdue_s:g} is less than two heartbeats of {self.heartbeat_s:g} s: workers with "
                 "nothing to do would be killed; raise health.overdue_s or lower health.heartbeat_s"
+            )
+        if self.suspect_s < 2 * self.heartbeat_s:
+            raise ValueError(
+                f"suspect_s {self.suspect_s:g} is less than two heartbeats of {self.heartbeat_s:g} s: members that are "
+                "well would be suspected; raise health.suspect_s or lower health.heartbeat_s"
             )
         return self
 
@@ -240,9 +271,15 @@ class ServingConfig(_Section):
     scheduler: SchedulerConfig = SchedulerConfig()
     transfer: TransferConfig = TransferConfig()
     gateway: GatewayConfig = GatewayConfig()
+    admin: AdminConfig = AdminConfig()
     ray: RayConfig = RayConfig()
     health: HealthConfig = HealthConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    def pool_of(self, role: WorkerRole) -> PoolConfig:
+        """The pool of a role. Raises KeyError for one without a pool."""
+        pools = self.pools
+        return {WorkerRole.PREFILL: pools.prefill, WorkerRole.DECODE: pools.decode, WorkerRole.MIXED: pools.mixed}[role]
 
     def with_cache_of(self, pool: PoolConfig) -> ServingConfig:
         """What a worker of that pool is told: its own block size and cache dtype, where the pool has such."""

@@ -1,7 +1,10 @@
 """What members and the control plane tell each other besides requests. All of it can be pickled.
 
-    member → control plane    join(Joining) → View; heartbeat(Heartbeat) → HeartbeatAnswer, each `health.heartbeat_s`
-    control plane → member    view_changed(ViewDelta); describe() → Description; drain(); change_role(role); stop()
+    member → control plane    loading(share); failed(error), or join(Joining) → View; from then on each
+                              `health.heartbeat_s` heartbeat(Heartbeat) → HeartbeatAnswer;
+                              draining(), role_changed(role), left()
+    control plane → member    view_changed(ViewDelta); describe() → Description; drain(timeout_s); change_role(role);
+                              stop()
 
 A heartbeat comes from a thread of its own, so that it says how long a step of the worker's loop has been running
 instead of waiting for it.
@@ -34,7 +37,8 @@ class Heartbeat:
 
     Attributes:
         view_version: of the view that it has; 0 when it needs the whole.
-        step_s: seconds that the step of its loop has been running; 0.0 between steps, and for a gateway.
+        step_s: seconds that the step of its loop has been running, counted while the process itself ran (listened.py);
+            0.0 between steps, and for a gateway.
         load: a worker's load; None where it did not change since the last report.
     """
 
@@ -65,9 +69,9 @@ class OpenAttempt:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """All that a control plane which was started again needs to hear of a member."""
+    """All that a control plane which was started again needs to hear of a member. `info` is None while it loads."""
 
-    info: WorkerInfo | GatewayInfo
+    info: WorkerInfo | GatewayInfo | None
     view: View
     load: WorkerLoad | None = None
     open_attempts: tuple[OpenAttempt, ...] = ()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 WorkerId = str
-"""`<role>-<number>`, unique in a cluster: `prefill-0`. The role in the name is the role at birth."""
+"""`<role>-<number>#<birth>` (identity.py): `prefill-0#1`. The role in the name is the role at birth."""
 
 
 class WorkerRole(StrEnum):
@@ -46,6 +46,7 @@ class PlaceRequest:
         max_tokens: most output tokens of one sample.
         attempt: 0 for the first; a further one is not refused for full queues.
         avoid: workers to be chosen only where there is no other.
+        gateway_id: whose request it is; the attempts of a gateway that is gone are over.
     """
 
     request_id: str
@@ -54,6 +55,7 @@ class PlaceRequest:
     max_tokens: int
     attempt: int = 0
     avoid: frozenset[WorkerId] = frozenset()
+    gateway_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

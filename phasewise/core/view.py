@@ -10,10 +10,11 @@ The version only grows, also when the control plane is started again: it begins 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from phasewise.core.desired import DesiredState
 from phasewise.core.identity import MemberId, name_of
 from phasewise.core.messages import WorkerInfo
 from phasewise.core.placement import WorkerRole
@@ -82,11 +83,18 @@ class Gone:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """All members at one version. `births` has the last birth that was given to each name, also to those gone."""
+    """All members at one version.
+
+    `births` has the last birth that was given to each name, also to those gone. `desired` and `admin` are here so that
+    a control plane that is started again learns them from the members: what the cluster should be (None: what its
+    configuration says), and HOST:PORT of the admin API ("": there was none yet).
+    """
 
     version: int = 0
     members: Mapping[MemberId, Member] = field(default_factory=dict)
     births: Mapping[str, int] = field(default_factory=dict)
+    desired: DesiredState | None = None
+    admin: str = ""
 
     def workers(self) -> list[Member]:
         return [member for member in self.members.values() if member.is_worker]
@@ -97,12 +105,17 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class ViewDelta:
-    """What makes the view of `version` of the one before. `changed` has members that joined, too."""
+    """What makes the view of `version` of the one before. `changed` has members that joined, too.
+
+    `desired` and `admin` are those of the new view, whether they changed or not.
+    """
 
     version: int
     changed: tuple[Member, ...] = ()
     gone: tuple[Gone, ...] = ()
     births: Mapping[str, int] = field(default_factory=dict)
+    desired: DesiredState | None = None
+    admin: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +144,8 @@ class ViewFollower:
         gone = {entry.member_id for entry in delta.gone}
         members = {m: member for m, member in self.view.members.items() if m not in gone}
         members |= {member.member_id: member for member in delta.changed}
-        return self._become(View(delta.version, members, {**self.view.births, **delta.births}), delta.gone)
+        births = {**self.view.births, **delta.births}
+        return self._become(View(delta.version, members, births, delta.desired, delta.admin), delta.gone)
 
     def replace(self, view: View) -> ViewChange:
         """Takes a whole view, if it is not older than what is known."""
@@ -149,10 +163,22 @@ class ViewFollower:
 
 
 def next_view(
-    view: View, changed: Mapping[MemberId, Member], gone: tuple[Gone, ...], births: Mapping[str, int]
+    view: View,
+    *,
+    changed: Iterable[Member] = (),
+    gone: tuple[Gone, ...] = (),
+    births: Mapping[str, int] | None = None,
+    desired: DesiredState | None = None,
+    admin: str = "",
 ) -> tuple[View, ViewDelta]:
-    """The view after a change, and the delta that says so. `births`: new ones. Used by the control plane alone."""
+    """The view after a change, and the delta that says so. `births`: new ones. `desired`, `admin`: where they change.
+
+    Used by the control plane alone.
+    """
+    delta = ViewDelta(
+        view.version + 1, tuple(changed), gone, births or {}, desired or view.desired, admin or view.admin
+    )
     left = {entry.member_id for entry in gone}
-    members = {m: member for m, member in view.members.items() if m not in left} | dict(changed)
-    after = View(view.version + 1, members, {**view.births, **births})
-    return after, ViewDelta(after.version, tuple(changed.values()), gone, births)
+    members = {m: member for m, member in view.members.items() if m not in left}
+    members |= {member.member_id: member for member in delta.changed}
+    return View(delta.version, members, {**view.births, **delta.births}, delta.desired, delta.admin), delta

@@ -1,4 +1,4 @@
-"""How long workers were silent, counted only while this process could hear them. Pure.
+"""How long others were silent, or a step has run, counted only while this process itself ran. Pure.
 
 The control plane itself can be stopped: a virtual machine that is paused, a frozen container, a debugger. Meanwhile it
 hears no worker, and afterwards its clock may be hours ahead of every report. Its own pause must not count as silence of

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from control_plane.cluster_scheduler import ClusterScheduler
-from control_plane.health import ListenedTime
 from phasewise.core.clock import ManualClock
 from phasewise.core.kv_spec import KVCacheSpec
+from phasewise.core.listened import ListenedTime
 from phasewise.core.messages import WorkerInfo, WorkerLoad
 from phasewise.core.placement import WorkerId, WorkerRole, WorkerState
 from phasewise.core.profile import DeviceProfile
