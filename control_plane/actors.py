@@ -11,83 +11,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from control_plane.control_plane import ControlPlane
 from control_plane.gateway.process import GatewayProcess
 from control_plane.gateway.service import ModelCard
-from control_plane.link_survey import LinkSurvey
-from control_plane.remote_members import RemoteMembers
 from control_plane.remote_placer import RemotePlacer
-from phasewise.core.clock import MonotonicClock
-from phasewise.core.collector import freeze_collector
 from phasewise.core.config import ServingConfig
 from phasewise.core.errors import ServingError
 from phasewise.core.handles import ActorHandle, as_value
 from phasewise.core.logs import setup_logging
-from phasewise.core.messages import WorkerInfo, WorkerLoad, WorkerOutput
-from phasewise.core.placement import Placement, PlaceRequest, WorkerId
+from phasewise.core.messages import WorkerInfo, WorkerOutput
+from phasewise.core.placement import WorkerId
 
 SWITCH_INTERVAL_S = 0.0005
 """How long a gateway's event loop waits for a thread that tokenises to give up the interpreter, at each of its steps.
 Python's default is 5 ms."""
-
-
-class ControlPlaneActor:
-    """One ControlPlane, called by gateways, workers and the launcher."""
-
-    def __init__(self, config: ServingConfig, log_collector: str | None) -> None:
-        logs = config.logging
-        setup_logging("control-plane", log_format=logs.format, level=logs.level, collector=log_collector)
-        self._members = RemoteMembers()
-        self._control_plane = ControlPlane(config, self._members, self._members, MonotonicClock())
-        self._scheduler = self._control_plane.scheduler
-
-    async def join(self, info: WorkerInfo, handle: ActorHandle) -> None:
-        self._members.connect_worker(info.worker_id, handle)
-        self._control_plane.join(info)
-
-    async def join_gateway(self, gateway_id: str, handle: ActorHandle) -> None:
-        self._members.connect_gateway(gateway_id, handle)
-        self._control_plane.join_gateway(gateway_id)
-
-    async def start_health_checks(self) -> None:
-        freeze_collector()
-        self._control_plane.start_health_checks()
-
-    async def report(self, load: WorkerLoad) -> None:
-        self._scheduler.worker_load(load)
-
-    async def place(self, request: PlaceRequest) -> Placement | ServingError:
-        """A refusal comes back as a value: Ray would wrap an exception."""
-        try:
-            return self._scheduler.place(request)
-        except ServingError as error:
-            return error
-
-    async def progress(self, news: Sequence[tuple[str, int | None]]) -> None:
-        """What became of attempts: (id, None) for a first token, (id, number of output tokens) for an end."""
-        for request_id, num_output_tokens in news:
-            if num_output_tokens is None:
-                self._scheduler.first_token(request_id)
-            else:
-                self._scheduler.finished(request_id, num_output_tokens)
-
-    async def snapshot(self) -> list[tuple[WorkerInfo, WorkerLoad]]:
-        return self._control_plane.snapshot()
-
-    async def links(self) -> LinkSurvey | ServingError:
-        return await as_value(self._control_plane.links())
-
-    async def probe_links(self, sizes: Sequence[int], timeout_s: float) -> LinkSurvey | ServingError:
-        return await as_value(self._control_plane.probe_links(sizes, timeout_s))
-
-    async def stop(self) -> None:
-        self._control_plane.stop()
-
-    async def wait_closed(self) -> None:
-        await self._control_plane.wait_closed()
-
-    async def wait_unservable(self) -> str:
-        return await self._control_plane.wait_unservable()
 
 
 @dataclass(frozen=True, slots=True)
