@@ -1,4 +1,4 @@
-"""A gateway's way to the control plane: its actor's handle, which stays good when the control plane is started again."""
+"""A gateway's way to the control plane: its actor's handle, which stays good when that is started again."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def test_gateway_and_control_plane_say_the_same(
 ) -> None:
     roles = {worker_id: WorkerRole(worker_id.split("-")[0]) for worker_id in workers}
     pools = ServingPools(roles)
-    scheduler = ClusterScheduler(ManualClock(), max_waiting=9, overdue_s=30.0, heartbeat_s=1.0)
+    scheduler = ClusterScheduler(ManualClock(), max_waiting=9)
     spec, profile = KVCacheSpec(2, 1, 4, 16, "float32"), DeviceProfile.linear(0.0, 0.001, 0.0, 0.001)
     for worker_id, role in roles.items():
         scheduler.worker_joined(WorkerInfo(worker_id, role, 1, "h", "cpu", "float32", 1, spec, 9, 99, profile))
