@@ -138,7 +138,7 @@ class ClusterKeeper:
         self.changed()
         for gateway in membership.view.gateways():
             membership.drain(gateway.member_id, drain_s)
-        await self._until_gone(membership.view.gateways, drain_s + STOP_S)
+        await self._until_gone(lambda: membership.view.gateways(), drain_s + STOP_S)
         stops = [asyncio.create_task(self._processes.stop(m.member_id)) for m in membership.view.workers()]
         if stops:  # some may not answer: that must not keep the others from ending
             await asyncio.wait(stops, timeout=STOP_S)
