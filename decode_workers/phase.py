@@ -60,7 +60,10 @@ class Cache(Protocol):
 
 
 class DecodePhase:
-    """Plans decode steps and takes their results. Used by the step loop's thread alone."""
+    """Plans decode steps and takes their results. Used by the step loop's thread alone.
+
+    There are more than 20 methods: one for each message and each way in which a sequence may come or end.
+    """
 
     def __init__(
         self,
@@ -100,6 +103,11 @@ class DecodePhase:
             self._peers.send(offer.sender, KVRefused(offer.transfer_id, reason))
         else:
             self._offers.add(offer, self._clock.now_s() + offer.time_left_s)
+
+    def refuse_offers(self, reason: str) -> None:
+        """Gives back the offers that wait: another worker may take them."""
+        for offer in self._offers.remove(lambda waiting: True):
+            self._peers.send(offer.sender, KVRefused(offer.transfer_id, reason, others_may=True))
 
     def on_transfer_abort(self, transfer_id: str, reason: str) -> None:
         self._offers.remove(lambda waiting: waiting.offer.transfer_id == transfer_id)

@@ -23,7 +23,7 @@ from kv_transfer.plan import WIRE_VERSION, PartSpan
 from kv_transfer.state import RECEIVE_TRANSITIONS, ReceiveStatus, check
 from phasewise.core.clock import Clock
 from phasewise.core.kv_spec import KVCacheSpec
-from phasewise.core.messages import KVAccepted, KVCommit, KVDone, KVFailed, KVOffer, KVPart, LinkLost
+from phasewise.core.messages import KVAccepted, KVCommit, KVDone, KVFailed, KVOffer, KVPart, KVRefused, LinkLost
 from phasewise.core.placement import WorkerId
 from phasewise.core.ports import PeerPort
 
@@ -210,6 +210,13 @@ class IncomingHandoffs:
         if reservation is not None:
             self._end(reservation, ReceiveStatus.FAILED, reason)
             self._peers.send(reservation.offer.sender, KVFailed(transfer_id, reason))
+
+    def refuse(self, transfer_id: str, reason: str) -> None:
+        """Gives a handoff up; its sender is told that another worker may take it."""
+        reservation = self._reservations.get(transfer_id)
+        if reservation is not None:
+            self._end(reservation, ReceiveStatus.FAILED, reason)
+            self._peers.send(reservation.offer.sender, KVRefused(transfer_id, reason, others_may=True))
 
     def on_peer_lost(self, peer: WorkerId) -> None:
         for reservation in self.reservations:

@@ -27,7 +27,15 @@ from kv_transfer.plan import PartSpan
 from kv_transfer.sender import KVSender
 from kv_transfer.state import SendStatus
 from phasewise.core.clock import Clock
-from phasewise.core.errors import DeadlineExceeded, InternalError, Overloaded, ServingError, TransferFailed, WorkerLost
+from phasewise.core.errors import (
+    DeadlineExceeded,
+    InternalError,
+    Overloaded,
+    ServingError,
+    TransferFailed,
+    Unavailable,
+    WorkerLost,
+)
 from phasewise.core.lifecycle import RequestStatus, Stage
 from phasewise.core.messages import KVAccepted, KVRefused, NewTokens, PrefillTask
 from phasewise.core.outbox import Outbox
@@ -106,11 +114,12 @@ class PrefillPhase:
                 self._note_push(job)
 
     def on_refused(self, message: KVRefused) -> None:
-        """The receiver can never take it: another attempt, or another request like it, would end the same way."""
+        """The receiver can never take it. Unless others may, another attempt would end the same way."""
         self._sender.outgoing.on_failed(message.transfer_id, message.reason)
+        kind = Unavailable if message.others_may else InternalError
         for job in list(self._jobs.values()):
             if job.handoff.transfer_id == message.transfer_id:
-                self.fail(job.request_id, InternalError(f"the KV handoff was refused: {message.reason}"))
+                self.fail(job.request_id, kind(f"the KV handoff was refused: {message.reason}"))
 
     def on_peer_lost(self, worker_id: WorkerId) -> None:
         """The decode worker is gone: no second offer to it can help."""

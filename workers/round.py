@@ -33,6 +33,8 @@ from phasewise.core.clock import Clock
 from phasewise.core.errors import InternalError, Unavailable
 from phasewise.core.messages import (
     AbortRequest,
+    ChangeRole,
+    Drain,
     GatewayLost,
     KVAbort,
     KVAccepted,
@@ -55,6 +57,7 @@ from phasewise.core.placement import WorkerState
 from phasewise.core.ports import LoadPort
 from phasewise.core.recent import RecentNames
 from prefill_workers.phase import PrefillPhase
+from workers.duties import Duties
 
 UNUSABLE = "the model computed NaN or infinite logits for this request; its KV or the weights may be damaged"
 BROKEN = "the engine failed on this request's batch; the worker's log has the cause"
@@ -119,7 +122,7 @@ class WorkerRound:
         self.info = info
         self.parts = parts
         self.limits = limits
-        self._state = WorkerState.READY
+        self.duties = Duties(info.worker_id, info.role, parts.prefill, parts.decode, parts.receiver.incoming, clock)
         self._loads = loads
         self._clock = clock
         self._over = _Over()
@@ -158,6 +161,10 @@ class WorkerRound:
                 parts.sender.outgoing.on_done(transfer_id)
             case ProbeLink():
                 parts.prober.start(message)
+            case Drain():
+                self.duties.drain(message)
+            case ChangeRole(role):
+                self.duties.change_role(role)
             case _:
                 self._on_end(message)
         return True
@@ -167,6 +174,7 @@ class WorkerRound:
     def begin(self) -> Step | None:
         """Ends what is over, offers and reserves, and plans the next step; None when there is nothing to compute."""
         parts = self.parts
+        self.duties.poll()
         parts.prefill.poll()
         parts.decode.poll(parts.prefill.scheduler.num_staying)
         parts.prober.poll()  # behind the parts of handoffs
@@ -220,12 +228,13 @@ class WorkerRound:
             parts.decode.next_deadline_s(),
             parts.sender.outgoing.next_deadline_s(),
             parts.prober.next_deadline_s(),
+            self.duties.next_deadline_s(),
             self._clock.now_s() + self.limits.heartbeat_s,
         )
 
     def stop(self) -> None:
         """Reports that no round follows."""
-        self._state = WorkerState.STOPPED
+        self.duties.state = WorkerState.STOPPED
         self.report(idle=True)
 
     # ---- the load
@@ -248,8 +257,8 @@ class WorkerRound:
         parts, prompts, decodes = self.parts, self.parts.prefill.scheduler, self.parts.decode.scheduler
         return WorkerLoad(
             worker_id=self.info.worker_id,
-            role=self.info.role,
-            state=self._state,
+            role=self.duties.role,
+            state=self.duties.state,
             num_waiting=len(prompts.waiting),
             num_running=len(prompts.running) + len(decodes.running),
             num_preempted=len(decodes.preempted),
@@ -267,22 +276,20 @@ class WorkerRound:
     def _on_task(self, task: PrefillTask) -> None:
         if task.request.request_id in self._over.requests or task.gateway_id in self._over.gateways:
             return  # its abort overtook it
-        if self._state is WorkerState.READY and self.info.role.can_prefill:
-            self.parts.prefill.on_task(task)
+        if reason := self.duties.refused_prompts():
+            self.parts.outbox.failure(task.gateway_id, task.request.request_id, Unavailable(reason))
         else:
-            error = Unavailable(f"worker {self.info.worker_id} ({self.info.role.value}) takes no prompts now")
-            self.parts.outbox.failure(task.gateway_id, task.request.request_id, error)
+            self.parts.prefill.on_task(task)
 
     def _on_offer(self, offer: KVOffer) -> None:
         over = self._over
         is_over = offer.transfer_id in over.transfers or offer.sender in over.workers
         if is_over or offer.request.request_id in over.requests or offer.gateway_id in over.gateways:
             self.parts.peers.send(offer.sender, KVFailed(offer.transfer_id, "it was cancelled"))
-        elif self._state is WorkerState.READY and self.info.role.can_decode:
-            self.parts.decode.on_offer(offer)
+        elif reason := self.duties.refused_offers():
+            self.parts.peers.send(offer.sender, KVRefused(offer.transfer_id, reason, others_may=True))
         else:
-            reason = f"worker {self.info.worker_id} ({self.info.role.value}) takes no handoffs now"
-            self.parts.peers.send(offer.sender, KVFailed(offer.transfer_id, reason))
+            self.parts.decode.on_offer(offer)
 
     def _on_end(self, message: WorkerMessage) -> None:
         """A request, a handoff, a link, a worker or a gateway has ended before its time."""

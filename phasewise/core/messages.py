@@ -6,7 +6,7 @@
     decode → prefill worker      KVAccepted, KVRefused, KVPartAck, KVDone, KVFailed
     worker → gateway             WorkerOutput: one per step and gateway
     worker → control plane       WorkerInfo once, WorkerLoad often
-    control plane → worker       PeerLost, GatewayLost
+    control plane → worker       PeerLost, GatewayLost, Drain, ChangeRole
     a worker's own links         LinkLost
 
 All are frozen, hold no tensors, and can be pickled. Times that cross a process are either durations left
@@ -77,10 +77,14 @@ class KVAccepted:
 
 @dataclass(frozen=True, slots=True)
 class KVRefused:
-    """The offer cannot be taken, ever: version, fingerprint or size do not fit, or its time is over."""
+    """The offer cannot be taken, ever: version, fingerprint or size do not fit, or its time is over.
+
+    `others_may`: another worker may take it. This one drains, or decodes no more.
+    """
 
     transfer_id: str
     reason: str
+    others_may: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +317,20 @@ class GatewayLost:
     gateway_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Take nothing new and give back what waits. What still runs after `time_left_s` is given back, too."""
+
+    time_left_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeRole:
+    """Do what `role` says from now on."""
+
+    role: WorkerRole
+
+
 WorkerMessage = (
     PrefillTask
     | AbortRequest
@@ -328,4 +346,6 @@ WorkerMessage = (
     | PeerLost
     | LinkLost
     | GatewayLost
+    | Drain
+    | ChangeRole
 )

@@ -22,6 +22,7 @@ from phasewise.core.messages import (
     KVOffer,
     KVPart,
     KVPartAck,
+    KVRefused,
     PeerLost,
 )
 from phasewise.core.placement import WorkerState
@@ -254,7 +255,8 @@ def test_the_abort_of_a_sample_does_not_keep_its_request_from_beginning() -> Non
 def test_a_role_refuses_what_is_not_its_own() -> None:
     prefill, decode = PureWorker("prefill"), PureWorker("decode")
     prefill.rounds.take(offer_of("r", 6))
-    assert "takes no handoffs now" in prefill.said(KVFailed)[0].reason
+    refused = prefill.said(KVRefused)[0]
+    assert "takes no handoffs now" in refused.reason and refused.others_may
     decode.ask("r", 6)
     decode.flush()
     assert [failure.code for failure in decode.failures] == ["unavailable"]
