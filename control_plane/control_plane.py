@@ -9,6 +9,7 @@ A control plane that was started again first learns who is there (keeper.py). Un
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ from phasewise.core.placement import Placement, PlaceRequest, WorkerId, WorkerRo
 from phasewise.core.view import GatewayInfo, MemberState, View
 
 logger = logging.getLogger(__name__)
+
+_LONGEST_WAIT_S = 120.0
+"""Of a request that lost its worker, for another one."""
 
 _HOPELESS = 3
 """So many processes of one name have ended soon after their start, before the cluster ever was up."""
@@ -134,8 +138,16 @@ class ControlPlane:
     # ---- requests
 
     async def place(self, request: PlaceRequest) -> Placement:
-        """Raises as ClusterScheduler.place."""
+        """A request that lost its worker waits for a successor; the gateway bounds that by the request's deadline.
+
+        Raises as ClusterScheduler.place.
+        """
         await self.keeper.recovered()
+        if request.attempt:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LONGEST_WAIT_S):
+                    while self.scheduler.why_unservable():
+                        await self.keeper.next_change()
         return self.scheduler.place(request)
 
     async def progress(self, news: Sequence[tuple[str, int | None]]) -> None:

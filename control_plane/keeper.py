@@ -85,6 +85,7 @@ class ClusterKeeper:
         self._drain_s = drain_s
         self._tasks: set[asyncio.Task[None]] = set()
         self._has_changed = asyncio.Event()
+        self._waiting: list[asyncio.Future[None]] = []
         self._is_recovered = asyncio.Event()
 
     @property
@@ -116,6 +117,16 @@ class ClusterKeeper:
     def changed(self) -> None:
         """Something happened that may call for a command."""
         self._has_changed.set()
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+
+    async def next_change(self) -> None:
+        """Returns when something happened; at the next heartbeat at the latest."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        await future
 
     def want(self, desired: DesiredState) -> None:
         self._membership.want(desired)

@@ -69,8 +69,14 @@ class WorkerDriver:
         self._kept: deque[_Entry] = deque()  # came inside a step
         self._in_flight: deque[tuple[Step, PendingStep]] = deque()
         self._stopping = False
+        self._began_s: float | None = None
 
     # ---- from any thread
+
+    @property
+    def step_began_s(self) -> float | None:
+        """When the round that runs began, by the clock; None while the loop waits. A hanging step makes it old."""
+        return self._began_s
 
     @property
     def info(self) -> WorkerInfo:
@@ -100,9 +106,12 @@ class WorkerDriver:
     def run(self) -> None:
         """Rounds until `stop`. Raises DeviceLost: only a new process can use the device again."""
         while not self._stopping:
+            self._began_s = self._clock.now_s()
             if not self.round():
                 self.rounds.report(idle=True)
+                self._began_s = None
                 self.wait()
+        self._began_s = None
         self.rounds.stop()
 
     def round(self) -> bool:

@@ -3,8 +3,7 @@
     READY      takes what its role now allows. The role may change while it works: what waits for the phase that is lost
                is given back, what runs in it goes on to its end
     DRAINING   takes nothing, and never does again. What waits is given back at once, what runs goes on to its end or to
-               the end of the drain time, and is given back then. The worker is drained when nothing of any request is
-               here, KV that others have not fetched included
+               the end of the drain time, and is given back then. The worker is drained when its load is empty
 
 To give a request back is to fail it with `Unavailable`: its gateway goes on with it elsewhere, from the token that it
 has. An offer is given back to its prefill worker, which does the same. What happens to sequences that run in a phase
@@ -70,19 +69,6 @@ class Duties:
         """Once a round, before a step is planned."""
         if self._end_s <= self._clock.now_s():
             self._leave_running()
-
-    @property
-    def is_drained(self) -> bool:
-        """Whether it drains, and nothing of any request is here."""
-        prompts, decodes = self._prefill.scheduler, self._decode.scheduler
-        return self.state is WorkerState.DRAINING and not (
-            prompts.waiting
-            or prompts.running
-            or prompts.handing_off
-            or decodes.running
-            or decodes.preempted
-            or self._decode.num_reservations
-        )
 
     def next_deadline_s(self) -> float:
         """When the drain time is over; infinity when never, or when it is over already."""

@@ -1,14 +1,16 @@
 """A worker's links: the object store's, and beside it a direct one where the device has such.
 
-Made before the model is loaded, so that the memory of parts on their way is in use when the KV cache is sized; opened
-when all workers are loaded and know each other's addresses, before any of them takes work.
+Made before the model is loaded, so that the memory of parts on their way is in use when the KV cache is sized. Every
+worker has what every role needs. Direct links are opened while workers serve, as the view shows them; until one is up,
+the object store carries.
 """
 
 from __future__ import annotations
 
+import logging
 import socket
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,15 +22,18 @@ from kv_transfer.routed_link import RoutedLink
 from kv_transfer.staging import check
 from kv_transfer.tcp_wire import TcpDevice
 from kv_transfer.wire import WireDevice
-from phasewise.core.errors import ConfigError, ServingError
+from phasewise.core.errors import ConfigError, TransferFailed
 from phasewise.core.handles import WorkerHandles
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.messages import KVPart
-from phasewise.core.placement import WorkerId, WorkerRole
+from phasewise.core.placement import WorkerId
 from workers.link_sizes import link_sizes
 from workers.settings import WorkerSettings
 
+logger = logging.getLogger(__name__)
+
 _OPEN_TIMEOUT_S = 60.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0  # before another try
 
 
 class Links:
@@ -48,37 +53,55 @@ class Links:
         if self._direct is not None:
             self.link = RoutedLink(self._direct, self._object_store)
         self.address = self._direct.address if self._direct is not None else ""
+        self._wanted: dict[WorkerId, threading.Event] = {}  # set when they are wanted no more
 
     def agree_on(self, spec: KVCacheSpec) -> None:
         """Says what the other ends must have, too. Before any of them opens a link to this worker."""
         if self._direct is not None:
             self._direct.identity.fingerprint = spec.content
 
-    def open(self, peers: Mapping[WorkerId, str]) -> ServingError | None:
-        """Opens the links to these workers, by address, all at once. Gives the first error."""
-        direct = self._direct
-        if direct is None or not peers:
-            return None
-        with ThreadPoolExecutor(len(peers), "open-links") as pool:
-            tries = [pool.submit(direct.open, peer, address, _OPEN_TIMEOUT_S) for peer, address in peers.items()]
-        errors = [str(error) for error in (attempt.exception() for attempt in tries) if error is not None]
-        if not errors:
-            return None
-        return ConfigError(f"transfer.link: {errors[0]}; or use transfer.link object_store", field="transfer.link")
+    def want(self, peer: WorkerId, address: str) -> None:
+        """Opens the direct link to a worker in the background, again and again until it is up or not wanted."""
+        if self._direct is not None and address and peer not in self._wanted:
+            is_over = self._wanted[peer] = threading.Event()
+            work = partial(self._open, self._direct, peer, address, is_over)
+            threading.Thread(target=work, name=f"open-{peer}", daemon=True).start()
+
+    def unwant(self, peer: WorkerId) -> None:
+        """Tries no more. A link that is up ends when the worker's loop hears that the peer is lost."""
+        if (is_over := self._wanted.pop(peer, None)) is not None:
+            is_over.set()
 
     def receive(self, sender: WorkerId, part: KVPart, array: np.ndarray) -> None:
         """A part that came through the object store. From one thread."""
         self._object_store.receive(sender, part, array)
 
     def close(self) -> None:
+        for peer in list(self._wanted):
+            self.unwant(peer)
         self.link.close()
+
+    def _open(self, direct: DirectLinks, peer: WorkerId, address: str, is_over: threading.Event) -> None:
+        pause_s = _FIRST_PAUSE_S
+        while not is_over.is_set():
+            try:
+                direct.open(peer, address, _OPEN_TIMEOUT_S)
+            except TransferFailed as error:
+                if not is_over.is_set():
+                    logger.warning("%s; the object store carries meanwhile", error.message)
+                is_over.wait(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            else:
+                if is_over.is_set():
+                    direct.forget(peer)
+                return
 
 
 def _direct_links(settings: WorkerSettings, post: Post, prepare_write: PrepareWrite) -> DirectLinks | None:
     transfer, link, sizes = settings.config.transfer, settings.config.transfer.link, link_sizes(settings.config)
     if link == "auto":
         link = "object_store" if settings.device == "cpu" else "nccl"
-    if link == "object_store" or settings.role is WorkerRole.MIXED:
+    if link == "object_store":
         return None
     host = own_address(settings.head or "127.0.0.1")
     device = wire_device(settings, link, host)
@@ -92,8 +115,8 @@ def _direct_links(settings: WorkerSettings, post: Post, prepare_write: PrepareWr
             fingerprint="",
             host=host,
             secret=settings.secret,
-            num_slabs_out=sizes.num_slabs if settings.role.can_prefill else 0,
-            num_slabs_in=sizes.num_slabs if settings.role.can_decode else 0,
+            num_slabs_out=sizes.num_slabs,
+            num_slabs_in=sizes.num_slabs,
             slab_bytes=sizes.slab_mib * 2**20,
             stall_s=transfer.stall_s,
         )

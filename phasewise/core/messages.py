@@ -290,6 +290,12 @@ class WorkerLoad:
     counters: dict[str, float] = field(default_factory=dict)
     number: int = 0
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether the worker has nothing of any request, KV that others have not fetched included."""
+        counts = (self.num_waiting, self.num_running, self.num_preempted, self.num_reservations, self.num_handoffs_out)
+        return not any(counts) and not self.num_used_blocks
+
 
 @dataclass(frozen=True, slots=True)
 class PeerLost:
