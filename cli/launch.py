@@ -1,46 +1,51 @@
-"""The composition root: makes every process of a cluster, wires them, and takes them down in order.
+"""Starts a cluster and stops it. What a cluster consists of is the control plane's affair: it makes all members.
 
-Start:   check model and ports → Ray → all processes at once → load (with progress) → connect → serve
-Stop:    gateway drains → control plane expects ends → workers stop → gateway closes its ports → Ray goes
+Start:   check model and ports → Ray → control plane → until every member is ready (with progress)
+Stop:    a private Ray's cluster: gateways drain → workers stop → Ray goes. One on a Ray of others goes on
 """
 
 from __future__ import annotations
 
 import logging
 import secrets
+import threading
 from collections.abc import Callable
 
-from cli.cluster import Cluster, watch_for_ends
+from cli.cluster import Cluster, ClusterWatch
 from cli.model_check import check_model
 from cli.ray_runtime import RayRuntime
-from cli.worker_plan import choose_device, worker_settings
+from cli.worker_plan import choose_device
+from control_plane.births import ClusterFacts
+from control_plane.control_plane import StartReport
 from control_plane.gateway.listening import check_port
 from control_plane.gateway.service import ModelCard
+from phasewise.core.birth import CONTROL_PLANE_NAME
 from phasewise.core.config import ServingConfig
 from phasewise.core.handles import ActorHandle
 from phasewise.core.messages import WorkerInfo
-from phasewise.core.model_source import ModelFacts, ModelSource, resolve_model
-from phasewise.core.placement import WorkerId, WorkerRole
+from phasewise.core.model_source import resolve_model
+from phasewise.core.view import GatewayInfo, View
 
 logger = logging.getLogger(__name__)
 
-GATEWAY_ID = "gateway-0"
 _PROGRESS_INTERVAL_S = 0.2
+_STOP_S = 60.0
+"""For all members to end, behind their drain."""
 
 Progress = Callable[[str, float], None]
 """Called with (what is being done, share done 0 … 1)."""
 
 
 class Launcher:
-    """Starts one cluster and stops it. Use as a context manager: leaving it leaves no process, no memory, no port."""
+    """Starts one cluster. Use as a context manager: leaving it leaves nothing of a private Ray, and of a cluster on
+    another Ray nothing unless it was up."""
 
     def __init__(self, config: ServingConfig, runtime: RayRuntime, progress: Progress) -> None:
         self._config = config
         self._runtime = runtime
         self._progress = progress
-        self._workers: dict[WorkerId, ActorHandle] = {}
-        self._gateway: ActorHandle = None
         self._control_plane: ActorHandle = None
+        self._watch: ClusterWatch | None = None
         self._is_up = False
 
     def __enter__(self) -> Launcher:
@@ -49,6 +54,11 @@ class Launcher:
     def __exit__(self, *_: object) -> None:
         self.stop(drain_s=0.0)
 
+    @property
+    def outlives_us(self) -> bool:
+        """Whether the cluster goes on when this process ends."""
+        return self._is_up and not self._runtime.is_private
+
     def start(self) -> Cluster:
         """Brings the cluster up.
 
@@ -56,98 +66,64 @@ class Launcher:
             ConfigError, ModelLoadError: something that the user can mend; nothing is left running.
         """
         config, ask = self._config, self._runtime.ask
-        source = resolve_model(config.model.path)
-        facts = check_model(source, config)
+        check_model(resolve_model(config.model.path), config)
         check_port(config.gateway.http, "http")
         check_port(config.gateway.grpc, "grpc")
+        check_port(config.admin.http, "admin")
         self._progress("starting processes", 0.0)
         collector = self._runtime.start()
         self._progress("starting processes", 0.5)
-        self._make_actors(collector)
-        http = ask(self._gateway.bind.remote())
-        infos = self._load()
-        self._connect(infos)
-        card = self._model_card(source, facts, infos)
-        grpc = ask(self._gateway.serve.remote(card, infos, self._workers, self._control_plane))
+        self._control_plane = self._make_control_plane(collector)
+        self._wait_until_up()
+        view: View = ask(self._control_plane.view.remote())
+        gateway = next(m.info for m in view.gateways() if isinstance(m.info, GatewayInfo))
+        card: ModelCard = ask(self._runtime.find(gateway.gateway_id).wait_serving.remote())
+        infos = [member.info for member in view.workers() if isinstance(member.info, WorkerInfo)]
+        addresses = {"http": gateway.http, "grpc": gateway.grpc, "admin": view.admin}
         self._is_up = True
-        cluster = Cluster(config, card.name, card.context_length, infos, {"http": http, "grpc": grpc})
-        watch_for_ends(cluster.ends, self._gateway, self._control_plane)
+        cluster = Cluster(config, card.name, card.context_length, infos, addresses)
+        self._watch = ClusterWatch(cluster.ends, self._runtime, self._control_plane)
+        self._watch.start()
         return cluster
 
     def stop(self, *, drain_s: float) -> None:
         """Stops in order; requests that are open get `drain_s` to finish. May be called again, and half-way up."""
         try:
-            if self._is_up:
-                self._is_up = False
-                self._stop_in_order(drain_s)
+            if self._watch is not None:
+                self._watch.stop()
+            control_plane, self._control_plane = self._control_plane, None
+            if control_plane is not None and not self.outlives_us:
+                self._stop_cluster(control_plane, drain_s)
         finally:
             self._runtime.close()
 
-    def _stop_in_order(self, drain_s: float) -> None:
-        ask, wait_all = self._runtime.ask, self._runtime.wait_all
-        for step in (
-            lambda: ask(self._gateway.drain.remote(drain_s), drain_s + 10.0),
-            lambda: ask(self._control_plane.stop.remote(), 10.0),
-            lambda: wait_all([w.stop.remote() for w in self._workers.values()], 15.0),
-            lambda: ask(self._gateway.stop.remote(), 15.0),
-        ):
-            try:
-                step()
-            except Exception as error:  # a process that is gone must not keep the others from ending
-                logger.warning("while stopping: %s", " ".join(str(error).split())[:300])
+    def _stop_cluster(self, control_plane: ActorHandle, drain_s: float) -> None:
+        try:
+            self._runtime.ask(control_plane.stop.remote(drain_s), drain_s + _STOP_S)
+        except Exception as error:  # a process that is gone must not keep the others from ending
+            logger.warning("while stopping: %s", " ".join(str(error).split())[:300])
+        if not self._runtime.is_private:
+            self._runtime.kill(control_plane)
 
-    def _make_actors(self, collector: str | None) -> None:
-        from control_plane.actors import ControlPlaneActor, GatewayActor, GatewaySettings  # Ray: once it is set up
+    def _make_control_plane(self, collector: str | None) -> ActorHandle:
+        from control_plane.actors import GatewayActor  # Ray: once it is set up
+        from control_plane.control_plane_actor import ControlPlaneActor, ControlPlaneSettings
         from workers.actor import WorkerActor
 
-        config, make = self._config, self._runtime.make
-        device = choose_device(config, self._runtime.num_gpus())
-        head = self._runtime.head_address()
-        self._control_plane = make(ControlPlaneActor, "control-plane", config, collector)
-        self._gateway = make(
-            GatewayActor, GATEWAY_ID, GatewaySettings(GATEWAY_ID, config, collector), max_concurrency=10_000
-        )
-        for s in worker_settings(config, device, collector, secrets.token_hex(16), head):
-            num_gpus = 0 if s.device == "cpu" else s.tensor_parallel
-            self._workers[s.worker_id] = make(WorkerActor, s.worker_id, s, num_gpus=num_gpus, max_concurrency=1000)
+        config, runtime = self._config, self._runtime
+        device = choose_device(config, *runtime.gpus())
+        facts = ClusterFacts(config, device, collector, secrets.token_hex(16), runtime.head_address())
+        settings = ControlPlaneSettings(facts, WorkerActor, GatewayActor, outlives_launcher=not runtime.is_private)
+        return runtime.make(ControlPlaneActor, CONTROL_PLANE_NAME, settings, max_restarts=-1, max_concurrency=10_000)
 
-    def _load(self) -> list[WorkerInfo]:
-        """Waits until every process has loaded, and reports the slowest worker's progress meanwhile."""
-        loads = [worker.load.remote() for worker in self._workers.values()]
-        waiting = [self._gateway.load.remote(), *loads]
-        while waiting:
-            waiting = self._runtime.ask_next(waiting, _PROGRESS_INTERVAL_S)
-            asked = [worker.progress.remote() for worker in self._workers.values()]
-            shares = self._runtime.ask_all(asked, timeout_s=None)  # a process that loads may be busy for long
-            self._progress("loading the model", min(shares))
-        return self._runtime.ask_all(loads)
-
-    def _connect(self, infos: list[WorkerInfo]) -> None:
-        ask, ask_all, workers = self._runtime.ask, self._runtime.ask_all, self._workers
-        gateways = {GATEWAY_ID: self._gateway}
-        ask_all([w.connect.remote(workers, gateways, self._control_plane) for w in workers.values()])
-        self._open_links(infos)
-        ask_all([w.start.remote() for w in workers.values()])
-        ask_all([self._control_plane.join.remote(info, workers[info.worker_id]) for info in infos])
-        ask(self._control_plane.join_gateway.remote(GATEWAY_ID, self._gateway))
-        ask(self._control_plane.start_health_checks.remote())
-
-    def _open_links(self, infos: list[WorkerInfo]) -> None:
-        """Between every prefill and every decode worker, all at once."""
-        targets = {i.worker_id: i.link_address for i in infos if i.role is WorkerRole.DECODE and i.link_address}
-        senders = [i.worker_id for i in infos if i.role is WorkerRole.PREFILL and i.link_address]
-        if targets and senders:
-            self._progress("opening links", 0.0)
-            self._runtime.ask_all([self._workers[worker_id].open_links.remote(targets) for worker_id in senders])
-
-    def _model_card(self, source: ModelSource, facts: ModelFacts, infos: list[WorkerInfo]) -> ModelCard:
-        return ModelCard(
-            name=self._config.model.served_name or source.name,
-            context_length=min(info.max_model_len for info in infos),
-            vocab_size=facts.vocab_size,
-            dtype=infos[0].dtype,
-            created_unix_s=int(source.path.stat().st_mtime),
-            eos_token_ids=facts.eos_token_ids,
-            has_chat_template=self._runtime.ask(self._gateway.has_chat_template.remote()),
-            sampling=facts.sampling,
-        )
+    def _wait_until_up(self) -> None:
+        """Until every member is ready. Who is not within `health.start_s` is ended by the control plane."""
+        pause = threading.Event()
+        while True:
+            report: StartReport = self._runtime.ask(self._control_plane.start_report.remote())
+            if report.failure is not None:
+                raise report.failure
+            if report.is_up:
+                return
+            self._progress("loading the model", report.share)
+            pause.wait(_PROGRESS_INTERVAL_S)

@@ -14,7 +14,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from enum import Enum
 from typing import Any
 
 from cli.private_ray import private_ray_environment
@@ -27,6 +27,21 @@ LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 """Where a private Ray listens. On Linux it replaces 127.0.0.1 itself by an address that the network can reach."""
 
 _CALL_TIMEOUT_S = 120.0
+
+
+class Outcome(Enum):
+    """Of a call to an actor.
+
+    OPEN        no answer yet
+    ANSWERED    it has returned
+    UNREACHED   the actor's process has ended, and may be started again; or the call failed
+    ENDED       the actor has ended for good
+    """
+
+    OPEN = "open"
+    ANSWERED = "answered"
+    UNREACHED = "unreached"
+    ENDED = "ended"
 
 
 class RayRuntime:
@@ -57,7 +72,7 @@ class RayRuntime:
 
         self._ray = ray
         options = {
-            "namespace": f"phasewise-{os.getpid()}",
+            "namespace": self._config.namespace,
             "log_to_driver": False,
             "logging_level": logging.ERROR,
         }
@@ -70,8 +85,15 @@ class RayRuntime:
         """Shuts Ray down, at whatever point of its life this is; a joined one goes on for others."""
         self._exit.close()
 
-    def num_gpus(self) -> int:
-        return int(self._ray.cluster_resources().get("GPU", 0))
+    @property
+    def is_private(self) -> bool:
+        """Whether this Ray was started here, and ends here."""
+        return self._config.address == "local"
+
+    def gpus(self) -> tuple[int, int]:
+        """How many GPUs there are, and how many of them nobody has taken."""
+        there, free = self._ray.cluster_resources(), self._ray.available_resources()
+        return int(there.get("GPU", 0)), int(free.get("GPU", 0))
 
     def head_address(self) -> str:
         """The address of the cluster's first node."""
@@ -79,24 +101,53 @@ class RayRuntime:
         return next(str(n["NodeManagerAddress"]) for n in nodes if "node:__internal_head__" in n["Resources"])
 
     def make(self, actor_class: type, name: str, *arguments: Any, **options: Any) -> ActorHandle:
-        """A process with one object of `actor_class`, made of `arguments`. `options`: of Ray's actors."""
-        return self._ray.remote(num_cpus=0)(actor_class).options(name=name, **options).remote(*arguments)
+        """A process with one object of `actor_class`, made of `arguments`. It lives on when this process ends.
+
+        `options`: of Ray's actors. Raises ConfigError when there is one of that name.
+        """
+        options |= {"name": name, "lifetime": "detached", "num_cpus": 0}
+        try:
+            return self._ray.remote(actor_class).options(**options).remote(*arguments)
+        except ValueError:
+            raise ConfigError(
+                f"ray.namespace: a cluster runs in {self._config.namespace!r} already; stop it with 'phasewise stop', "
+                "or give this one another namespace",
+                field="ray.namespace",
+            ) from None
+
+    def find(self, name: str) -> ActorHandle:
+        """The actor of that name."""
+        return self._ray.get_actor(name)
+
+    def kill(self, actor: ActorHandle) -> None:
+        """Ends an actor for good."""
+        self._ray.kill(actor)
 
     def ask(self, ref: Any, timeout_s: float = _CALL_TIMEOUT_S) -> Any:
         return value_of(self._ray.get(ref, timeout=timeout_s))
 
-    def ask_all(self, refs: Sequence[Any], timeout_s: float | None = _CALL_TIMEOUT_S) -> list[Any]:
-        return [value_of(value) for value in self._ray.get(list(refs), timeout=timeout_s)]
+    def outcome(self, ref: Any, timeout_s: float) -> Outcome:
+        """What became of a call within `timeout_s`."""
+        from ray.exceptions import ActorDiedError, RayError
 
-    def ask_next(self, refs: Sequence[Any], timeout_s: float) -> list[Any]:
-        """Waits until one of `refs` has its answer, or for `timeout_s`. Gives those that have none yet."""
-        done, waiting = self._ray.wait(list(refs), num_returns=1, timeout=timeout_s)
-        self.ask_all(done)
-        return list(waiting)
+        try:
+            self._ray.get(ref, timeout=timeout_s)
+        except self._ray.exceptions.GetTimeoutError:
+            return Outcome.OPEN
+        except ActorDiedError:
+            return Outcome.ENDED
+        except RayError:
+            return Outcome.UNREACHED
+        return Outcome.ANSWERED
 
-    def wait_all(self, refs: Sequence[Any], timeout_s: float) -> None:
-        """Waits for all answers, also where some are errors: a worker that is lost must not hurry the others."""
-        self._ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s)
+    def is_alive(self) -> bool:
+        """Whether Ray's own control process takes connections."""
+        host, _, port = self._ray.get_runtime_context().gcs_address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=5.0).close()
+        except OSError:
+            return False
+        return True
 
     def _join(self, options: dict[str, Any]) -> None:
         address = self._config.address

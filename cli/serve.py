@@ -60,6 +60,9 @@ def serve_command(
         typer.Option(help="Share of a GPU's memory that a worker may fill [default: 0.9]", show_default=False),
     ] = None,
     log_format: Annotated[str | None, typer.Option(help="text or json [default: text]", show_default=False)] = None,
+    admin: Annotated[
+        str | None, typer.Option(help="HOST:PORT of the admin API [default: 127.0.0.1:8001]", show_default=False)
+    ] = None,
 ) -> None:
     """Start a cluster on this machine: a gateway, prefill workers and decode workers.
 
@@ -84,6 +87,7 @@ def serve_command(
         device,
         gpu_memory_utilization,
         log_format,
+        admin,
     )
     serve(load_config(config, overrides))
 
@@ -210,13 +214,13 @@ def _announce(cluster: Cluster) -> None:
     counts = Counter(info.role.value for info in cluster.workers)
     pools = " + ".join(f"{count} {role}" for role, count in counts.items())
     first = cluster.workers[0]
-    http, grpc = cluster.addresses["http"], cluster.addresses["grpc"]
+    http, grpc, admin = (cluster.addresses[name] for name in ("http", "grpc", "admin"))
     if cluster.config.logging.format == "json":
-        logger.info("ready: %s, %s, http://%s, grpc %s", cluster.model_name, pools, http, grpc)
+        logger.info("ready: %s, %s, http://%s, grpc %s, admin %s", cluster.model_name, pools, http, grpc, admin)
         return
     print(
         f"Phasewise serves {cluster.model_name} ({first.dtype} on {first.device}, context {cluster.context_length}) "
-        f"with {pools} at http://{http} and grpc {grpc}\n"
+        f"with {pools} at http://{http} and grpc {grpc} (admin {admin})\n"
         f"Try:  curl http://{http}/v1/chat/completions -H 'Content-Type: application/json' "
         """-d '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}'""",
         flush=True,
@@ -236,6 +240,7 @@ def _overrides(
     device: str | None,
     gpu_memory_utilization: float | None,
     log_format: str | None,
+    admin: str | None,
 ) -> dict[str, Any]:
     """The flags that were given, in the form of the configuration."""
     pools = {"prefill": prefill, "decode": decode, "mixed": mixed}
@@ -243,6 +248,7 @@ def _overrides(
         "model": {"path": model, "dtype": dtype, "weights": weights, "device": device},
         "cache": {"dtype": kv_cache_dtype, "gpu_memory_utilization": gpu_memory_utilization},
         "gateway": {"http": http, "grpc": grpc},
+        "admin": {"http": admin},
         "logging": {"format": log_format},
         "pools": {name: None if workers is None else {"workers": workers} for name, workers in pools.items()},
     }

@@ -6,13 +6,16 @@ tell who is alive and how full.
 
 Event                        Decision
     worker_joined              requests may be placed on it
-    worker_lost                none is placed on it any more; each gateway moves its own requests, by `place`
+    worker_changed             its role or state is another
+    worker_lost                it is forgotten; each gateway moves its own requests, by `place`
+    gateway_lost               its attempts are over
     place(request)             a Placement, or Overloaded, or Unavailable
+    restore(attempt)           a placement of before this process was made: a gateway still has it
     first_token(id)            the prompt's work is off the prefill worker
     finished(id)               all its work is off
-    tick()                     workers that were silent for too long, now marked lost
 
-Each attempt at a request is placed under an id of its own, and ended like a request.
+Each attempt at a request is placed under an id of its own, and ended like a request. Who is in the cluster is decided
+in membership.py, which calls this.
 """
 
 from __future__ import annotations
@@ -25,9 +28,10 @@ from control_plane.serving_pools import why_unservable
 from control_plane.worker_registry import WorkerRegistry
 from phasewise.core.clock import Clock
 from phasewise.core.errors import Overloaded, Unavailable
-from phasewise.core.listened import ListenedTime
+from phasewise.core.heartbeat import OpenAttempt
+from phasewise.core.identity import MemberId
 from phasewise.core.messages import WorkerInfo, WorkerLoad
-from phasewise.core.placement import Placement, PlaceRequest, WorkerId, WorkerRole
+from phasewise.core.placement import Placement, PlaceRequest, WorkerId, WorkerRole, WorkerState
 from phasewise.core.profile import DeviceProfile
 from phasewise.core.recent import RecentNames
 
@@ -47,22 +51,23 @@ class _Entry:
 
     placement: Placement
     arrival: Arrival
+    gateway_id: MemberId
     prefill_pending: bool = True
 
 
 class ClusterScheduler:
-    """The ledger of open attempts, placement, and which workers are silent.
+    """The ledger of open attempts, and placement.
 
-    `max_waiting` bounds the prompts that are placed on a prefill-capable worker and have no first token yet. A worker
-    that is silent for `overdue_s` of listened time (listened.py) is lost. `candidates` has every worker that ever
-    joined, with its work: to be read only.
+    `max_waiting` bounds the prompts that are placed on a prefill-capable worker and have no first token yet.
+    `candidates` has the workers with their work: to be read only.
     """
 
-    def __init__(self, clock: Clock, *, max_waiting: int, overdue_s: float, heartbeat_s: float) -> None:
-        self.listened = ListenedTime(clock, heartbeat_s)
-        self.registry = WorkerRegistry(self.listened, overdue_s)
+    def __init__(self, clock: Clock, *, max_waiting: int) -> None:
+        self.registry = WorkerRegistry()
         self.candidates: dict[WorkerId, Candidate] = {}
+        self._clock = clock
         self._max_waiting = max_waiting
+        self._pools: set[WorkerRole] = set()  # roles that workers ever had
         self._entries: dict[str, _Entry] = {}  # by the id of the attempt
         self._profiles: dict[_Kind, DeviceProfile] = {}
         self._ended_early = RecentNames()  # ids of attempts whose end came before they were placed
@@ -77,6 +82,7 @@ class ClusterScheduler:
 
     def worker_joined(self, info: WorkerInfo) -> None:
         self.registry.join(info)
+        self._pools.add(info.role)
         # Workers of one kind are equally fast. What each measured while others started beside it is noise, and would
         # leave one of two equals without work.
         kind = _kind(info)
@@ -90,24 +96,24 @@ class ClusterScheduler:
     def worker_load(self, load: WorkerLoad) -> None:
         self.registry.update(load)
 
+    def worker_changed(self, worker_id: WorkerId, role: WorkerRole, state: WorkerState) -> None:
+        """Requests are placed on a ready worker alone, for the phases of its role."""
+        self._pools.add(role)
+        self.registry.change(worker_id, role, state)
+
     def worker_lost(self, worker_id: WorkerId) -> bool:
-        """True when this is news, so that everybody is told once."""
-        return self.registry.mark_lost(worker_id)
+        """Forgets a worker. True when it was known. Attempts on it are ended by their gateways."""
+        self.candidates.pop(worker_id, None)
+        return self.registry.forget(worker_id)
 
-    def tick(self) -> list[WorkerId]:
-        """Marks overdue workers lost and returns them; the first tick after a pause marks nobody.
-
-        To be called every `heartbeat_s`.
-        """
-        self.listened.tick()
-        if self.listened.is_behind_pause:
-            return []  # reports may wait to be read
-        return [worker_id for worker_id in self.registry.overdue() if self.worker_lost(worker_id)]
+    def gateway_lost(self, gateway_id: MemberId) -> None:
+        """Its attempts are over: nobody else would say so."""
+        for request_id in [r for r, entry in self._entries.items() if entry.gateway_id == gateway_id]:
+            self.finished(request_id, 0)
 
     def why_unservable(self) -> str:
-        """Why no request can be served; "" when one can. Lost workers do not come back, so this does not either."""
-        pools = {member.info.role for member in self.registry.members()}
-        return why_unservable(pools, {member.load.role for member in self.registry.ready()})
+        """Why no request can be served; "" when one can."""
+        return why_unservable(self._pools, {member.load.role for member in self.registry.ready()})
 
     # ---- requests
 
@@ -115,7 +121,8 @@ class ClusterScheduler:
         """Chooses both workers; one of `avoid` only where there is no other of its kind.
 
         A further attempt is never refused for full queues: its request was taken already. An attempt that has ended
-        before it is placed is refused: nobody would ever take it out of the ledger.
+        before it is placed is refused: nobody would ever take it out of the ledger. One that is asked for again, for
+        the answer did not arrive, is placed where it was.
 
         Raises:
             Unavailable: no pair of workers is ready, or the attempt has ended.
@@ -123,6 +130,8 @@ class ClusterScheduler:
         """
         if request.request_id in self._ended_early:
             raise Unavailable("the request ended while it was placed")
+        if request.request_id in self._entries:
+            return self._entries[request.request_id].placement
         expected = min(float(request.max_tokens), self._expected_tokens)
         arrival = Arrival(request.request_id, request.num_prompt_tokens, request.num_samples, expected)
         prefills, decodes, mixed = self._ready()
@@ -137,19 +146,26 @@ class ClusterScheduler:
         if pair is None:
             raise Overloaded(f"{self._max_waiting} prompts wait at every prefill worker already", retry_after_s=1.0)
         placement = Placement(request.request_id, *pair, request.attempt)
-        self._entries[request.request_id] = _Entry(placement, arrival)
-        self.candidates[placement.prefill_worker].add_prompt(arrival, +1)
-        self.candidates[placement.decode_worker].add_decode(arrival, +1)
+        self._enter(_Entry(placement, arrival, request.gateway_id))
         for worker_id in set(pair):
             self.candidates[worker_id].num_placed += 1
         return placement
+
+    def restore(self, attempt: OpenAttempt, gateway_id: MemberId) -> None:
+        """An attempt that was placed before this process was made."""
+        expected = min(float(attempt.max_tokens), self._expected_tokens)
+        placement = attempt.placement
+        arrival = Arrival(placement.request_id, attempt.num_prompt_tokens, attempt.num_samples, expected)
+        self._enter(_Entry(placement, arrival, gateway_id))
+        if attempt.has_first_token:
+            self.first_token(placement.request_id)
 
     def first_token(self, request_id: str) -> None:
         """The prompt is computed. Ignored when the attempt is not open, or has said so before."""
         entry = self._entries.get(request_id)
         if entry is not None and entry.prefill_pending:
             entry.prefill_pending = False
-            self.candidates[entry.placement.prefill_worker].add_prompt(entry.arrival, -1)
+            self._count_prompt(entry, -1)
 
     def finished(self, request_id: str, num_output_tokens: int) -> None:
         """The attempt is over, however it ended; its output length teaches what to expect."""
@@ -158,11 +174,24 @@ class ClusterScheduler:
             self._ended_early.add(request_id)
             return
         if entry.prefill_pending:
-            self.candidates[entry.placement.prefill_worker].add_prompt(entry.arrival, -1)
-        self.candidates[entry.placement.decode_worker].add_decode(entry.arrival, -1)
+            self._count_prompt(entry, -1)
+        self._count_decode(entry, -1)
         if num_output_tokens > 0:
             per_sample = num_output_tokens / entry.arrival.num_samples
             self._expected_tokens += _SMOOTHING * (per_sample - self._expected_tokens)
+
+    def _enter(self, entry: _Entry) -> None:
+        self._entries[entry.placement.request_id] = entry
+        self._count_prompt(entry, +1)
+        self._count_decode(entry, +1)
+
+    def _count_prompt(self, entry: _Entry, sign: int) -> None:
+        if worker := self.candidates.get(entry.placement.prefill_worker):  # else it is gone
+            worker.add_prompt(entry.arrival, sign)
+
+    def _count_decode(self, entry: _Entry, sign: int) -> None:
+        if worker := self.candidates.get(entry.placement.decode_worker):
+            worker.add_decode(entry.arrival, sign)
 
     def _ready(self) -> Pools:
         by_role: dict[WorkerRole, list[Candidate]] = {role: [] for role in WorkerRole}

@@ -6,13 +6,13 @@ A LinkAsker reaches the workers: in a cluster by calls to their actors (control_
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from phasewise.core.clock import Clock
 from phasewise.core.config import TransferConfig
-from phasewise.core.errors import InvalidRequest, Unavailable
+from phasewise.core.errors import InvalidRequest, Overloaded, Unavailable
 from phasewise.core.links import (
     NO_TIME_LEFT,
     PROBE_ALIGNMENT,
@@ -129,3 +129,41 @@ async def _fastest(pair: Pair, num_bytes: int, asker: LinkAsker, end_s: float, c
         if best.seconds is None or probe.seconds < best.seconds:
             best = probe
     return best
+
+
+class LinkSurveyor:
+    """The surveys of one cluster. `workers` gives the workers of the moment, and what each last said."""
+
+    def __init__(
+        self,
+        transfer: TransferConfig,
+        workers: Callable[[], list[tuple[WorkerInfo, WorkerLoad]]],
+        asker: LinkAsker,
+        clock: Clock,
+    ) -> None:
+        self._transfer = transfer
+        self._workers = workers
+        self._asker = asker
+        self._clock = clock
+        self._is_probing = False
+
+    async def look(self) -> LinkSurvey:
+        """What workers know of the links between them. Raises Unavailable when one does not answer."""
+        return await look(self._transfer, self._workers(), self._asker)
+
+    async def probe(self, sizes: Sequence[int], timeout_s: float) -> LinkSurvey:
+        """The same, measured. One at a time: two would measure each other.
+
+        Raises:
+            Overloaded: the links are being measured already.
+            Unavailable: a worker does not answer.
+        """
+        if self._is_probing:
+            raise Overloaded("the links are being probed already; ask again later", retry_after_s=timeout_s)
+        self._is_probing = True
+        try:
+            before = await self.look()
+            probes = await measure(before.pairs, self._asker, sizes, timeout_s, self._clock)
+            return (await self.look()).with_probes(probes)  # with what the links have learnt
+        finally:
+            self._is_probing = False

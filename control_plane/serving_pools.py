@@ -1,7 +1,7 @@
 """Which pools can serve a request, and which have no worker left. Pure; used by the control plane and every gateway.
 
-A request needs a prefill and a decode worker, or a mixed one. A gateway is told of each lost worker and of the control
-plane's end, so it answers health checks without a call.
+A request needs a prefill and a decode worker, or a mixed one. A gateway follows the view, so it answers health checks
+without a call.
 """
 
 from __future__ import annotations
@@ -22,23 +22,22 @@ def why_unservable(pools: Collection[WorkerRole], ready: Collection[WorkerRole])
 
 
 class ServingPools:
-    """A gateway's knowledge of the pools: the workers that it was told of at the start, less those that were lost."""
+    """A gateway's knowledge of the pools: the workers that take requests, by role."""
 
     def __init__(self, roles: Mapping[WorkerId, WorkerRole]) -> None:
-        self._pools = frozenset(roles.values())
+        self._pools = set(roles.values())
         self._ready = dict(roles)
-        self._has_control_plane = True
+
+    def worker_ready(self, worker_id: WorkerId, role: WorkerRole) -> None:
+        """The worker takes requests in this role."""
+        self._pools.add(role)
+        self._ready[worker_id] = role
 
     def worker_lost(self, worker_id: WorkerId) -> None:
+        """The worker takes no requests: for now, or because it is gone."""
         self._ready.pop(worker_id, None)
-
-    def control_plane_lost(self) -> None:
-        """From now on no request can be placed."""
-        self._has_control_plane = False
 
     @property
     def why_unservable(self) -> str:
         """Why a request sent now would not be placed; "" when it would."""
-        if not self._has_control_plane:
-            return "the control plane has ended: no request can be placed"
         return why_unservable(self._pools, self._ready.values())

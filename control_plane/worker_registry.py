@@ -1,24 +1,22 @@
-"""Who is in the cluster, what each last said, and who has been silent for too long. Pure.
+"""The workers that requests are placed on, with what each last said. Pure.
 
-Silence is counted in listened time (listened.py): a pause of this process is not the workers'.
+Who is in it, in which role and state, is said by the view (membership.py); a worker that is gone is forgotten.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from phasewise.core.listened import ListenedTime
 from phasewise.core.messages import WorkerInfo, WorkerLoad
-from phasewise.core.placement import WorkerId, WorkerState
+from phasewise.core.placement import WorkerId, WorkerRole, WorkerState
 
 
 @dataclass(slots=True)
 class Member:
-    """A worker as the control plane knows it. `heard_s` is listened time."""
+    """A worker as the ledger knows it. `load.role` and `load.state` are the view's, whatever the worker reports."""
 
     info: WorkerInfo
     load: WorkerLoad
-    heard_s: float
 
     @property
     def is_ready(self) -> bool:
@@ -26,53 +24,43 @@ class Member:
 
 
 class WorkerRegistry:
-    """Members by id. Lost workers stay in the list, marked, so that status can show them.
+    """Workers by id."""
 
-    A worker is overdue when it has not reported for `overdue_s` of listened time.
-    """
-
-    def __init__(self, listened: ListenedTime, overdue_s: float) -> None:
-        self.overdue_s = overdue_s
-        self._listened = listened
+    def __init__(self) -> None:
         self._members: dict[WorkerId, Member] = {}
 
     def join(self, info: WorkerInfo) -> None:
         load = WorkerLoad(info.worker_id, info.role, WorkerState.READY, num_kv_blocks=info.num_kv_blocks)
-        self._members[info.worker_id] = Member(info, load, self._listened.now_s())
+        self._members[info.worker_id] = Member(info, load)
 
     def update(self, load: WorkerLoad) -> None:
-        """Takes a report; one that a newer overtook, or of a worker that is unknown or lost, is ignored."""
+        """Takes a report; one that a newer overtook, or of a worker that is unknown, is ignored."""
         member = self._members.get(load.worker_id)
-        if member is None or member.load.state is WorkerState.LOST:
-            return
-        if load.number >= member.load.number:
-            member.load = load
-        member.heard_s = self._listened.now_s()
+        if member is not None and load.number >= member.load.number:
+            member.load = replace(load, role=member.load.role, state=member.load.state)
 
-    def mark_lost(self, worker_id: WorkerId) -> bool:
-        """True when this is news."""
+    def change(self, worker_id: WorkerId, role: WorkerRole, state: WorkerState) -> None:
+        """The view has the worker in another role or state."""
         member = self._members.get(worker_id)
-        if member is None or member.load.state is WorkerState.LOST:
-            return False
-        member.load = WorkerLoad(worker_id, member.load.role, WorkerState.LOST)
-        return True
+        if member is not None:
+            member.load = replace(member.load, role=role, state=state)
 
-    def overdue(self) -> list[WorkerId]:
-        """Ready workers that have been silent for too long."""
-        limit_s = self._listened.now_s() - self.overdue_s
-        return [m.info.worker_id for m in self._members.values() if m.is_ready and m.heard_s < limit_s]
+    def forget(self, worker_id: WorkerId) -> bool:
+        """True when the worker was known."""
+        return self._members.pop(worker_id, None) is not None
 
     def members(self) -> list[Member]:
-        """Copies of all, lost ones included."""
+        """Copies of all."""
         return [replace(m) for m in self._members.values()]
-
-    def present(self) -> list[WorkerId]:
-        """The workers that are not lost."""
-        return [m.info.worker_id for m in self._members.values() if m.load.state is not WorkerState.LOST]
-
-    def lost(self) -> list[WorkerId]:
-        return [m.info.worker_id for m in self._members.values() if m.load.state is WorkerState.LOST]
 
     def ready(self) -> list[Member]:
         """The workers that requests may be placed on: not copies, to be read at once."""
         return [m for m in self._members.values() if m.is_ready]
+
+    def burden(self, worker_id: WorkerId) -> int:
+        """Prompts and sequences that the worker would have to move or finish; 0 when it is unknown."""
+        member = self._members.get(worker_id)
+        if member is None:
+            return 0
+        load = member.load
+        return load.num_waiting + load.num_running + load.num_preempted + load.num_reservations + load.num_handoffs_out

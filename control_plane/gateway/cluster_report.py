@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from phasewise.core.identity import name_of
 from phasewise.core.messages import WorkerInfo, WorkerLoad
 
 
@@ -11,6 +12,7 @@ def worker_report(info: WorkerInfo, load: WorkerLoad) -> dict[str, Any]:
     """One worker: what it is, and what it last said of its load."""
     return {
         "id": info.worker_id,
+        "name": name_of(info.worker_id),
         "pid": info.pid,
         "role": load.role.value,
         "state": load.state.value,

@@ -20,9 +20,10 @@ from control_plane.gateway.text.detokenizer import TokenTexts
 from control_plane.metrics import GatewayMetrics
 from phasewise.core.clock import Clock
 from phasewise.core.errors import InternalError, ServingError, Unavailable
+from phasewise.core.heartbeat import OpenAttempt
 from phasewise.core.lifecycle import RequestStatus
 from phasewise.core.messages import WorkerOutput
-from phasewise.core.placement import WorkerId
+from phasewise.core.placement import Placement, WorkerId
 from phasewise.core.ports import PeerPort
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,11 @@ class RequestDriver:
         """Takes what one step of one worker has for this gateway."""
         for attempt in self._attempts.deliver(output):
             self._place_again(attempt)
+
+    def open_attempts(self) -> tuple[OpenAttempt, ...]:
+        """What is placed, for a control plane that builds its ledger anew."""
+        attempts = [attempt for record in self._attempts.open_requests for attempt in record.attempts.values()]
+        return tuple(_as_open(a, a.placement) for a in attempts if a.placement is not None)
 
     def worker_lost(self, worker_id: WorkerId) -> None:
         for attempt in self._attempts.worker_lost(worker_id):
@@ -191,3 +197,10 @@ class RequestDriver:
             logger.error("%s", message, extra={"request_id": record.request_id})
         else:
             self._lines.log(logger, logging.WARNING, record.error.code, message, record.request_id)
+
+
+def _as_open(attempt: Attempt, placement: Placement) -> OpenAttempt:
+    wanted = attempt.wanted
+    return OpenAttempt(
+        placement, wanted.num_prompt_tokens, wanted.num_samples, wanted.max_tokens, attempt.has_first_token
+    )

@@ -29,8 +29,9 @@ from control_plane.metrics import GatewayMetrics
 from control_plane.serving_pools import ServingPools
 from phasewise.core.clock import Clock
 from phasewise.core.errors import ServingError, Unavailable
+from phasewise.core.heartbeat import OpenAttempt
 from phasewise.core.messages import WorkerOutput
-from phasewise.core.placement import WorkerId
+from phasewise.core.placement import WorkerId, WorkerRole
 from phasewise.core.ports import PeerPort
 
 
@@ -176,9 +177,17 @@ class InferenceGateway:
         self._pools.worker_lost(worker_id)
         self._requests.worker_lost(worker_id)
 
-    def control_plane_lost(self) -> None:
-        """Nothing can be placed from now on; what workers have goes on."""
-        self._pools.control_plane_lost()
+    def worker_ready(self, worker_id: WorkerId, role: WorkerRole) -> None:
+        """The worker takes requests."""
+        self._pools.worker_ready(worker_id, role)
+
+    def worker_paused(self, worker_id: WorkerId) -> None:
+        """The worker takes no new requests, and goes on with those that it has."""
+        self._pools.worker_lost(worker_id)
+
+    def open_attempts(self) -> tuple[OpenAttempt, ...]:
+        """What is placed, for a control plane that builds its ledger anew."""
+        return self._requests.open_attempts()
 
     def _check_admission(self) -> None:
         if reason := self.unready_reason:

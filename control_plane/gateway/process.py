@@ -1,118 +1,157 @@
-"""A gateway's process without Ray: its ports, its tokenizer, its service, and their end.
+"""A gateway's process without Ray: its ports, its tokenizer, its service, its place in the cluster, and its end.
 
-1. made
-2. bound      `bind`: the HTTP port is taken
-3. loaded     `load`: the tokenizer is read
-4. serving    `serve`: requests are taken at both ports
-5. draining   `drain`: none is taken any more, those that are open end
-6. stopped    `stop`: the ports are closed
+1. bound      the HTTP port is taken; it answers that the cluster starts
+2. loaded     the tokenizer is read
+3. serving    workers are there that can serve: requests are taken at both ports, and the gateway joins the cluster
+4. draining   `drain`: none is taken any more, those that are open end; then the gateway leaves and ends
+5. stopped    `stop`: the ports are closed
 
-Workers may be lost from the beginning on: the service hears of those that were lost before it was made.
+It follows the view: requests of a worker that is gone are placed again. More than 15 of our modules are imported, for a
+gateway's parts and its place in the cluster meet here.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+import logging
+import os
+import socket
+from collections.abc import Coroutine
+from typing import Any
 
 from control_plane.gateway.inference import InferenceGateway
+from control_plane.gateway.model_card import model_card
 from control_plane.gateway.placer import Placer
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
 from control_plane.gateway.servers import GatewayServers
 from control_plane.gateway.service import ModelCard
 from control_plane.gateway.text.tokenizer import TextTokenizer, load_tokenizer
 from control_plane.metrics import GatewayMetrics
-from control_plane.serving_pools import ServingPools
+from control_plane.serving_pools import ServingPools, why_unservable
 from phasewise.core.clock import MonotonicClock
+from phasewise.core.cluster_member import ClusterMember, End, MemberEvents
 from phasewise.core.collector import freeze_collector
 from phasewise.core.config import ServingConfig
-from phasewise.core.handles import ActorHandle, WorkerHandles
+from phasewise.core.errors import ServingError
+from phasewise.core.handles import ActorHandle, Find, WorkerHandles, answer_of
+from phasewise.core.heartbeat import Description
+from phasewise.core.identity import MemberId
 from phasewise.core.messages import WorkerInfo
-from phasewise.core.model_source import resolve_model
-from phasewise.core.placement import WorkerId
+from phasewise.core.model_source import ModelSource, resolve_model
+from phasewise.core.view import GatewayInfo, Member, View, ViewChange, ViewDelta
 
+logger = logging.getLogger(__name__)
 
-class WatchedPlacer(Placer, Protocol):
-    """A control plane whose end can be waited for."""
-
-    async def control_plane_ended(self) -> None:
-        """Returns when the control plane's process has ended, however it did."""
+_CLOCK = MonotonicClock()
+_VIEW_S = 5.0
+_LOOK_AGAIN_S = 0.2  # while there are no workers that could serve
 
 
 class GatewayProcess:
-    """One gateway. `service` takes what workers deliver; None before `serve`."""
+    """One gateway. `service` takes what workers deliver; None before it serves. `end` ends the process."""
 
-    def __init__(self, gateway_id: str, config: ServingConfig) -> None:
+    def __init__(
+        self,
+        gateway_id: MemberId,
+        config: ServingConfig,
+        control_plane: ActorHandle,
+        placer: Placer,
+        find: Find,
+        end: End,
+    ) -> None:
         self.service: InferenceGateway | None = None
         self._gateway_id = gateway_id
         self._config = config
+        self._control_plane = control_plane
+        self._placer = placer
+        self._end = end
         self._servers = GatewayServers(config.gateway)
-        self._workers = WorkerHandles()
-        self._tokenizer: TextTokenizer | None = None
-        self._lost: list[WorkerId] = []  # before there was a service
-        self._watch: asyncio.Task[None] | None = None
+        self._workers = WorkerHandles(find)
+        events = MemberEvents(self._on_change, end)
+        self._member = ClusterMember(gateway_id, control_plane, config.health.heartbeat_s, events, _CLOCK)
+        self._serving: asyncio.Future[ModelCard] = asyncio.get_running_loop().create_future()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_leaving = False
         self._closed = asyncio.Event()
 
-    async def bind(self) -> str:
-        """Takes the HTTP port and gives its address. Raises ConfigError when it cannot be had."""
-        return await self._servers.bind_http()
+    async def run(self) -> None:
+        """The gateway's whole life. Returns when it was stopped.
 
-    async def load(self) -> None:
-        """Reads the tokenizer. Raises ModelLoadError."""
-        as_tokens = self._config.gateway.special_tokens_in_messages
-        source = resolve_model(self._config.model.path)
-        self._tokenizer = await asyncio.to_thread(load_tokenizer, source, special_tokens_in_messages=as_tokens)
-
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether the model brings one. After `load`."""
-        return self._loaded_tokenizer.chat_template is not None
-
-    async def serve(
-        self,
-        card: ModelCard,
-        infos: Sequence[WorkerInfo],
-        workers: Mapping[WorkerId, ActorHandle],
-        control_plane: WatchedPlacer,
-    ) -> str:
-        """Takes requests from now on. Gives the gRPC address. Raises ConfigError when its port cannot be had."""
-        self._workers.connect(workers)
-        self.service = service = self._make_service(card, infos, control_plane)
-        for worker_id in self._lost:
-            self.worker_lost(worker_id)
-        self._watch = asyncio.create_task(self._watch_control_plane(service, control_plane))
-        address = await self._servers.open(service, self._loaded_tokenizer.longest_token_bytes)
-        service.start_admitting()
+        Raises:
+            ServingError: a port or the tokenizer cannot be had (the control plane was told), or the control plane does
+                not take this gateway.
+        """
+        try:
+            await self._servers.bind_http()
+            source = resolve_model(self._config.model.path)
+            as_tokens = self._config.gateway.special_tokens_in_messages
+            tokenizer = await asyncio.to_thread(load_tokenizer, source, special_tokens_in_messages=as_tokens)
+            self._member.loading(1.0)
+            card = await self._open(source, tokenizer, await self._until_servable())
+        except ServingError as error:
+            await self._member.failed(error)
+            raise
+        addresses = self._servers.addresses
+        host = socket.gethostname()
+        await self._member.join(GatewayInfo(self._gateway_id, os.getpid(), host, addresses["http"], addresses["grpc"]))
         freeze_collector()
-        return address
+        self._serving.set_result(card)
+        await self._closed.wait()
 
-    def worker_lost(self, worker_id: WorkerId) -> None:
-        """Moves what the worker still had elsewhere; nothing is sent to it afterwards."""
-        if self.service is None:
-            self._lost.append(worker_id)
-            return
-        self.service.worker_lost(worker_id)  # its aborts still go out: a silent worker may live
-        self._workers.forget(worker_id)
+    async def wait_serving(self) -> ModelCard:
+        """Returns when requests are taken, with what is served."""
+        return await asyncio.shield(self._serving)
 
-    async def drain(self, timeout_s: float) -> None:
-        """Takes no more requests; returns when the open ones have ended, after `timeout_s` at the latest."""
-        if self.service is not None:
-            await self.service.drain(timeout_s)
+    def describe(self) -> Description:
+        return self._member.describe(open_attempts=() if self.service is None else self.service.open_attempts())
+
+    def view_changed(self, delta: ViewDelta) -> None:
+        self._member.view_changed(delta)
+
+    def drain(self, timeout_s: float) -> None:
+        """Takes no more requests; ends when the open ones have ended, after `timeout_s` at the latest."""
+        if not self._is_leaving:
+            self._is_leaving = True
+            self._begin(self._leave(timeout_s))
+
+    def terminate(self) -> None:
+        """Drains at the wish of its host, within the drain time of the configuration."""
+        self._begin(self._member.draining())
+        self.drain(self._config.gateway.drain_s)
 
     async def stop(self) -> None:
         """Closes both servers and their ports."""
+        self._member.close()
         await self._servers.close()
-        if self._watch is not None:
-            self._watch.cancel()
         self._closed.set()
 
-    async def wait_closed(self) -> None:
-        await self._closed.wait()
+    # ---- inside
 
-    def _make_service(self, card: ModelCard, infos: Sequence[WorkerInfo], placer: Placer) -> InferenceGateway:
-        config, tokenizer, clock = self._config.gateway, self._loaded_tokenizer, MonotonicClock()
-        smallest = min((info for info in infos if info.role.can_decode), key=lambda info: info.num_kv_blocks)
+    async def _until_servable(self) -> list[WorkerInfo]:
+        """The workers of a view in which a request could be placed."""
+        while True:
+            try:
+                view: View = await answer_of(self._control_plane.view.remote(), _VIEW_S)
+            except ServingError:
+                raise
+            except Exception as error:  # it is being started again
+                logger.warning("the control plane does not answer (%s); asking again", type(error).__name__)
+            else:
+                ready = [member for member in view.workers() if member.takes_work]
+                if not why_unservable((), {member.role for member in ready if member.role is not None}):
+                    return [member.info for member in ready if isinstance(member.info, WorkerInfo)]
+            await asyncio.sleep(_LOOK_AGAIN_S)
+
+    async def _open(self, source: ModelSource, tokenizer: TextTokenizer, workers: list[WorkerInfo]) -> ModelCard:
+        card = model_card(source, self._config, workers, has_chat_template=tokenizer.chat_template is not None)
+        self.service = service = self._make_service(card, tokenizer, workers)
+        await self._servers.open(service, tokenizer.longest_token_bytes)
+        service.start_admitting()
+        return card
+
+    def _make_service(self, card: ModelCard, tokenizer: TextTokenizer, workers: list[WorkerInfo]) -> InferenceGateway:
+        config = self._config.gateway
+        smallest = min((info for info in workers if info.role.can_decode), key=lambda info: info.num_kv_blocks)
         limits = RequestLimits(
             config.default_timeout_s,
             default_max_tokens=config.default_max_tokens,
@@ -125,21 +164,41 @@ class GatewayProcess:
             card,
             tokenizer,
             RequestPreparer(tokenizer, card, limits),
-            placer,
+            self._placer,
             self._workers,
             GatewayMetrics(card.name),
-            clock,
-            pools=ServingPools({info.worker_id: info.role for info in infos}),
+            _CLOCK,
+            pools=ServingPools({info.worker_id: info.role for info in workers}),
             max_open_requests=config.max_open_requests,
             max_open_per_client=config.max_open_per_client,
             addresses=self._servers.addresses,
         )
 
-    async def _watch_control_plane(self, service: InferenceGateway, control_plane: WatchedPlacer) -> None:
-        await control_plane.control_plane_ended()
-        service.control_plane_lost()
+    def _on_change(self, change: ViewChange) -> None:
+        assert self.service is not None, "it joins when it serves"
+        for member in (*change.joined, *change.changed):
+            if member.role is not None and member.info is not None:
+                self._meet(self.service, member)
+        for gone in change.gone:
+            self.service.worker_lost(gone.member_id)  # its aborts still go out: a silent worker may live
+            self._workers.forget(gone.member_id)
 
-    @property
-    def _loaded_tokenizer(self) -> TextTokenizer:
-        assert self._tokenizer is not None, "`load` comes first"
-        return self._tokenizer
+    def _meet(self, service: InferenceGateway, member: Member) -> None:
+        self._workers.expect(member.member_id)
+        if member.takes_work and member.role is not None:
+            service.worker_ready(member.member_id, member.role)
+        else:
+            service.worker_paused(member.member_id)
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _leave(self, timeout_s: float) -> None:
+        if self.service is not None:
+            await self.service.drain(timeout_s)
+        await self._servers.close()
+        await self._member.leave()
+        self._closed.set()
+        self._end("", 0)

@@ -27,10 +27,11 @@ class WorkerRole(StrEnum):
 
 
 class WorkerState(StrEnum):
-    """A worker's own life: loading → ready → draining → stopped; lost when it vanished."""
+    """A worker's own life: loading → ready → draining → stopped; suspect while it is silent, lost when it vanished."""
 
     LOADING = "loading"
     READY = "ready"
+    SUSPECT = "suspect"
     DRAINING = "draining"
     STOPPED = "stopped"
     LOST = "lost"

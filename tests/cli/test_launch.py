@@ -1,33 +1,30 @@
-"""The order in which a cluster is started and stopped, over a Ray that makes recording handles. No process is made."""
+"""How a cluster is started and stopped, over a Ray that makes recording handles. No process is made."""
 
 from __future__ import annotations
 
-import concurrent.futures
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from cli.cluster import ClusterEnd
+from cli.cluster import RAY_HAS_ENDED, ClusterEnd
 from cli.launch import Launcher
+from cli.ray_runtime import Outcome
+from control_plane.control_plane import StartReport
 from control_plane.gateway.listening import bind_http, format_address
+from control_plane.gateway.service import ModelCard
 from phasewise.core.config import ServingConfig, build_config
 from phasewise.core.errors import ConfigError, ModelLoadError
 from phasewise.core.handles import value_of
-from tests.support.members import worker_info
+from phasewise.core.placement import WorkerRole
+from phasewise.core.view import Member, MemberState, View
+from tests.support.members import gateway_info, worker_info
 
-
-class Ref:
-    """An answer that is there, or one that a test gives with `future`."""
-
-    def __init__(self, value: Any, future: concurrent.futures.Future[Any] | None = None) -> None:
-        self.value = value
-        self._future = future
-
-    def future(self) -> concurrent.futures.Future[Any]:
-        assert self._future is not None, "nobody waits for this one"
-        return self._future
+CARD = ModelCard("m", 128, 9, "float32", 1, (2,), True)
+WORKERS = [worker_info(name) for name in ("prefill-0#1", "decode-0#1")]
+MEMBERS = [Member(info.worker_id, info.role, MemberState.READY, info) for info in WORKERS]
+MEMBERS.append(Member("gateway-0#1", None, MemberState.READY, gateway_info("gateway-0#1")))
+VIEW = View(7, {member.member_id: member for member in MEMBERS}, admin="127.0.0.1:3")
 
 
 class Handle:
@@ -42,23 +39,32 @@ class Handle:
         runtime = self._runtime
 
         class Method:
-            def remote(self, *arguments: Any) -> Ref:
+            def remote(self, *arguments: Any) -> Any:
                 runtime.calls.append(call)
-                if method in ("wait_closed", "wait_unservable"):
-                    return Ref(None, runtime.open_calls.setdefault(call, concurrent.futures.Future()))
                 answer = runtime.answers.get(call)
-                return Ref(answer(*arguments) if callable(answer) else answer)
+                if isinstance(answer, list):
+                    answer = answer.pop(0) if len(answer) > 1 else answer[0]
+                return answer(*arguments) if callable(answer) else answer
 
         return Method()
 
 
 class FakeRuntime:
-    """RayRuntime (cli/ray_runtime.py) whose actors only record. `calls`: in order, `made` too."""
+    """RayRuntime (cli/ray_runtime.py) whose actors only record. `calls`: in order, `made` too.
 
-    def __init__(self) -> None:
+    `outcomes` are those of the watch, one after the other; then it stays open.
+    """
+
+    def __init__(self, *, is_private: bool = True) -> None:
+        self.is_private = is_private
         self.calls: list[str] = []
-        self.open_calls: dict[str, concurrent.futures.Future[Any]] = {}
-        self.answers: dict[str, Any] = {"gateway-0.bind": "127.0.0.1:1", "gateway-0.serve": "127.0.0.1:2"}
+        self.outcomes: list[Outcome] = []
+        self.is_there = True
+        self.answers: dict[str, Any] = {
+            "control-plane.start_report": [StartReport(False, 0.5), StartReport(True, 1.0)],
+            "control-plane.view": VIEW,
+            "gateway-0#1.wait_serving": CARD,
+        }
 
     def start(self) -> None:
         self.calls.append("ray.start")
@@ -66,34 +72,36 @@ class FakeRuntime:
     def close(self) -> None:
         self.calls.append("ray.close")
 
-    def num_gpus(self) -> int:
-        return 0
+    def gpus(self) -> tuple[int, int]:
+        return 0, 0
 
     def head_address(self) -> str:
         return "127.0.0.2"
 
     def make(self, actor_class: type, name: str, *arguments: Any, **options: Any) -> Handle:
         self.calls.append(f"make {name}")
-        self.answers.setdefault(f"{name}.progress", 1.0)
-        if name.split("-")[0] in ("prefill", "decode", "mixed"):
-            self.answers.setdefault(f"{name}.load", worker_info(name))
+        assert options["max_restarts"] == -1
         return Handle(name, self)
 
-    def ask(self, ref: Ref, timeout_s: float = 0.0) -> Any:
-        return value_of(ref.value)
+    def find(self, name: str) -> Handle:
+        return Handle(name, self)
 
-    def ask_all(self, refs: list[Ref], timeout_s: float | None = 0.0) -> list[Any]:
-        return [value_of(ref.value) for ref in refs]
+    def kill(self, actor: Handle) -> None:
+        self.calls.append("kill")
 
-    def ask_next(self, refs: list[Ref], timeout_s: float) -> list[Ref]:
-        value_of(refs[0].value)
-        return refs[1:]
+    def ask(self, answer: Any, timeout_s: float = 0.0) -> Any:
+        return value_of(answer)
 
-    def wait_all(self, refs: list[Ref], timeout_s: float) -> None: ...
+    def outcome(self, call: Any, timeout_s: float) -> Outcome:
+        return self.outcomes.pop(0) if self.outcomes else Outcome.OPEN
+
+    def is_alive(self) -> bool:
+        return self.is_there
 
 
 def config(**sections: Any) -> ServingConfig:
-    values = {"gateway": {"http": "127.0.0.1:0", "grpc": "127.0.0.1:0"}, "model": {"device": "cpu"}, **sections}
+    free = "127.0.0.1:0"
+    values = {"gateway": {"http": free, "grpc": free}, "admin": {"http": free}, "model": {"device": "cpu"}, **sections}
     return build_config(values, source="test")
 
 
@@ -108,104 +116,101 @@ def launcher(runtime: FakeRuntime) -> Iterator[Launcher]:
         yield launcher
 
 
-def in_order(calls: list[str], *expected: str) -> bool:
-    """Whether the first of each of `expected` comes behind those of the ones before it."""
-    positions = [calls.index(call) for call in expected]
-    return positions == sorted(positions)
+def without_watch(calls: list[str]) -> list[str]:
+    return [call for call in calls if call != "control-plane.wait_closed"]
 
 
-def test_all_are_connected_before_any_takes_work_and_join_before_requests_come(
-    launcher: Launcher, runtime: FakeRuntime
-) -> None:
-    cluster = launcher.start()
-    assert cluster.addresses == {"http": "127.0.0.1:1", "grpc": "127.0.0.1:2"}
-    assert [info.worker_id for info in cluster.workers] == ["prefill-0", "decode-0"]
-    for worker in ("prefill-0", "decode-0"):
-        other = {"prefill-0": "decode-0", "decode-0": "prefill-0"}[worker]
-        assert in_order(
-            runtime.calls,
-            "ray.start",
-            f"make {worker}",
-            "gateway-0.bind",
-            f"{worker}.load",
-            f"{worker}.connect",
-            f"{other}.start",
-            "control-plane.join",
-            "control-plane.join_gateway",
-            "control-plane.start_health_checks",
-            "gateway-0.serve",
-        )
-    assert runtime.calls.count("control-plane.join") == 2
-    assert not any("open_links" in call for call in runtime.calls), "no worker has a direct link"
+def test_the_control_plane_makes_all_and_the_launcher_waits_until_they_are_ready(runtime: FakeRuntime) -> None:
+    shown: list[tuple[str, float]] = []
+    with Launcher(config(), runtime, lambda step, share: shown.append((step, share))) as launcher:
+        cluster = launcher.start()
+        assert cluster.addresses == {"http": "127.0.0.1:8000", "grpc": "127.0.0.1:50051", "admin": "127.0.0.1:3"}
+        assert (cluster.model_name, cluster.context_length, cluster.workers) == ("m", 128, WORKERS)
+        assert [info.role for info in cluster.workers] == [WorkerRole.PREFILL, WorkerRole.DECODE]
+    assert ("loading the model", 0.5) in shown
+    assert without_watch(runtime.calls) == [
+        "ray.start",
+        "make control-plane",
+        "control-plane.start_report",
+        "control-plane.start_report",
+        "control-plane.view",
+        "gateway-0#1.wait_serving",
+        "control-plane.stop",
+        "ray.close",
+    ]
 
 
-def test_the_stop_is_in_order_and_once_even_if_a_process_is_gone(launcher: Launcher, runtime: FakeRuntime) -> None:
+def test_the_stop_is_once_even_if_the_control_plane_is_gone(launcher: Launcher, runtime: FakeRuntime) -> None:
     def gone(*_: Any) -> Any:
         raise ConnectionError("the actor died")
 
     launcher.start()
     runtime.answers["control-plane.stop"] = gone
-    num_calls = len(runtime.calls)
     launcher.stop(drain_s=3.0)
-    stopping = [
-        "gateway-0.drain",
-        "control-plane.stop",
-        "prefill-0.stop",
-        "decode-0.stop",
-        "gateway-0.stop",
-        "ray.close",
-    ]
-    assert runtime.calls[num_calls:] == stopping
     launcher.stop(drain_s=3.0)
-    assert runtime.calls[num_calls:] == [*stopping, "ray.close"], "half-way up or stopped, only Ray is left to close"
+    assert without_watch(runtime.calls)[-3:] == ["control-plane.stop", "ray.close", "ray.close"]
 
 
-def test_an_error_of_loading_is_raised_and_nobody_is_connected(launcher: Launcher, runtime: FakeRuntime) -> None:
-    runtime.answers["decode-0.load"] = ModelLoadError("weights.safetensors is cut")
+def test_a_cluster_on_a_ray_of_others_goes_on_once_it_is_up() -> None:
+    runtime = FakeRuntime(is_private=False)
+    with Launcher(config(), runtime, lambda step, share: None) as launcher:
+        launcher.start()
+        assert launcher.outlives_us
+    assert "control-plane.stop" not in runtime.calls
+    assert runtime.calls[-1] == "ray.close"
+
+
+def test_a_start_that_fails_on_a_ray_of_others_leaves_nothing_there() -> None:
+    runtime = FakeRuntime(is_private=False)
+    runtime.answers["control-plane.start_report"] = StartReport(False, 0.0, ConfigError("no"))
+    with pytest.raises(ConfigError), Launcher(config(), runtime, lambda step, share: None) as launcher:
+        launcher.start()
+    assert runtime.calls[-3:] == ["control-plane.stop", "kill", "ray.close"]
+
+
+def test_an_error_of_loading_is_raised(launcher: Launcher, runtime: FakeRuntime) -> None:
+    failure = ModelLoadError("weights.safetensors is cut")
+    runtime.answers["control-plane.start_report"] = StartReport(False, 0.5, failure)
     with pytest.raises(ModelLoadError, match="is cut"):
         launcher.start()
-    assert not any("connect" in call or "serve" in call for call in runtime.calls)
 
 
-def test_a_taken_port_is_said_before_anything_is_started(runtime: FakeRuntime) -> None:
+@pytest.mark.parametrize("which", ["grpc", "admin"])
+def test_a_taken_port_is_said_before_anything_is_started(which: str, runtime: FakeRuntime) -> None:
     with bind_http("127.0.0.1:0") as listener:
         taken = format_address(listener)
-        given = config(gateway={"http": "127.0.0.1:0", "grpc": taken})
-        with pytest.raises(ConfigError, match=f"--grpc: cannot listen on {taken}"):
+        sections = {"gateway": {"http": "127.0.0.1:0", "grpc": taken}, "admin": {"http": taken}}
+        given = config(**({"gateway": sections["gateway"]} if which == "grpc" else {"admin": sections["admin"]}))
+        with pytest.raises(ConfigError, match=f"--{which}: cannot listen on {taken}"):
             Launcher(given, runtime, lambda step, share: None).start()
     assert runtime.calls == []
 
 
+def ray_ends(runtime: FakeRuntime) -> None:
+    runtime.is_there = False
+
+
 @pytest.mark.parametrize(
-    ("end", "expected"),
+    ("is_private", "happens", "expected"),
     [
-        (lambda calls: calls["gateway-0.wait_closed"].set_result(None), "the gateway process has ended"),
-        (
-            lambda calls: calls["control-plane.wait_closed"].set_exception(ConnectionError()),
-            "the control plane process has ended",
-        ),
-        (lambda calls: calls["control-plane.wait_unservable"].set_result("no decode worker"), "no decode worker"),
+        (True, lambda r: r.outcomes.append(Outcome.ANSWERED), ClusterEnd(drains=False)),
+        (True, lambda r: r.outcomes.append(Outcome.ENDED), ClusterEnd("the control plane has ended for good", False)),
+        (False, lambda r: r.outcomes.append(Outcome.ENDED), ClusterEnd(drains=False)),
+        (True, ray_ends, ClusterEnd(RAY_HAS_ENDED, drains=False)),
     ],
-    ids=["gateway", "control-plane", "pool"],
+    ids=["stopped", "ended", "ended elsewhere", "ray"],
 )
-def test_a_process_that_nothing_goes_without_ends_the_cluster(
-    end: Callable[[dict[str, Any]], None], expected: str, launcher: Launcher, runtime: FakeRuntime
-) -> None:
-    """Open requests may finish where only new ones cannot be placed."""
+def test_what_ends_a_cluster(is_private: bool, happens: Callable[[FakeRuntime], None], expected: ClusterEnd) -> None:
+    runtime = FakeRuntime(is_private=is_private)
+    with Launcher(config(), runtime, lambda step, share: None) as launcher:
+        cluster = launcher.start()
+        assert cluster.ends.empty()
+        happens(runtime)
+        assert cluster.ends.get(timeout=20) == expected
+
+
+def test_a_control_plane_that_is_started_again_is_no_end(launcher: Launcher, runtime: FakeRuntime) -> None:
     cluster = launcher.start()
-    assert cluster.ends.empty()
-    end(runtime.open_calls)
-    assert cluster.ends.get_nowait() == ClusterEnd(expected, drains=expected == "no decode worker")
-    assert cluster.ends.empty()
-
-
-def test_links_are_opened_from_prefill_to_decode_before_any_worker_starts(runtime: FakeRuntime) -> None:
-    opened: dict[str, Any] = {}
-    for name in ("prefill-0", "decode-0", "decode-1"):
-        runtime.answers[f"{name}.load"] = replace(worker_info(name), link_address=f"127.0.0.1:{len(name)}")
-    runtime.answers["prefill-0.open_links"] = opened.update
-    with Launcher(config(pools={"decode": {"workers": 2}}), runtime, lambda step, share: None) as launcher:
-        launcher.start()
-    assert opened == {"decode-0": "127.0.0.1:8", "decode-1": "127.0.0.1:8"}
-    assert [call for call in runtime.calls if "open_links" in call] == ["prefill-0.open_links"]
-    assert in_order(runtime.calls, "decode-1.connect", "prefill-0.open_links", "prefill-0.start", "decode-0.start")
+    runtime.outcomes += [Outcome.UNREACHED, Outcome.OPEN, Outcome.ANSWERED]
+    assert cluster.ends.get(timeout=20) == ClusterEnd(drains=False)
+    assert runtime.calls.count("control-plane.wait_closed") == 2

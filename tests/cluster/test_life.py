@@ -13,17 +13,15 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import phasewise
-from control_plane.gateway.grpc_front.health import LIVENESS
 from phasewise.core.model_source import resolve_model
 from tests.support.served import PHASEWISE, Served, held, served, until
 
 pytestmark = pytest.mark.cluster
 
+FREE_PORTS = ["--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--admin", "127.0.0.1:0"]
 HEALTH_PATHS = ("/health", "/health/ready", "/health/live")
 
 
@@ -43,7 +41,7 @@ def test_a_signal_leaves_no_process_no_shared_memory_no_port(
     number: signal.Signals, tiny_model: tuple[Path, Any]
 ) -> None:
     memory_before = shared_memory()
-    flags = ["--prefill", "0", "--decode", "0", "--mixed", "1", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]
+    flags = ["--prefill", "0", "--decode", "0", "--mixed", "1", *FREE_PORTS]
     cluster = Served([str(tiny_model[0]), *flags])
     cluster.wait_ready()
     pids = [worker["pid"] for worker in cluster.status()["workers"]]
@@ -53,7 +51,7 @@ def test_a_signal_leaves_no_process_no_shared_memory_no_port(
     assert session_processes(cluster.pid) == []
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 5.0)  # reaped, too
     assert shared_memory() <= memory_before
-    for address in (cluster.http, cluster.grpc):
+    for address in (cluster.http, cluster.grpc, cluster.admin):
         host, port = address.split(":")
         with socket.socket() as probe:
             assert probe.connect_ex((host, int(port))) != 0
@@ -92,8 +90,8 @@ def test_two_clusters_on_one_machine_and_a_taken_port(cluster: Served, tiny_mode
         for each in (cluster, second):
             with phasewise.Client(each.grpc) as client:
                 assert client.generate(token_ids=[5, 6], max_tokens=3).usage.num_output_tokens >= 1
-    for flag, address in (("--http", cluster.http), ("--grpc", cluster.grpc)):
-        other = {"--http": "127.0.0.1:0", "--grpc": "127.0.0.1:0"} | {flag: address}
+    for flag, address in (("--http", cluster.http), ("--grpc", cluster.grpc), ("--admin", cluster.admin)):
+        other = dict(zip(FREE_PORTS[::2], FREE_PORTS[1::2], strict=True)) | {flag: address}
         flags = [part for pair in other.items() for part in pair]
         done = subprocess.run(
             [PHASEWISE, "serve", str(tiny_model[0]), *flags], capture_output=True, text=True, timeout=60
@@ -133,7 +131,7 @@ async def streams_under(
                 ids += delta.token_ids
             return ids
 
-        pids = {worker["id"]: worker["pid"] for worker in cluster.status()["workers"]}
+        pids = {worker["name"]: worker["pid"] for worker in cluster.status()["workers"]}
         if in_prefill:
             os.kill(pids[in_prefill], signal.SIGSTOP)  # what it is given stays in its queue
         streams = [asyncio.create_task(one(seed)) for seed in range(8)]
@@ -144,6 +142,12 @@ async def streams_under(
             await asyncio.to_thread(until, lambda: cluster.worker(in_decode)["running"] > 0, 30.0)
             os.kill(pids[in_decode], signal.SIGKILL)
         return await asyncio.gather(*streams)
+
+
+def is_back(cluster: Served, name: str, birth: int = 2) -> bool:
+    """Whether the member of that name was born again, and is ready."""
+    member = cluster.members().get(name)
+    return member is not None and member["id"] == f"{name}#{birth}" and member["state"] == "ready"
 
 
 def recoveries(cluster: Served) -> int:
@@ -160,63 +164,38 @@ async def test_killed_workers_change_no_token_of_any_stream(tiny_model: tuple[Pa
         assert recoveries(cluster) == 0
         assert await streams_under(cluster, in_prefill="prefill-0", in_decode="decode-1") == undisturbed
         assert recoveries(cluster) > 1, "some requests were on each of the killed workers"
-        for worker_id in ("decode-1", "prefill-0"):
-            assert cluster.worker(worker_id)["state"] == "lost"
+        for name in ("decode-1", "prefill-0"):
+            await asyncio.to_thread(until, lambda name=name: is_back(cluster, name), 60.0)
         until(lambda: not held(cluster.status()), 2.0)
 
 
-async def test_a_killed_worker_that_nobody_can_replace_ends_its_streams_clearly(tiny_model: tuple[Path, Any]) -> None:
+async def test_a_killed_worker_that_is_the_only_one_is_back_and_its_streams_go_on(tiny_model: tuple[Path, Any]) -> None:
     with served(str(tiny_model[0]), "--prefill", "1", "--decode", "1") as cluster:
-        with pytest.raises(phasewise.WorkerLost, match="decode-0") as caught:
-            await streams_under(cluster, in_decode="decode-0")
-        assert caught.value.retry_safe
-        assert await asyncio.to_thread(cluster.wait_end) == 1, "\n".join(cluster.lines)
-        assert cluster.lines[-1].startswith("phasewise: no decode worker is ready: decode-0 was lost")
-        assert session_processes(cluster.pid) == []
+        undisturbed = await streams_under(cluster, num_tokens=300)
+        assert await streams_under(cluster, in_decode="decode-0", num_tokens=300) == undisturbed
+        assert is_back(cluster, "decode-0")
 
 
-def test_a_cluster_without_a_pool_says_so_lets_streams_go_on_and_ends_with_1(
-    tiny_model: tuple[Path, Any], tmp_path: Path
-) -> None:
+def test_a_cluster_without_a_pool_says_so_lets_streams_go_on_and_serves_again(tiny_model: tuple[Path, Any]) -> None:
     """A stream that decodes needs no prefill worker."""
-    file = tmp_path / "cluster.yaml"
-    file.write_text("gateway: {drain_s: 120}\n")
-    with (
-        served(str(tiny_model[0]), "--config", str(file)) as cluster,
-        phasewise.Client(cluster.grpc, max_retries=0) as client,
-    ):
+    with served(str(tiny_model[0])) as cluster, phasewise.Client(cluster.grpc, max_retries=0) as client:
         assert {cluster.health(path) for path in HEALTH_PATHS} == {(200, "")}
         stream = client.stream(token_ids=[1, 2, 3], max_tokens=8000, temperature=0.0, ignore_eos=True)
         deltas = iter(stream)
         next(deltas)
         until(lambda: cluster.worker("decode-0")["running"] == 1, 20.0)
-        os.kill(cluster.worker("prefill-0")["pid"], signal.SIGKILL)
-
-        def is_refused() -> bool:
-            try:
-                client.generate(token_ids=[1], max_tokens=2)
-            except phasewise.Unavailable as error:
-                return "no prefill worker is ready" in str(error)
-            except phasewise.WorkerLost:  # sent to the worker before anybody had heard of its end
-                return False
-            raise AssertionError("nobody could have answered it")
-
-        until(is_refused, 20.0)
-        assert cluster.health("/health/live") == (200, ""), "it drains"
-        for path in ("/health", "/health/ready"):
-            assert cluster.health(path) == (503, "no prefill worker is ready"), "as the next request would be"
-        with grpc.insecure_channel(cluster.grpc) as channel:
-            check = health_pb2_grpc.HealthStub(channel).Check
-            for name, status in (("", "NOT_SERVING"), ("phasewise.v1.Inference", "NOT_SERVING"), (LIVENESS, "SERVING")):
-                answer = check(health_pb2.HealthCheckRequest(service=name), timeout=30)
-                assert health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status) == status
+        prefill = cluster.worker("prefill-0")["pid"]
+        os.kill(prefill, signal.SIGKILL)
+        until(lambda: cluster.health("/health/ready") == (503, "no prefill worker is ready"), 20.0)
+        assert cluster.health("/health/live") == (200, "")
         num_tokens = 0
         while num_tokens < 100:
             num_tokens += len(next(deltas).token_ids)
-        stream.close()  # what the drain waited for
-        assert cluster.wait_end() == 1, "\n".join(cluster.lines)
-        assert cluster.lines[-1].startswith("phasewise: no prefill worker is ready: prefill-0 was lost")
-        assert session_processes(cluster.pid) == []
+        until(lambda: cluster.health("/health/ready") == (200, ""), 60.0)
+        assert cluster.worker("prefill-0")["pid"] != prefill
+        assert client.generate(token_ids=[5, 6], max_tokens=3, ignore_eos=True).usage.num_output_tokens == 3
+        next(deltas)
+        stream.close()
 
 
 BAD_STARTS = {
@@ -233,10 +212,8 @@ BAD_STARTS = {
 @pytest.mark.parametrize("name", BAD_STARTS)
 def test_a_bad_start_is_one_clear_line(name: str) -> None:
     flags, expected = BAD_STARTS[name]
-    ports = [] if "--http" in flags else ["--http", "127.0.0.1:0"]
-    done = subprocess.run(
-        [PHASEWISE, "serve", *flags, *ports, "--grpc", "127.0.0.1:0"], capture_output=True, text=True, timeout=90
-    )
+    ports = FREE_PORTS[2:] if "--http" in flags else FREE_PORTS
+    done = subprocess.run([PHASEWISE, "serve", *flags, *ports], capture_output=True, text=True, timeout=90)
     assert done.returncode != 0
     assert "Traceback" not in done.stderr + done.stdout
     assert expected in done.stderr.splitlines()[-1], done.stderr
@@ -256,7 +233,7 @@ def test_bad_model_files_are_one_clear_line(tmp_path: Path, tiny_model: tuple[Pa
     weights.write_bytes(weights.read_bytes()[:-1000])
     for path, expected in ((cut, "cut"), (other, "MambaForCausalLM"), (torn, "model.safetensors")):
         done = subprocess.run(
-            [PHASEWISE, "serve", str(path), "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"],
+            [PHASEWISE, "serve", str(path), *FREE_PORTS],
             capture_output=True,
             text=True,
             timeout=120,

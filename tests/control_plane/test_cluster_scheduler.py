@@ -22,7 +22,7 @@ SLOW = DeviceProfile.linear(0.0, 0.003, 0.03, 0.003)
 
 def make(workers: dict[str, DeviceProfile], *, max_waiting: int = 100, num_blocks: int = 1000) -> ClusterScheduler:
     """Profiles without a named device are of as many kinds as they are different."""
-    scheduler = ClusterScheduler(ManualClock(), max_waiting=max_waiting, overdue_s=30.0, heartbeat_s=1.0)
+    scheduler = ClusterScheduler(ManualClock(), max_waiting=max_waiting)
     for worker_id, profile in workers.items():
         role = WorkerRole(worker_id.split("-")[0])
         if not profile.facts.device:
@@ -197,27 +197,6 @@ def test_a_lost_worker_gets_nothing_and_an_empty_pool_is_said() -> None:
     scheduler.worker_lost("decode-1")
     with pytest.raises(Unavailable, match="no decode worker is ready"):
         scheduler.place(PlaceRequest("r", 10, 1, 8))
-
-
-def test_a_silent_worker_is_lost_after_its_time() -> None:
-    clock = ManualClock()
-    scheduler = ClusterScheduler(clock, max_waiting=9, overdue_s=30.0, heartbeat_s=1.0)
-    for name in ("prefill-0", "decode-0"):
-        role = WorkerRole(name.split("-")[0])
-        scheduler.worker_joined(WorkerInfo(name, role, 1, "h", "cpu", "float32", 1, SPEC, 9, 99, FAST))
-
-    def ticks(count: int) -> list[str]:
-        lost: list[str] = []
-        for _ in range(count):
-            clock.advance(1.0)
-            lost += scheduler.tick()
-        return lost
-
-    assert ticks(29) == []
-    scheduler.worker_load(WorkerLoad("prefill-0", WorkerRole.PREFILL, WorkerState.READY))
-    assert ticks(2) == ["decode-0"]
-    assert ticks(28) == []
-    assert ticks(1) == ["prefill-0"]
 
 
 def test_a_further_attempt_is_not_refused_for_full_queues_and_its_work_is_counted() -> None:

@@ -36,7 +36,7 @@ def test_gateway_and_control_plane_say_the_same(
 ) -> None:
     roles = {worker_id: WorkerRole(worker_id.split("-")[0]) for worker_id in workers}
     pools = ServingPools(roles)
-    scheduler = ClusterScheduler(ManualClock(), max_waiting=9, overdue_s=30.0, heartbeat_s=1.0)
+    scheduler = ClusterScheduler(ManualClock(), max_waiting=9)
     spec, profile = KVCacheSpec(2, 1, 4, 16, "float32"), DeviceProfile.linear(0.0, 0.001, 0.0, 0.001)
     for worker_id, role in roles.items():
         scheduler.worker_joined(WorkerInfo(worker_id, role, 1, "h", "cpu", "float32", 1, spec, 9, 99, profile))
@@ -51,11 +51,16 @@ def test_gateway_and_control_plane_say_the_same(
         scheduler.place(PlaceRequest("r", 10, 1, 8))
 
 
-def test_without_the_control_plane_nothing_is_placed() -> None:
-    pools = ServingPools({"mixed-0": WorkerRole.MIXED})
+def test_who_is_ready_again_or_in_another_role_counts() -> None:
+    pools = ServingPools({"prefill-0#1": WorkerRole.PREFILL, "decode-0#1": WorkerRole.DECODE})
+    pools.worker_lost("decode-0#1")
+    assert pools.why_unservable == "no decode worker is ready"
+    pools.worker_ready("decode-0#2", WorkerRole.DECODE)
     assert pools.why_unservable == ""
-    pools.control_plane_lost()
-    assert "control plane" in pools.why_unservable
+    pools.worker_ready("decode-0#2", WorkerRole.PREFILL)
+    assert pools.why_unservable == "no decode worker is ready"
+    pools.worker_ready("prefill-0#1", WorkerRole.MIXED)
+    assert pools.why_unservable == ""
 
 
 def test_a_cluster_without_workers_serves_nothing() -> None:

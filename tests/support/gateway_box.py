@@ -36,7 +36,7 @@ class GatewayBox(WorkerBox):
 
     def __init__(self, roles: dict[WorkerId, str], *, max_waiting: int = 100, **options: Any) -> None:
         super().__init__(roles, **options)
-        self.scheduler = ClusterScheduler(self.clock, max_waiting=max_waiting, overdue_s=1e9, heartbeat_s=1.0)
+        self.scheduler = ClusterScheduler(self.clock, max_waiting=max_waiting)
         for worker in self.workers.values():
             self.scheduler.worker_joined(worker.info)
         tokenizer = TextTokenizer(IdVocabulary(VOCAB), vocab_size=VOCAB, eos_token_ids=(), chat_template=None)

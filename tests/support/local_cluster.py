@@ -56,9 +56,7 @@ class LocalCluster:
         self._loop = asyncio.get_running_loop()
         self._clock = MonotonicClock()
         self._news = asyncio.Event()  # something was reported or finished
-        self.scheduler = ClusterScheduler(
-            self._clock, max_waiting=config.scheduler.max_waiting, overdue_s=1e9, heartbeat_s=1.0
-        )
+        self.scheduler = ClusterScheduler(self._clock, max_waiting=config.scheduler.max_waiting)
         self.workers: dict[WorkerId, WorkerDriver] = {}
         self.engines: dict[WorkerId, LoadedEngine] = {}
         self.direct: dict[WorkerId, DirectLinks] = {}

@@ -20,11 +20,11 @@ from typing import Any
 
 PHASEWISE = str(Path(sys.executable).parent / "phasewise")
 START_TIMEOUT_S = 180.0
-_READY = re.compile(r"at http://(\S+) and grpc (\S+)")
+_READY = re.compile(r"at http://(\S+) and grpc (\S+) \(admin (\S+)\)")
 
 
 class Served:
-    """A running cluster. `http` and `grpc` are its addresses, `lines` all that it printed so far."""
+    """A running cluster. `http`, `grpc` and `admin` are its addresses, `lines` all that it printed so far."""
 
     def __init__(self, arguments: list[str]) -> None:
         self._temp = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))  # short: it holds Unix sockets
@@ -37,7 +37,7 @@ class Served:
             start_new_session=True,
         )
         self.lines: list[str] = []
-        self.http = self.grpc = ""
+        self.http = self.grpc = self.admin = ""
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
@@ -80,8 +80,22 @@ class Served:
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)["error"]["message"]
 
-    def worker(self, worker_id: str) -> dict[str, Any]:
-        return next(w for w in self.status()["workers"] if w["id"] == worker_id)
+    def worker(self, name: str) -> dict[str, Any]:
+        return next(w for w in self.status()["workers"] if w["name"] == name)
+
+    def members(self) -> dict[str, dict[str, Any]]:
+        """Workers and gateways by name, as the control plane has them."""
+        status = self._ask_admin("/status")
+        return {member["name"]: member for member in (*status["workers"], *status["gateways"])}
+
+    def order(self, name: str, **fields: Any) -> Any:
+        """An operator's order."""
+        return self._ask_admin(f"/{name}", json.dumps(fields).encode())
+
+    def _ask_admin(self, path: str, body: bytes | None = None) -> Any:
+        request = urllib.request.Request(f"http://{self.admin}{path}", body, {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return json.load(response)
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -89,7 +103,7 @@ class Served:
             for line in out:
                 self.lines.append(line.rstrip())
                 if found := _READY.search(line):
-                    self.http, self.grpc = found[1], found[2]
+                    self.http, self.grpc, self.admin = found.groups()
                     self._ready.set()
         self._ready.set()
 
@@ -97,7 +111,7 @@ class Served:
 @contextlib.contextmanager
 def served(*arguments: str) -> Iterator[Served]:
     """Starts a cluster on free ports; ends it with SIGTERM."""
-    cluster = Served([*arguments, "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"])
+    cluster = Served([*arguments, "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--admin", "127.0.0.1:0"])
     try:
         cluster.wait_ready()
         yield cluster

@@ -18,10 +18,13 @@ from typing import Any
 
 from cli.bench.workload import RequestSpec
 from control_plane.cluster_scheduler import ClusterScheduler
+from control_plane.membership import Membership
 from phasewise.core.config import ServingConfig
 from phasewise.core.errors import ServingError
-from phasewise.core.messages import LinkLost, PeerLost, WorkerLoad
+from phasewise.core.heartbeat import Joining
+from phasewise.core.messages import LinkLost, PeerLost, WorkerInfo, WorkerLoad
 from phasewise.core.placement import PlaceRequest, WorkerId, WorkerRole
+from phasewise.core.view import ViewDelta
 from tests.virtual_cluster.clock import VirtualTime
 from tests.virtual_cluster.engine import prompt_of
 from tests.virtual_cluster.gateway import Finished, FirstToken, PlaceAnswer, VirtualGateway
@@ -45,15 +48,11 @@ class Faults:
 
 
 class VirtualControlPlane:
-    """The shell of a real cluster scheduler: takes messages, ticks, and tells everybody who is lost."""
+    """The shell of a real membership and scheduler: takes messages, ticks, and tells everybody who is gone."""
 
     def __init__(self, config: ServingConfig, time: VirtualTime, network: Network) -> None:
-        self.scheduler = ClusterScheduler(
-            time,
-            max_waiting=config.scheduler.max_waiting,
-            overdue_s=config.health.overdue_s,
-            heartbeat_s=config.health.heartbeat_s,
-        )
+        self.scheduler = ClusterScheduler(time, max_waiting=config.scheduler.max_waiting)
+        self.membership = Membership(config.health, self, self.scheduler, time)
         self._time = time
         self._network = network
         self._heartbeat_s = config.health.heartbeat_s
@@ -73,7 +72,7 @@ class VirtualControlPlane:
             case Finished(attempt_id, num_output_tokens):
                 self.scheduler.finished(attempt_id, num_output_tokens)
             case WorkerLoad():
-                self.scheduler.worker_load(message)
+                self.membership.reported(message)
             case _:
                 raise TypeError(f"a control plane gets no {type(message).__name__}")
 
@@ -81,11 +80,28 @@ class VirtualControlPlane:
         self._time.after(self._heartbeat_s, "tick", self._tick)
 
     def _tick(self) -> None:
-        for lost in self.scheduler.tick():
-            others = [member.info.worker_id for member in self.scheduler.registry.ready()]
-            for name in (GATEWAY, *others):
-                self._network.send(name, PeerLost(lost), lost)
+        self.membership.tick()
         self._plan_tick()
+
+    def join(self, info: WorkerInfo) -> None:
+        self.membership.expect(info.worker_id, info.role)
+        self.membership.joined(Joining(info))
+
+    # ---- Members
+
+    def tell(self, member_id: str, delta: ViewDelta) -> None:
+        for gone in delta.gone:
+            self._network.send(member_id, PeerLost(gone.member_id), gone.member_id)
+
+    def kill(self, member_id: str) -> None:
+        """It has died; the gateway, which is not in the view, hears of it."""
+        self._network.send(GATEWAY, PeerLost(member_id), member_id)
+
+    def drain(self, member_id: str, timeout_s: float) -> None:
+        raise AssertionError("nobody drains here")
+
+    def change_role(self, member_id: str, role: WorkerRole) -> None:
+        raise AssertionError("no role changes here")
 
 
 class VirtualCluster:
@@ -121,7 +137,7 @@ class VirtualCluster:
             worker_id = f"{role.value}-{number}"
             worker = VirtualWorker(worker_id, role, shape, seed, self.time, self._network, receivers)
             self.workers[worker_id] = worker
-            self.control_plane.scheduler.worker_joined(worker.info)
+            self.control_plane.join(worker.info)
         for at_s, role in faults.deaths:
             self.time.at(at_s, f"death in {role.value}", partial(self._lose, role))
         for at_s in faults.cuts:
