@@ -32,17 +32,25 @@ class StepWatch:
     """How long a step has been running, seen from outside of it, while this process ran itself. Pure."""
 
     def __init__(self, clock: Clock, interval_s: float) -> None:
+        self._clock = clock
         self._listened = ListenedTime(clock, interval_s)
+        self._looked_s = 0.0  # listened time
         self._began_s: float | None = None
-        self._seen_s = 0.0
+        self._step_s = 0.0
 
     def look(self, began_s: float | None) -> float:
         """Seconds, for a step that began at `began_s` of the clock; 0.0 for None. To be called each `interval_s`."""
-        before_s = self._listened.now_s()
         self._listened.tick()
-        if began_s != self._began_s:
-            self._began_s, self._seen_s = began_s, before_s
-        return 0.0 if began_s is None else self._listened.now_s() - self._seen_s
+        before_s, self._looked_s = self._looked_s, self._listened.now_s()
+        since_s = self._looked_s - before_s
+        if began_s is None:
+            self._step_s = 0.0
+        elif began_s == self._began_s:
+            self._step_s += since_s
+        else:
+            self._step_s = min(since_s, self._clock.now_s() - began_s)
+        self._began_s = began_s
+        return self._step_s
 
 
 @dataclass(frozen=True, slots=True)
