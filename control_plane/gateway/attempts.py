@@ -252,9 +252,14 @@ class Attempts:
         return attempt
 
     def _give_up(self, attempt: Attempt, error: ServingError) -> list[Attempt]:
-        """Ends an attempt; returns those that go on in its place. The request ends with `error` after the last."""
+        """Ends an attempt; returns those that go on in its place. The request ends with `error` after the last.
+
+        One that a worker gave back, because it drains or has another role now, counts as the first and no further: a
+        request outlives any number of drains. Its deadline bounds them.
+        """
         record = attempt.record
-        if attempt.number + 1 >= MAX_ATTEMPTS:
+        number = max(attempt.number, 1) if isinstance(error, Unavailable) else attempt.number + 1
+        if number >= MAX_ATTEMPTS:
             self.fail(record, error)
             return []
         _abort(self._workers, attempt)
@@ -264,7 +269,7 @@ class Attempts:
         record.note(Stage.RECOVERING, self._clock.unix_s(), self._gateway_id)
         self._owner.given_up(attempt, error)
         rest = [replace(request, request_id=record.client_id + next(self._suffixes)) for request in attempt.rest()]
-        return [self._begin(Attempt(record, request, attempt.number + 1, error)) for request in rest]
+        return [self._begin(Attempt(record, request, number, error)) for request in rest]
 
     def _end_attempt(self, attempt: Attempt, num_output_tokens: int) -> None:
         """Forgets the attempt and gives its placement back."""

@@ -329,6 +329,18 @@ def test_a_failure_is_tried_elsewhere(gateway: Gateway, code: str, avoided: set[
     assert gateway.to_place[0].wanted.avoid == avoided and gateway.recoveries == [code]
 
 
+def test_a_request_outlives_any_number_of_drains(gateway: Gateway) -> None:
+    record = gateway.open()
+    for number in range(2 * MAX_ATTEMPTS):
+        attempt = gateway.place(f"p{number}", f"d{number}")
+        gateway.say(attempt, number, "a")
+        gateway.fail(attempt, "unavailable")
+        assert gateway.to_place[0].number == 1, "it is not refused for full queues"
+    gateway.say(gateway.place("p", "d"), 2 * MAX_ATTEMPTS, "b", end="length")
+    assert text_of(record, 0) == "a" * 2 * MAX_ATTEMPTS + "b"
+    gateway.assert_over(record, RequestStatus.FINISHED)
+
+
 @pytest.mark.parametrize("code", ["internal", "deadline_exceeded", "a_code_of_tomorrow"])
 def test_a_failure_that_would_come_again_ends_the_request(gateway: Gateway, code: str) -> None:
     record = gateway.open()
