@@ -1,6 +1,7 @@
 """Attempts at open requests: what is tried, again where needed, and how a request ends. Pure: events in, commands out.
 
     open         a request is accepted; its first attempt is to be placed
+    resume       one whose answer broke off elsewhere is accepted; each sample that has not ended has an attempt
     placed       the control plane has answered: the prefill worker is sent its task, or, where one of the two workers
                  was lost meanwhile, another attempt is to be placed
     refused      it has answered with an error: the request ends
@@ -143,18 +144,41 @@ class Attempts:
 
     def open(self, prepared: PreparedRequest) -> Attempt:
         """Opens the record of a request; returns its first attempt, to be placed."""
-        client_id, sampling = prepared.request.request_id, prepared.request.sampling
-        request = replace(prepared.request, request_id=client_id + next(self._suffixes))
+        sampling = prepared.request.sampling
         least = sampling.min_tokens
         texts = [
             SampleText(self._texts, prepared.stop, continues_text=prepared.continues_text, min_tokens=least)
             for _ in range(sampling.n)
         ]
+        record = self._open_record(prepared, [OpenSample(text) for text in texts])
+        return self._begin(Attempt(record, record.request))
+
+    def resume(self, prepared: PreparedRequest) -> OpenRequest:
+        """Opens the record of a request with `prepared.samples`; all its attempts are to be placed.
+
+        Where every sample has ended there are none, and `end_resumed` is to be called.
+        """
+        record = self._open_record(prepared, list(prepared.samples))
+        record.num_resumed = record.num_output_tokens
+        for request in Attempt(record, record.request).rest():
+            own_id = record.client_id + next(self._suffixes)
+            self._begin(Attempt(record, replace(request, request_id=own_id)))
+        return record
+
+    def end_resumed(self, record: OpenRequest) -> None:
+        """Ends a resumed request of which nothing was left to be run."""
+        record.first_token_s = self._clock.now_s()
+        record.note(Stage.FINISHED, self._clock.unix_s(), self._gateway_id)
+        self._end(record, RequestStatus.FINISHED)
+
+    def _open_record(self, prepared: PreparedRequest, samples: list[OpenSample]) -> OpenRequest:
+        client_id = prepared.request.request_id
+        request = replace(prepared.request, request_id=client_id + next(self._suffixes))
         now_s = self._clock.now_s()
-        record = OpenRequest(client_id, request, now_s, now_s + prepared.timeout_s, [OpenSample(t) for t in texts])
+        record = OpenRequest(client_id, request, now_s, now_s + prepared.timeout_s, samples)
         self._open[record.request_id] = record
         record.note(Stage.RECEIVED, self._clock.unix_s(), self._gateway_id)
-        return self._begin(Attempt(record, request))
+        return record
 
     def placed(self, attempt: Attempt, placement: Placement) -> Attempt | None:
         """Sends the attempt to its workers; returns another one to be placed instead, where one of them is lost.
@@ -281,7 +305,8 @@ class Attempts:
         record = attempt.record
         record.events.append(event)
         if event.stage is Stage.PREFILL_START and record.first_token_s is None:
-            record.num_cached_tokens = event.num_tokens  # of the prompt; later attempts find output there, too
+            # Of the prompt: what goes on after an output finds that there, too.
+            record.num_cached_tokens = min(event.num_tokens, len(record.request.prompt_token_ids))
         elif event.stage is Stage.HANDOFF_END:
             self._metrics.handoff(event.num_bytes, event.duration_s)
         elif event.stage is Stage.PREEMPTED:

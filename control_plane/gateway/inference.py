@@ -99,6 +99,7 @@ class InferenceGateway:
         try:
             # A long text is tokenised on a thread of its own, so that streams go on meanwhile.
             num_characters = num_text_characters(request.text, request.messages)
+            num_characters += sum(len(sample.token_ids) for sample in request.resume_after)
             prepared = await self._threads.run(num_characters, partial(self._preparer.prepare, request))
             self._check_admission()  # much may have happened meanwhile
             own_id = self._ids.claim(prepared.request.request_id) if request.claimed is None else None
