@@ -36,7 +36,7 @@ def new_request(
     token_ids: Sequence[int] | None = None,
     messages: Messages | None = None,
 ) -> pb.GenerateRequest:
-    """The request of one call, with an id of its own, so that a retry is recognisable, and a seed, so that it can go on.
+    """The request of one call, with an id of its own, to recognise a retry, and a seed, so that its answer can go on.
 
     Raises TypeError for an unknown keyword and InvalidRequest for a value that cannot be sent.
     """

@@ -1,4 +1,4 @@
-"""Which of several targets a call goes to: in turn, those that were away a moment ago last. Safe to use from threads."""
+"""Which of several targets a call goes to: in turn, those that were away a moment ago last. Safe to use in threads."""
 
 from __future__ import annotations
 

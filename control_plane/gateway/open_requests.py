@@ -26,8 +26,8 @@ from phasewise.core.request import FinishReason, Request
 class PreparedRequest:
     """A request that was checked and tokenised, under the client's own id. Workers never see `stop`: they know no text.
 
-    `continues_text` is for `SampleText`: the output goes on from a text instead of answering a chat. `samples`: those of a
-    request that goes on where its answer broke off, as far as they have come (resumption.py); else there are none.
+    `continues_text` is for `SampleText`: the output goes on from a text instead of answering a chat. `samples`: those
+    of a request that goes on where its answer broke off, as far as they have come (resumption.py); else there are none.
     """
 
     request: Request
