@@ -19,7 +19,7 @@ from control_plane.actors import SWITCH_INTERVAL_S
 from control_plane.gateway.bodies import Bodies, largest_body
 from control_plane.gateway.grpc_front.server import start_grpc_server
 from control_plane.gateway.http_front.openai_server import build_app
-from control_plane.gateway.http_front.server import make_http_server
+from control_plane.gateway.http_front.protocol import make_http_server
 from control_plane.gateway.inference import InferenceGateway
 from control_plane.gateway.listening import bind_http, format_address
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer

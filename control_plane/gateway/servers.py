@@ -17,7 +17,7 @@ import uvicorn
 from control_plane.gateway.bodies import Bodies, largest_body
 from control_plane.gateway.grpc_front.server import start_grpc_server
 from control_plane.gateway.http_front.openai_server import build_app
-from control_plane.gateway.http_front.server import make_http_server
+from control_plane.gateway.http_front.protocol import make_http_server
 from control_plane.gateway.http_front.starting import FrontDoor
 from control_plane.gateway.listening import bind_http, format_address
 from control_plane.gateway.service import InferenceService

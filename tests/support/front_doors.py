@@ -18,8 +18,7 @@ from typing import Any, TypeVar
 from control_plane.gateway.bodies import Bodies
 from control_plane.gateway.grpc_front.server import start_grpc_server
 from control_plane.gateway.http_front.openai_server import build_app
-from control_plane.gateway.http_front.protocol import HttpLimits
-from control_plane.gateway.http_front.server import make_http_server
+from control_plane.gateway.http_front.protocol import HttpLimits, make_http_server
 from tests.support.local_cluster import LocalCluster, local_cluster
 
 WAIT_S = 30.0

@@ -11,8 +11,7 @@ from starlette.types import ASGIApp
 
 from control_plane.gateway.bodies import Bodies
 from control_plane.gateway.http_front.openai_server import build_app
-from control_plane.gateway.http_front.protocol import HttpLimits
-from control_plane.gateway.http_front.server import make_http_server
+from control_plane.gateway.http_front.protocol import HttpLimits, make_http_server
 from control_plane.gateway.service import InferenceService
 
 

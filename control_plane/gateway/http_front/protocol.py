@@ -5,9 +5,7 @@ The life of a connection, and who ends it:
 1. header   nothing has come, or a part of a header: at most `max_header_bytes` (431) and `header_timeout_s` (408)
 2. body     its bytes come: `body_grace_s`, and then at least `min_body_bytes_per_s` (408)
 3. answer   the client reads it: `write_stall_s` without taking anything closes the connection
-4. idle     between two requests: uvicorn's keep-alive time-out, or the server that leaves (server.py)
-
-Once the server leaves, an answer behind which no request waits says `connection: close`.
+4. idle     between two requests: uvicorn's keep-alive time-out
 
 A client that closes its sending side after a request (a *half-close*) looks like one that has left: both send a FIN.
 The two are told apart by a few bytes: the beginning of the status line, which is that of every answer, or a comment in
@@ -17,17 +15,20 @@ an event stream. The host of a client that has left answers them with a reset, w
 from __future__ import annotations
 
 import asyncio
+import logging
+import resource
 import select
 import sys
 from dataclasses import dataclass
 from typing import Any
 
 import httptools
+import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from control_plane.gateway.http_front.openai_responses import dumps
-from control_plane.gateway.quota import Quota, client_of
+from control_plane.gateway.quota import Quota, client_of, share_of
 from phasewise.core.errors import Overloaded
 
 _PIECE_BYTES = 1024
@@ -41,6 +42,13 @@ _MAX_QUEUED = 8
 _STATUS_PREFIX = b"HTTP/1.1 "
 """Of every answer."""
 
+_MOST_CONNECTIONS = 16_384
+_OTHER_FILES = 1024
+
+_KEEP_ALIVE_S = 75
+"""Longer than clients and load balancers keep an idle connection (60 s). The side that closes first may close while a
+request is on its way, and the other side cannot tell whether the request was read."""
+
 
 @dataclass(frozen=True, slots=True)
 class HttpLimits:
@@ -53,12 +61,6 @@ class HttpLimits:
     write_stall_s: float = 60.0
 
 
-class Leaving:
-    """Whether a server leaves; all its connections look at it."""
-
-    is_on = False
-
-
 class GatewayProtocol(HttpToolsProtocol):
     """One connection. The module's docstring tells its life.
 
@@ -68,8 +70,6 @@ class GatewayProtocol(HttpToolsProtocol):
     limits = HttpLimits()
 
     connections_quota = Quota("connections", sys.maxsize, sys.maxsize)
-
-    leaving = Leaving()
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -86,11 +86,6 @@ class GatewayProtocol(HttpToolsProtocol):
         self._unfinished: list[RequestResponseCycle] = []  # begun or queued, the oldest first
         self._event_stream: RequestResponseCycle | None = None  # the one whose answer is a stream of events
         self._resets: select.epoll | None = None
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing of a request has come that is not answered."""
-        return not (self._unfinished or self._is_in_message or self._held)
 
     # ---- what the transport says
 
@@ -256,8 +251,6 @@ class GatewayProtocol(HttpToolsProtocol):
                 if message["type"] == "http.response.start":
                     if cycle.waiting_for_100_continue:  # its body was not asked for, and may not come
                         cycle.keep_alive = False
-                    if self.leaving.is_on and self._unfinished == [cycle] and not self._held:
-                        message["headers"] = [*message.get("headers", []), (b"connection", b"close")]
                     names = dict(message.get("headers", []))
                     if b"content-length" not in names and scope["http_version"] == "1.0":
                         has_no_length, cycle.chunked_encoding = True, False  # the answer ends with the connection
@@ -356,3 +349,45 @@ def _answer(status: int, code: str, message: str) -> bytes:
     body = dumps({"error": fields}).encode()
     head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
     return STATUS_LINE[status] + head + body
+
+
+def most_connections() -> int:
+    """How many connections may be open: what the system allows the process, less what else it opens.
+
+    The soft limit of open files is raised to the hard one first, where that is higher.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_CONNECTIONS + _OTHER_FILES
+    if soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(1, min(_MOST_CONNECTIONS, soft - min(_OTHER_FILES, soft // 2)))
+
+
+def make_http_server(
+    app: ASGIApp,
+    limits: HttpLimits = HttpLimits(),
+    max_connections: int | None = None,
+) -> uvicorn.Server:
+    """A server that speaks `GatewayProtocol`; it is given its socket when it serves."""
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a client's fault is no warning of ours
+
+    most = max_connections or most_connections()
+
+    class Protocol(GatewayProtocol):
+        pass
+
+    Protocol.limits = limits
+    Protocol.connections_quota = Quota("connections", most, share_of(most))
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=Protocol,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=5,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+        )
+    )
