@@ -14,7 +14,7 @@ More than 15 of our modules are imported: incoming handoffs, blocks, swap space 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
@@ -182,9 +182,12 @@ class DecodePhase:
             self._blocks.hash_ahead(prompt, prompt.num_tokens)
             reservation.block_hashes = prompt.block_hashes
 
-    def plan(self) -> list[ScheduledSequence]:
-        """The next step's decodes; carries out the preemptions and copies that they need."""
-        plan = self.scheduler.schedule()
+    def plan(self, only: Collection[str] | None) -> list[ScheduledSequence]:
+        """The next step's decodes; carries out the preemptions and copies that they need.
+
+        `only`: the requests that may take part; None for all.
+        """
+        plan = self.scheduler.schedule(only)
         self.has_made_room = bool(plan.swap_out)
         if plan.swap_out or plan.copies or plan.swap_in:
             self._carry_out(plan)

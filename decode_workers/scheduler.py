@@ -8,7 +8,7 @@ When blocks run out the youngest running sequence is preempted, never the oldest
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from engine.block_manager import BlockManager
@@ -81,21 +81,22 @@ class DecodeScheduler:
         self._blocks.release(job.sequence.block_table)
         job.sequence.block_table = []
 
-    def schedule(self) -> DecodePlan:
+    def schedule(self, only: Collection[str] | None = None) -> DecodePlan:
         """Plans a step of all running sequences, oldest first; makes room by preempting the youngest.
 
+        `only`: the requests that may take part; None for all, and for those that can come back.
         Not of those whose token in flight is their last. One that a stop token ends is found out a step later.
         """
         plan = DecodePlan()
         for job in list(self.running):
             if job.status is RequestStatus.PREEMPTED:
                 break  # only younger ones follow
-            if job.sequence.awaits_last_token:
+            if job.sequence.awaits_last_token or (only is not None and job.sequence.request_id not in only):
                 continue
             has_slot = job.sequence.num_scheduled_tokens < job.writable_end
             if has_slot or self._grow(job, plan) or self._make_room(job, plan):
                 plan.jobs.append(job)
-        if self.preempted and not plan.swap_out:
+        if self.preempted and not plan.swap_out and only is None:
             self._resume(plan)
         return plan
 

@@ -95,6 +95,10 @@ class Sequence:
         self.num_in_flight_tokens -= num_tokens
         self.num_computed_tokens += num_tokens
 
+    def revoke_step(self, num_tokens: int) -> None:
+        """The engine broke on a step in flight, of so many tokens: they are to be computed again."""
+        self.num_in_flight_tokens -= num_tokens
+
     @property
     def awaits_last_token(self) -> bool:
         """True when the output token in flight will be the last, whatever it is."""

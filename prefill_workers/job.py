@@ -24,7 +24,9 @@ class PrefillJob:
     handoff: Handoff = field(init=False)
     num_cached_tokens: int = 0  # of the prompt, found in this worker's prefix cache
     num_failures: int = 0  # of the handoff, as far as they are counted
+    has_begun: bool = False  # its first chunk was planned
     has_pushed: bool = False
+    pushed_end: int = 0  # the end of the last chunk behind which KV was given to the sender
     prompt_logprobs: list[SampledToken] = field(default_factory=list)
     ended_samples: set[int] = field(default_factory=set)  # cancelled one by one
 

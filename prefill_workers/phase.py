@@ -17,7 +17,7 @@ with `TransferFailed`, and its gateway may try other workers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from engine.batch import ScheduledSequence
@@ -46,7 +46,10 @@ class Staying(NamedTuple):
 
 
 class PrefillPhase:
-    """Plans prompt chunks and takes their results. Used by the step loop's thread alone."""
+    """Plans prompt chunks and takes their results. Used by the step loop's thread alone.
+
+    There are more than 20 methods: one for each message, each thing that a round asks, and each end of a prompt.
+    """
 
     def __init__(
         self,
@@ -151,12 +154,13 @@ class PrefillPhase:
             self._sender.offer(job.handoff)
             self._event(job, Stage.RESERVE_ASKED)
 
-    def plan(self, budget: int, num_seats: int) -> list[ScheduledSequence]:
-        """Prompt chunks for the next step, within `budget` tokens. `num_seats`: as PrefillScheduler.schedule."""
+    def plan(self, budget: int, num_seats: int, only: Collection[str] | None) -> list[ScheduledSequence]:
+        """The next step's prompt chunks, within `budget` tokens. `num_seats`, `only`: as PrefillScheduler.schedule."""
         items = []
-        for job, num_tokens in self.scheduler.schedule(budget, num_seats):
+        for job, num_tokens in self.scheduler.schedule(budget, num_seats, only):
             sequence = job.sequence
-            if sequence.num_scheduled_tokens == job.num_cached_tokens:
+            if not job.has_begun:
+                job.has_begun = True
                 self._begin(job)
             last = num_tokens == sequence.num_unscheduled_tokens
             items.append(ScheduledSequence(sequence, num_tokens, job.num_samples if last else 0))
@@ -170,6 +174,17 @@ class PrefillPhase:
                 span = PartSpan(first_layer, num_layers, item.start, item.num_tokens)
                 self._sender.on_computed(job.handoff, span)
                 self._note_push(job)
+                if job.handoff.to_send(span) is not None:
+                    job.pushed_end = item.start + item.num_tokens
+
+    def revoke(self, items: Iterable[ScheduledSequence]) -> None:
+        """The engine broke on the step that computed these chunks. What has left of their KV may be wrong: such a
+        handoff is given up, and offered again when the prompt is computed."""
+        for item in items:
+            job = self._jobs.get(item.sequence.request_id)
+            if job is not None and job.sequence is item.sequence and job.pushed_end > item.start:
+                job.pushed_end = 0
+                self._sender.outgoing.abort(job.handoff, "the engine broke on a step whose KV had left")
 
     def take(
         self, item: ScheduledSequence, tokens: tuple[SampledToken, ...], prompt_logprobs: tuple[SampledToken, ...]

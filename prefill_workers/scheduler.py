@@ -10,6 +10,8 @@ It leaves when it is handed off, when decoding begins here, or when it ends (`re
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from engine.block_manager import BlockManager
 from phasewise.core.lifecycle import RequestStatus
 from phasewise.core.placement import WorkerId
@@ -91,10 +93,13 @@ class PrefillScheduler:
         reserving = (job for job in self.waiting if job.status is RequestStatus.RESERVING)
         return [job for job in reserving if not admission.may_reserve(job)]
 
-    def schedule(self, budget: int, num_seats: int) -> list[tuple[PrefillJob, int]]:
+    def schedule(
+        self, budget: int, num_seats: int, only: Collection[str] | None = None
+    ) -> list[tuple[PrefillJob, int]]:
         """(job, number of tokens) for the next step: running prompts first, then new ones while budget and blocks last.
 
         `num_seats`: free ones in this worker's own decoding batch, those of running prompts that stay not taken off.
+        `only`: the requests that may take part; None for all.
         """
         planned: list[tuple[PrefillJob, int]] = []
         admission = Admission(self._blocks, self.handing_off)
@@ -102,6 +107,8 @@ class PrefillScheduler:
         for job in self.running + self.waiting:
             if budget <= 0:
                 break
+            if only is not None and job.request_id not in only:
+                continue
             if job.status is not RequestStatus.PREFILLING:
                 may_be_early = is_first and not self.running
                 is_first = is_first and not job.needs_handoff

@@ -156,7 +156,7 @@ class WorkerDriver:
             if is_behind:
                 rounds.layers_done(step, 0, self.info.kv_spec.num_layers)
         except Exception as error:
-            self._fail(step, error)
+            self._broke(error, step)
             return False
         rounds.submitted(step)
         self._in_flight.append((step, pending))
@@ -168,16 +168,33 @@ class WorkerDriver:
         try:
             result = pending.collect()
         except Exception as error:
-            self._fail(step, error)
+            self._broke(error, step, [step, *self._drop_in_flight()])
         else:
             self.rounds.end(step, result)
 
-    def _fail(self, step: Step, error: Exception) -> None:
-        """The requests of a step on which the engine broke end. Raises DeviceLost again: no later step would do."""
+    def _broke(self, error: Exception, step: Step, dropped: Sequence[Step] = ()) -> None:
+        """As WorkerRound.failed. Raises DeviceLost again: no later step would do."""
         if isinstance(error, DeviceLost):
             raise error
-        logger.exception("a step failed", extra={"worker_id": self.info.worker_id})
-        self.rounds.failed(step)
+        logger.error("a step broke", exc_info=error, extra={"worker_id": self.info.worker_id})
+        if (request_id := self.rounds.failed(step, dropped)) is not None:
+            names = {"worker_id": self.info.worker_id, "request_id": request_id}
+            logger.error("a request breaks steps alone, and ends", extra=names)
+
+    def _drop_in_flight(self) -> list[Step]:
+        """Waits for the steps that were built on one that broke, in their order. Raises DeviceLost."""
+        dropped = []
+        while self._in_flight:
+            step, pending = self._in_flight.popleft()
+            try:
+                pending.collect()
+            except DeviceLost:
+                raise
+            except Exception as error:
+                names = {"worker_id": self.info.worker_id}
+                logger.error("a step broke behind another one", exc_info=error, extra=names)
+            dropped.append(step)
+        return dropped
 
     def _take_ack_inside(self) -> None:
         """Inside a step: takes the word that a part has arrived, whose room others wait for. All else waits."""

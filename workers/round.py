@@ -12,6 +12,9 @@ A round, which workers/driver.py carries out:
 A sequence may be part of a step before the token of the step before is known here: the engine feeds it on the device.
 What such a step computed for a sequence that turns out to have ended is dropped.
 
+A step on which the engine breaks (`failed`) is dropped, and so is the one that was built on it: the sequences are as
+before. Its requests are tried again in halves (workers/bisection.py), and only the one that breaks a step alone ends.
+
 The two phases meet here and know nothing of each other. The prefill phase plans with the number of the decode phase's
 free seats, and returns the sequences that stay on this worker; the decode phase reserves beside those that will stay.
 Both halves of handoffs and the probes of links meet here, too, so more than 15 of our modules are imported.
@@ -19,7 +22,7 @@ Both halves of handoffs and the probes of links meet here, too, so more than 15 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from decode_workers.phase import DecodePhase
@@ -55,9 +58,10 @@ from phasewise.core.placement import WorkerState
 from phasewise.core.ports import LoadPort
 from phasewise.core.recent import RecentNames
 from prefill_workers.phase import PrefillPhase
+from workers.bisection import Bisection
 
 UNUSABLE = "the model computed NaN or infinite logits for this request; its KV or the weights may be damaged"
-BROKEN = "the engine failed on this request's batch; the worker's log has the cause"
+BROKEN = "the engine failed on this request, tried again alone; the worker's log has the cause"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +95,12 @@ class Step:
     prompts: list[ScheduledSequence]
 
     @property
+    def items(self) -> tuple[ScheduledSequence, ...]:
+        return (*self.decodes, *self.prompts)
+
+    @property
     def batch(self) -> ScheduledBatch:
-        return ScheduledBatch((*self.decodes, *self.prompts))
+        return ScheduledBatch(self.items)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +131,9 @@ class WorkerRound:
         self._loads = loads
         self._clock = clock
         self._over = _Over()
+        self._suspects = Bisection()
         self._num_steps = 0
+        self._num_broken_steps = 0
         self._num_aborts = 0
         self._num_reports = 0
         self._last_load: WorkerLoad | None = None
@@ -166,13 +176,18 @@ class WorkerRound:
 
     def begin(self) -> Step | None:
         """Ends what is over, offers and reserves, and plans the next step; None when there is nothing to compute."""
+        if self._suspects.is_trying:
+            return None  # the next step depends on the result
         parts = self.parts
         parts.prefill.poll()
         parts.decode.poll(parts.prefill.scheduler.num_staying)
         parts.prober.poll()  # behind the parts of handoffs
-        decodes = parts.decode.plan()
-        prompts = parts.prefill.plan(self.limits.token_budget - len(decodes), parts.decode.num_free_seats)
-        return Step(decodes, prompts) if decodes or prompts else None
+        while (trial := self._suspects.next_trial()) is not None:
+            if step := self._plan(trial.token_budget, trial.requests):
+                self._suspects.begin()
+                return step
+            self._suspects.passed()  # nothing of it is left to compute
+        return self._plan(self.limits.token_budget, None)
 
     def layers_done(self, step: Step, first_layer: int, num_layers: int) -> None:
         """The KV of these layers is in the cache, for all prompts of the step."""
@@ -190,6 +205,8 @@ class WorkerRound:
         """Takes the results of the oldest step that was submitted. What has no usable logits fails."""
         parts, num_decodes = self.parts, len(step.decodes)
         self._num_steps += 1
+        if self._suspects.is_trying:
+            self._suspects.passed()
         if None in result.tokens:
             self._fail_unusable(step, result)
         parts.decode.take(step.decodes, result.tokens[:num_decodes])
@@ -198,9 +215,25 @@ class WorkerRound:
             if tokens is not None and (staying := parts.prefill.take(item, tokens, prompt_logprobs)):
                 parts.decode.adopt(*staying)
 
-    def failed(self, step: Step) -> None:
-        """The engine broke on the step: its requests end, the worker lives on."""
-        self._fail((*step.decodes, *step.prompts), BROKEN)
+    def failed(self, step: Step, dropped: Sequence[Step] = ()) -> str | None:
+        """The engine broke on the step: its requests are tried again. Returns the id of the one that ends with that.
+
+        `dropped`: the steps in flight whose results are not taken, this one and what was built on it; empty where it
+        could not be submitted.
+        """
+        self._num_broken_steps += 1
+        for item in (item for one in dropped for item in one.items):
+            item.sequence.revoke_step(item.num_tokens)
+        for one in (step, *dropped):
+            self.parts.prefill.revoke(one.prompts)
+        num_tokens: dict[str, int] = {}
+        for item in step.items:
+            request_id = item.sequence.request_id
+            num_tokens[request_id] = num_tokens.get(request_id, 0) + item.num_tokens
+        cause = self._suspects.broke(num_tokens)
+        if cause is not None:
+            self._fail([item for item in step.items if item.sequence.request_id == cause], BROKEN)
+        return cause
 
     @property
     def is_held_back(self) -> bool:
@@ -264,6 +297,13 @@ class WorkerRound:
 
     # ---- inside
 
+    def _plan(self, token_budget: int, only: Collection[str] | None) -> Step | None:
+        """A step of what is ready, or of these requests `only`."""
+        parts = self.parts
+        decodes = parts.decode.plan(only)
+        prompts = parts.prefill.plan(token_budget - len(decodes), parts.decode.num_free_seats, only)
+        return Step(decodes, prompts) if decodes or prompts else None
+
     def _on_task(self, task: PrefillTask) -> None:
         if task.request.request_id in self._over.requests or task.gateway_id in self._over.gateways:
             return  # its abort overtook it
@@ -316,7 +356,7 @@ class WorkerRound:
                 parts.decode.on_gateway_lost(gateway_id)
 
     def _fail_unusable(self, step: Step, result: StepResult) -> None:
-        entries = zip((*step.decodes, *step.prompts), result.tokens, strict=True)
+        entries = zip(step.items, result.tokens, strict=True)
         self._fail([item for item, tokens in entries if tokens is None], UNUSABLE)
 
     def _fail(self, items: Collection[ScheduledSequence], reason: str) -> None:
@@ -337,6 +377,7 @@ class WorkerRound:
             **self.parts.prefill.counters,
             **self.parts.decode.counters,
             "steps": float(self._num_steps),
+            "broken_steps": float(self._num_broken_steps),
             "aborts": float(self._num_aborts),
             "handoff_bytes_out": float(sender.num_bytes_sent),
             "handoff_bytes_in": float(receiver.num_bytes),

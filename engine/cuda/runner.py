@@ -88,6 +88,15 @@ class CudaModelRunner:
         """
         if not batch.items:
             return ComputedStep(StepResult((), ()))
+        try:
+            return self._submit(batch, on_layers_done, layers_per_group)
+        except Exception:
+            self._planner.forget()
+            raise
+
+    def _submit(
+        self, batch: ScheduledBatch, on_layers_done: Callable[[int, int], None] | None, layers_per_group: int
+    ) -> PendingStep:
         decodes: list[ScheduledSequence] = []
         prompts: list[ScheduledSequence] = []
         for item in batch.items:

@@ -108,6 +108,11 @@ class RowAssignment:
         self._row_of: dict[Sequence, int] = {}
         self._table_of: dict[int, tuple[list[int], int]] = {}  # row: the table that the device has, blocks of it
 
+    def forget(self) -> None:
+        """What the device has of the rows is not known any more: the next step sends everything."""
+        self._row_of.clear()
+        self._table_of.clear()
+
     def assign(self, items: Seq[ScheduledSequence], num_rows: int) -> DecodeInputs:
         """Gives each item one of the first `num_rows` rows.
 

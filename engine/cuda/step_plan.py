@@ -66,6 +66,10 @@ class StepPlanner:
         self._prompt_sizes = prompt_sizes
         self._assignment = RowAssignment(block_size)
 
+    def forget(self) -> None:
+        """A planned step may not have reached the device. The next has all tokens on the host."""
+        self._assignment.forget()
+
     def plan(
         self, decodes: list[ScheduledSequence], prompts: list[ScheduledSequence], layers_per_group: int
     ) -> StepInputs:

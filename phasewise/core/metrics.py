@@ -36,6 +36,7 @@ TOKEN_BUCKETS = tuple(float(2**power) for power in range(21))  # 1 to 1,048,576 
 
 WORKER_COUNTERS: dict[str, tuple[str, str]] = {
     "steps": ("steps", "Steps of the worker's loop that ran a batch"),
+    "broken_steps": ("broken_steps", "Steps on which the engine broke; their requests are tried again in halves"),
     "prompt_tokens": ("prompt_tokens", "Prompt tokens computed, those of the prefix cache not counted"),
     "output_tokens": ("output_tokens", "Output tokens sampled"),
     "preemptions": ("preemptions", "Sequences pushed out of the running batch"),

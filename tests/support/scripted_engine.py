@@ -75,6 +75,9 @@ class ScriptedStep:
 class ScriptedRunner:
     """Runs batches as workers.driver.Runner. `fail_next` makes the next step raise, `fail_late` when it is collected.
 
+    `breaks` is asked of each batch whether it breaks the engine: "early" in the middle of its layers, "late" when it is
+    collected, "" not at all. What a batch that breaks has written until then is wrong.
+
     With `num_steps_ahead` 1 it feeds a sequence the token of the step before, which the host has not seen, as a device
     does; and as there, that holds for the very next step only.
     """
@@ -86,6 +89,7 @@ class ScriptedRunner:
         self.fail_late = False
         self.is_device_lost = False
         self.on_look: Callable[[], bool] = lambda: True
+        self.breaks: Callable[[ScheduledBatch], str] = lambda batch: ""
         self.batches: list[ScheduledBatch] = []
         self._newest: dict[Sequence, int] = {}
 
@@ -102,11 +106,34 @@ class ScriptedRunner:
             self.batches.append(batch)
             self._newest = {}  # it broke in the middle: what the step before left on the device is lost
             raise RuntimeError("scripted failure")
+        if how := self.breaks(batch):
+            return self._break(batch, on_layers_done, layers_per_group, is_late=how == "late")
         result = self._run(batch, on_layers_done, layers_per_group)
         sampled = zip(batch.items, result.tokens, strict=True)
         self._newest = {item.sequence: tokens[0].token_id if tokens else 0 for item, tokens in sampled if tokens != ()}
         fails, self.fail_late = self.fail_late, False
         return ScriptedStep(result, fails, self.on_look)
+
+    def _break(
+        self,
+        batch: ScheduledBatch,
+        on_layers_done: Callable[[int, int], None] | None,
+        layers_per_group: int,
+        *,
+        is_late: bool,
+    ) -> PendingStep:
+        self.batches.append(batch)
+        self._newest = {item.sequence: 13 for item in batch.items}  # wrong
+        step = layers_per_group or SPEC.num_layers
+        for first in range(0, SPEC.num_layers if is_late else SPEC.num_layers // 2, step):
+            for item in batch.items:
+                slots = self._slots(item.sequence, item.start, item.num_tokens)
+                self._cache.storage[first : first + step, :, slots] = 7
+            if on_layers_done is not None:
+                on_layers_done(first, step)
+        if not is_late:
+            raise RuntimeError("scripted failure")
+        return ScriptedStep(StepResult((), ()), True, self.on_look)
 
     def _run(
         self, batch: ScheduledBatch, on_layers_done: Callable[[int, int], None] | None, layers_per_group: int

@@ -145,6 +145,8 @@ def test_a_lost_device_ends_the_loop_and_another_failure_its_requests() -> None:
     driver.post(task("r", 8, decode="prefill-0"))
     engine.error = RuntimeError("one batch was too much")
     driver.round()
+    assert not worker.failures, "it is tried once more"
+    driver.round()
     assert [failure.request_id for failure in worker.failures] == ["r"]
     driver.post(task("s", 8, decode="prefill-0"))
     engine.error = DeviceLost("gone")

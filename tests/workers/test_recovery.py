@@ -265,7 +265,7 @@ async def test_a_worker_that_takes_no_prompts_is_gone_around() -> None:
 async def test_faults_of_the_engine_are_not_tried_again() -> None:
     box = GatewayBox(PAIRS)
     await box.ask("r", prompt_of(20), max_tokens=5)
-    box.runners["prefill-0"].fail_next = True
+    box.runners["prefill-0"].breaks = lambda batch: "early"
     with pytest.raises(InternalError):
         await box.answer("r")
     assert recoveries(box) == {}

@@ -477,11 +477,13 @@ def test_loss_of_the_gateway_cancels_its_orphans() -> None:
     box.assert_empty()
 
 
-def test_engine_failure_ends_the_batch_and_the_worker_lives_on() -> None:
+def test_engine_failure_ends_the_request_that_causes_it_and_the_worker_lives_on() -> None:
     box = WorkerBox(PAIR)
     box.submit("r", prompt_of(50), "prefill-0", "decode-0", max_tokens=20)
     box.run_until(lambda: Stage.DECODE_START in box.stages["r"])
-    box.runners["decode-0"].fail_next = True
+    box.runners["decode-0"].breaks = lambda batch: (
+        "early" if any(item.sequence.request_id == "r" for item in batch.items) else ""
+    )
     box.run()
     assert box.failures["r"].code == "internal"
     box.submit("s", prompt_of(50, seed=1), "prefill-0", "decode-0", max_tokens=20)

@@ -112,14 +112,18 @@ def test_what_was_computed_for_a_sequence_that_has_ended_is_dropped() -> None:
     assert worker.chunks[-1].finish_reason is FinishReason.STOP
 
 
-def test_a_failed_step_ends_its_requests_and_hides_their_blocks() -> None:
+def test_a_request_that_fails_alone_again_ends_and_its_blocks_are_hidden() -> None:
     worker = PureWorker()
     worker.ask("r", 40, max_tokens=9)
     worker.end(worker.begin())  # type: ignore[arg-type]
     step = worker.begin()
     assert step is not None
     worker.ask("later", 6, max_tokens=2)
-    worker.rounds.failed(step)
+    assert worker.rounds.failed(step, [step]) is None
+    again = worker.begin()
+    assert again is not None and [item.sequence.request_id for item in again.items] == ["r"]
+    assert worker.begin() is None, "what comes next depends on the trial"
+    assert worker.rounds.failed(again, [again]) == "r"
     worker.flush()
     assert [(failure.request_id, failure.code) for failure in worker.failures] == [("r", "internal")]
     worker.ask("same", 40, max_tokens=2)
