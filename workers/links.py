@@ -1,7 +1,9 @@
 """A worker's links: the object store's, and beside it a direct one where the device has such.
 
 Made before the model is loaded, so that the memory of parts on their way is in use when the KV cache is sized; opened
-when all workers are loaded and know each other's addresses, before any of them takes work. More than 15 of our modules are imported: here the kinds of links meet.
+when all workers are loaded and know each other's addresses, before any of them takes work.
+
+More than 15 of our modules are imported: here the kinds of links meet.
 """
 
 from __future__ import annotations
