@@ -102,12 +102,15 @@ class Launcher:
 
         config, make = self._config, self._runtime.make
         device = choose_device(config, self._runtime.num_gpus())
-        head = self._runtime.head_address()
+        head, secret = self._runtime.head_address(), secrets.token_hex(16)
         self._control_plane = make(ControlPlaneActor, "control-plane", config, collector)
         self._gateway = make(
-            GatewayActor, GATEWAY_ID, GatewaySettings(GATEWAY_ID, config, collector), max_concurrency=10_000
+            GatewayActor,
+            GATEWAY_ID,
+            GatewaySettings(GATEWAY_ID, config, collector, secret, head),
+            max_concurrency=10_000,
         )
-        for s in worker_settings(config, device, collector, secrets.token_hex(16), head):
+        for s in worker_settings(config, device, collector, secret, head):
             num_gpus = 0 if s.device == "cpu" else s.tensor_parallel
             self._workers[s.worker_id] = make(WorkerActor, s.worker_id, s, num_gpus=num_gpus, max_concurrency=1000)
 
@@ -124,7 +127,7 @@ class Launcher:
 
     def _connect(self, infos: list[WorkerInfo]) -> None:
         ask, ask_all, workers = self._runtime.ask, self._runtime.ask_all, self._workers
-        gateways = {GATEWAY_ID: self._gateway}
+        gateways = {GATEWAY_ID: ask(self._gateway.listen_for_tokens.remote())}
         ask_all([w.connect.remote(workers, gateways, self._control_plane) for w in workers.values()])
         self._open_links(infos)
         ask_all([w.start.remote() for w in workers.values()])

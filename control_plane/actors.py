@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from control_plane.control_plane import ControlPlane
 from control_plane.gateway.process import GatewayProcess
@@ -23,7 +23,7 @@ from phasewise.core.config import ServingConfig
 from phasewise.core.errors import ServingError
 from phasewise.core.handles import ActorHandle, as_value
 from phasewise.core.logs import setup_logging
-from phasewise.core.messages import WorkerInfo, WorkerLoad, WorkerOutput
+from phasewise.core.messages import WorkerInfo, WorkerLoad
 from phasewise.core.placement import Placement, PlaceRequest, WorkerId
 
 SWITCH_INTERVAL_S = 0.0005
@@ -92,24 +92,30 @@ class ControlPlaneActor:
 
 @dataclass(frozen=True, slots=True)
 class GatewaySettings:
-    """What a gateway process is told when it is made. `log_collector`: the path of a socket that takes its log."""
+    """What a gateway process is told when it is made. `log_collector`: the path of a socket that takes its log.
+    `secret` and `head`: as a worker's (workers/settings.py)."""
 
     gateway_id: str
     config: ServingConfig
     log_collector: str | None = None
+    secret: str = field(default="", repr=False)
+    head: str = ""
 
 
 class GatewayActor:
-    """One GatewayProcess, called by workers, the control plane and the launcher."""
+    """One GatewayProcess, called by the control plane and the launcher. Workers' tokens come another way."""
 
     def __init__(self, settings: GatewaySettings) -> None:
         logs = settings.config.logging
         setup_logging(settings.gateway_id, log_format=logs.format, level=logs.level, collector=settings.log_collector)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        self._process = GatewayProcess(settings.gateway_id, settings.config)
+        self._process = GatewayProcess(settings.gateway_id, settings.config, settings.secret, settings.head)
 
     async def bind(self) -> str | ServingError:
         return await as_value(self._process.bind())
+
+    async def listen_for_tokens(self) -> str:
+        return await self._process.listen_for_tokens()
 
     async def load(self) -> ServingError | None:
         return await as_value(self._process.load())
@@ -125,11 +131,6 @@ class GatewayActor:
         control_plane: ActorHandle,
     ) -> str | ServingError:
         return await as_value(self._process.serve(card, infos, workers, RemotePlacer(control_plane)))
-
-    async def deliver(self, output: WorkerOutput) -> None:
-        """What one step of one worker has for this gateway."""
-        assert self._process.service is not None, "workers have its requests only"
-        self._process.service.deliver(output)
 
     async def worker_lost(self, worker_id: WorkerId) -> None:
         self._process.worker_lost(worker_id)

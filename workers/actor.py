@@ -43,7 +43,7 @@ class WorkerActor:
     async def connect(
         self,
         workers: Mapping[WorkerId, ActorHandle],
-        gateways: Mapping[str, ActorHandle],
+        gateways: Mapping[str, str],
         control_plane: ActorHandle,
     ) -> None:
         self._process.connect(workers, gateways, control_plane)

@@ -2,11 +2,12 @@
 
 Made before the model is loaded, so that the memory of parts on their way is in use when the KV cache is sized; opened
 when all workers are loaded and know each other's addresses, before any of them takes work.
+
+More than 15 of our modules are imported: here the kinds of links meet.
 """
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,6 +25,7 @@ from phasewise.core.errors import ConfigError, ServingError
 from phasewise.core.handles import WorkerHandles
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.messages import KVPart
+from phasewise.core.own_address import own_address
 from phasewise.core.placement import WorkerId, WorkerRole
 from workers.link_sizes import link_sizes
 from workers.settings import WorkerSettings
@@ -103,13 +105,6 @@ def _direct_links(settings: WorkerSettings, post: Post, prepare_write: PrepareWr
             "lower transfer.slab_mib or transfer.num_slabs, or end other processes on it",
             field="transfer.slab_mib",
         ) from None
-
-
-def own_address(head: str) -> str:
-    """The address under which those who can reach `head` can reach this host. (Its name may mean 127.0.1.1 here.)"""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((head, 1))  # sends nothing
-        return str(probe.getsockname()[0])
 
 
 def wire_device(settings: WorkerSettings, link: str, host: str) -> WireDevice:

@@ -18,10 +18,11 @@ import torch
 from kv_transfer.link import ArrivedPart, WriteReceived, write_nothing
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.collector import freeze_collector
-from phasewise.core.handles import ActorHandle, GatewayHandles, WorkerHandles
+from phasewise.core.handles import ActorHandle, WorkerHandles
 from phasewise.core.links import LinkProbe
 from phasewise.core.messages import GatewayLost, KVPart, PeerLost, WorkerInfo, WorkerLoad, WorkerMessage
 from phasewise.core.placement import WorkerId
+from phasewise.delivery.sinks import TokenSinks
 from workers.assemble import Ports, assemble
 from workers.build import LoadedEngine, load_engine, worker_info
 from workers.driver import WorkerDriver
@@ -47,7 +48,7 @@ class WorkerProcess:
         self.worker: WorkerDriver | None = None
         self._settings = settings
         self._peers = WorkerHandles()
-        self._gateways = GatewayHandles()
+        self._gateways = TokenSinks(settings.worker_id, settings.secret)
         self._control_plane: ActorHandle = None
         self._engine: LoadedEngine | None = None
         self._loop_task: asyncio.Task[None] | None = None
@@ -64,10 +65,10 @@ class WorkerProcess:
     def connect(
         self,
         workers: Mapping[WorkerId, ActorHandle],
-        gateways: Mapping[str, ActorHandle],
+        gateways: Mapping[str, str],
         control_plane: ActorHandle,
     ) -> None:
-        """Makes the others known. May be called again when some join."""
+        """Makes the others known, gateways by their addresses for tokens. May be called again when some join."""
         self._peers.connect(workers)
         self._gateways.connect(gateways)
         self._control_plane = control_plane
@@ -116,10 +117,11 @@ class WorkerProcess:
         return await probe_link(self.worker, peer, num_bytes, timeout_s)
 
     async def stop(self) -> None:
-        """Ends the loop after the round that it is in, and closes the links."""
+        """Ends the loop after the round that it is in, and closes what it spoke over."""
         if self.worker is not None and self._loop_task is not None:
             self.worker.stop()
             await asyncio.wait([self._loop_task])
+        await asyncio.to_thread(self._gateways.close)
         if self.links is not None:
             await asyncio.to_thread(self.links.close)
         if self._engine is not None and self._engine.ranks is not None:

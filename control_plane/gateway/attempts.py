@@ -8,6 +8,7 @@
     deliver      tokens go into the record (open_requests.py). A sample that a stop string ends is aborted at its
                  workers. A failure gives its attempt up
     worker_lost  every attempt that loses something with the worker is given up
+    tokens_lost  the same, where messages of a worker that lives were lost
     the end      exactly one: finished, failed, or cancelled. Nothing of the request is left here, and the workers that
                  may still hold something of it are told to drop it
 
@@ -228,12 +229,12 @@ class Attempts:
     def worker_lost(self, worker_id: WorkerId) -> list[Attempt]:
         """Gives up what is lost with a worker; returns the attempts that are to be placed."""
         self._lost_workers.add(worker_id)
-        again: list[Attempt] = []
-        for record in list(self._open.values()):
-            for attempt in [a for a in record.attempts.values() if a.ends_with(worker_id)]:
-                if not record.is_over:
-                    again += self._give_up(attempt, _worker_lost(worker_id))
-        return again
+        return self._give_up_with(worker_id, _worker_lost(worker_id))
+
+    def tokens_lost(self, worker_id: WorkerId) -> list[Attempt]:
+        """As `worker_lost`, for a worker that lives and some of whose messages will never come."""
+        message = f"messages of worker {worker_id} were lost; sending the request again is safe"
+        return self._give_up_with(worker_id, WorkerLost(message))
 
     # ---- the ends
 
@@ -289,6 +290,15 @@ class Attempts:
         self._owner.given_up(attempt, error)
         rest = [replace(request, request_id=record.client_id + next(self._suffixes)) for request in attempt.rest()]
         return [self._begin(Attempt(record, request, attempt.number + 1, error)) for request in rest]
+
+    def _give_up_with(self, worker_id: WorkerId, error: ServingError) -> list[Attempt]:
+        """Gives up the attempts for which something may be lost that the worker had."""
+        again: list[Attempt] = []
+        for record in list(self._open.values()):
+            for attempt in [a for a in record.attempts.values() if a.ends_with(worker_id)]:
+                if not record.is_over:
+                    again += self._give_up(attempt, error)
+        return again
 
     def _end_attempt(self, attempt: Attempt, num_output_tokens: int) -> None:
         """Forgets the attempt and gives its placement back."""

@@ -106,6 +106,10 @@ class RequestDriver:
         for attempt in self._attempts.worker_lost(worker_id):
             self._place_again(attempt)
 
+    def tokens_lost(self, worker_id: WorkerId) -> None:
+        for attempt in self._attempts.tokens_lost(worker_id):
+            self._place_again(attempt)
+
     async def drain(self, timeout_s: float) -> None:
         """Waits for the open requests; what is left after `timeout_s` is ended."""
         try:

@@ -177,6 +177,10 @@ class InferenceGateway:
         self._pools.worker_lost(worker_id)
         self._requests.worker_lost(worker_id)
 
+    def tokens_lost(self, worker_id: WorkerId) -> None:
+        """Places again what may lack tokens of a worker that lives."""
+        self._requests.tokens_lost(worker_id)
+
     def control_plane_lost(self) -> None:
         """Nothing can be placed from now on; what workers have goes on."""
         self._pools.control_plane_lost()

@@ -107,6 +107,8 @@ class OpenRequest:
     def take(self, new: NewTokens, texts: TokenTexts) -> list[SampleDelta]:
         """Puts new tokens in their place; returns the deltas that are certain now, in order."""
         sample = self.samples[new.sample_index]
+        if new.position < len(sample.token_ids):
+            return []  # they came before
         sample.early[new.position] = new
         deltas = []
         while sample.finish_reason is None and len(sample.token_ids) in sample.early:

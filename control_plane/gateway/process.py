@@ -1,13 +1,14 @@
 """A gateway's process without Ray: its ports, its tokenizer, its service, and their end.
 
 1. made
-2. bound      `bind`: the HTTP port is taken
+2. bound      `bind`: the HTTP port is taken; `listen_for_tokens`: workers can reach it
 3. loaded     `load`: the tokenizer is read
 4. serving    `serve`: requests are taken at both ports
 5. draining   `drain`: none is taken any more, those that are open end
 6. stopped    `stop`: the ports are closed
 
 Workers may be lost from the beginning on: the service hears of those that were lost before it was made.
+More than 15 of our modules are imported: here the parts of the process meet.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from phasewise.core.clock import MonotonicClock
 from phasewise.core.collector import freeze_collector
 from phasewise.core.config import ServingConfig
 from phasewise.core.handles import ActorHandle, WorkerHandles
-from phasewise.core.messages import WorkerInfo
+from phasewise.core.messages import WorkerInfo, WorkerOutput
 from phasewise.core.model_source import resolve_model
+from phasewise.core.own_address import own_address
 from phasewise.core.placement import WorkerId
+from phasewise.delivery.listener import TokenListener
 
 
 class WatchedPlacer(Placer, Protocol):
@@ -41,14 +44,23 @@ class WatchedPlacer(Placer, Protocol):
 
 
 class GatewayProcess:
-    """One gateway. `service` takes what workers deliver; None before `serve`."""
+    """One gateway. `service` takes what workers deliver; None before `serve`. Implements OutputTaker
+    (phasewise/delivery/listener.py).
 
-    def __init__(self, gateway_id: str, config: ServingConfig) -> None:
+    Args:
+        secret: the cluster's; workers have to know it.
+        head: an address of the cluster: workers reach this gateway at the address from which its host reaches that
+            one. "": on this host only.
+    """
+
+    def __init__(self, gateway_id: str, config: ServingConfig, secret: str = "", head: str = "") -> None:
         self.service: InferenceGateway | None = None
         self._gateway_id = gateway_id
         self._config = config
         self._servers = GatewayServers(config.gateway)
         self._workers = WorkerHandles()
+        self._tokens = TokenListener(gateway_id, secret, self)
+        self._head = head
         self._tokenizer: TextTokenizer | None = None
         self._lost: list[WorkerId] = []  # before there was a service
         self._watch: asyncio.Task[None] | None = None
@@ -57,6 +69,10 @@ class GatewayProcess:
     async def bind(self) -> str:
         """Takes the HTTP port and gives its address. Raises ConfigError when it cannot be had."""
         return await self._servers.bind_http()
+
+    async def listen_for_tokens(self) -> str:
+        """Gives the address at which workers' tokens reach this gateway."""
+        return await self._tokens.open(own_address(self._head or "127.0.0.1"))
 
     async def load(self) -> None:
         """Reads the tokenizer. Raises ModelLoadError."""
@@ -87,6 +103,15 @@ class GatewayProcess:
         freeze_collector()
         return address
 
+    def deliver(self, output: WorkerOutput) -> None:
+        """What one step of one worker has for this gateway."""
+        assert self.service is not None, "workers have its requests only"
+        self.service.deliver(output)
+
+    def tokens_lost(self, worker_id: WorkerId) -> None:
+        if self.service is not None:
+            self.service.tokens_lost(worker_id)
+
     def worker_lost(self, worker_id: WorkerId) -> None:
         """Moves what the worker still had elsewhere; nothing is sent to it afterwards."""
         if self.service is None:
@@ -94,6 +119,7 @@ class GatewayProcess:
             return
         self.service.worker_lost(worker_id)  # its aborts still go out: a silent worker may live
         self._workers.forget(worker_id)
+        self._tokens.forget(worker_id)
 
     async def drain(self, timeout_s: float) -> None:
         """Takes no more requests; returns when the open ones have ended, after `timeout_s` at the latest."""
@@ -101,8 +127,9 @@ class GatewayProcess:
             await self.service.drain(timeout_s)
 
     async def stop(self) -> None:
-        """Closes both servers and their ports."""
+        """Closes the servers and all ports."""
         await self._servers.close()
+        await self._tokens.close()
         if self._watch is not None:
             self._watch.cancel()
         self._closed.set()

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Mapping
 from typing import Any, TypeVar
 
 from phasewise.core.errors import ServingError
-from phasewise.core.messages import WorkerMessage, WorkerOutput
+from phasewise.core.messages import WorkerMessage
 from phasewise.core.placement import WorkerId
 
 ActorHandle = Any
@@ -39,26 +39,6 @@ class WorkerHandles:
         handle = self._handles.get(worker_id)
         if handle is not None:
             handle.post.remote(message)
-
-
-class GatewayHandles:
-    """GatewayPort (ports.py) over the handles of gateway actors. Output for an unknown gateway is dropped."""
-
-    def __init__(self) -> None:
-        self._handles: dict[str, ActorHandle] = {}
-
-    def connect(self, handles: Mapping[str, ActorHandle]) -> None:
-        """Adds these gateways to those that are known."""
-        self._handles.update(handles)
-
-    def forget(self, gateway_id: str) -> None:
-        """Drops what is meant for this gateway from now on."""
-        self._handles.pop(gateway_id, None)
-
-    def deliver(self, gateway_id: str, output: WorkerOutput) -> None:
-        handle = self._handles.get(gateway_id)
-        if handle is not None:
-            handle.deliver.remote(output)
 
 
 async def as_value(answer: Awaitable[_T]) -> _T | ServingError:

@@ -14,6 +14,7 @@ from phasewise.core.config import build_config
 from phasewise.core.messages import GatewayLost, PrefillTask, WorkerLoad, WorkerOutput
 from phasewise.core.placement import Placement, WorkerState
 from phasewise.core.request import Request, SamplingParams
+from phasewise.delivery.listener import TokenListener
 from tests.support.tiny_model import save_tiny_model
 from workers.process import WorkerProcess
 
@@ -51,6 +52,16 @@ class Queue:
         return value
 
 
+class Gateway:
+    """Where a worker's tokens arrive."""
+
+    def __init__(self, outputs: Queue) -> None:
+        self.deliver = outputs.put
+
+    def tokens_lost(self, worker_id: str) -> None:
+        raise AssertionError("nothing is lost")
+
+
 @pytest.fixture
 async def loaded(tmp_path: Path) -> AsyncIterator[WorkerProcess]:
     """A mixed worker with a tiny model; stopped in the end, or its loop's thread would keep the tests from ending."""
@@ -73,7 +84,8 @@ def task(request_id: str) -> PrefillTask:
 
 async def test_a_worker_serves_hears_of_a_lost_gateway_and_stops(loaded: WorkerProcess) -> None:
     loads, outputs = Queue(), Queue()
-    loaded.connect({}, {"gateway-0": Handle(outputs.put)}, Handle(loads.put))
+    listener = TokenListener("gateway-0", "", Gateway(outputs))
+    loaded.connect({}, {"gateway-0": await listener.open("127.0.0.1")}, Handle(loads.put))
     loaded.start()
     closed = asyncio.create_task(loaded.wait_closed())
     assert loaded.worker is not None
@@ -88,6 +100,7 @@ async def test_a_worker_serves_hears_of_a_lost_gateway_and_stops(loaded: WorkerP
     await asyncio.wait_for(closed, WAIT_S)
     last: WorkerLoad = await loads.until(lambda load: load.state is not WorkerState.READY)
     assert last.state is WorkerState.STOPPED
+    await listener.close()
 
 
 async def test_a_loop_that_breaks_is_an_error_of_who_waits_for_its_end(

@@ -17,8 +17,10 @@ from phasewise.core.errors import ConfigError
 from phasewise.core.messages import NewTokens, PrefillTask, WorkerOutput
 from phasewise.core.placement import Placement, PlaceRequest, WorkerId
 from phasewise.core.request import FinishReason, SampledToken
+from phasewise.delivery.sinks import TokenSinks
 from tests.support.members import worker_info
 
+SECRET = "known to the cluster"
 CARD = ModelCard("m", 2048, 49152, "float32", 1, (2,), True)
 INFOS = [worker_info(name) for name in ("prefill-0", "prefill-1", "decode-0")]
 
@@ -62,7 +64,7 @@ class WorkerHandle:
 @pytest.fixture
 async def process() -> AsyncIterator[GatewayProcess]:
     config = build_config({"gateway": {"http": "127.0.0.1:0", "grpc": "127.0.0.1:0"}}, source="test")
-    process = GatewayProcess("gateway-0", config)
+    process = GatewayProcess("gateway-0", config, SECRET)
     yield process
     await process.stop()
 
@@ -81,7 +83,7 @@ async def test_a_gateway_says_that_it_lives_while_the_model_loads(process: Gatew
 
 
 async def test_from_the_first_port_to_the_last(process: GatewayProcess) -> None:
-    address = await process.bind()
+    address, tokens_address = await process.bind(), await process.listen_for_tokens()
     await process.load()
     assert process.has_chat_template
     process.worker_lost("prefill-0")  # before there is a service
@@ -98,10 +100,12 @@ async def test_from_the_first_port_to_the_last(process: GatewayProcess) -> None:
         worker_id, task = await asyncio.wait_for(tasks.get(), 10)
         assert worker_id == "prefill-1"
         request_id = task.request.request_id
-        assert process.service is not None
         tokens = NewTokens(request_id, 0, 0, (SampledToken(97),), FinishReason.LENGTH)
-        process.service.deliver(WorkerOutput("decode-0", chunks=(tokens,)))
+        sinks = TokenSinks("decode-0", SECRET)
+        sinks.connect({"gateway-0": tokens_address})
+        sinks.deliver("gateway-0", WorkerOutput("decode-0", chunks=(tokens,)))
         assert (await asyncio.wait_for(asking, 10)).json()["usage"]["completion_tokens"] == 1
+        sinks.close()
         assert control_plane.finished_ids == [request_id]
         process.worker_lost("prefill-1")
         assert await ready(http) == "no prefill worker is ready", "the other was lost before"
@@ -112,7 +116,7 @@ async def test_from_the_first_port_to_the_last(process: GatewayProcess) -> None:
         assert (await http.get("/health/live")).status_code == 200, "it drains"
     await process.stop()
     await asyncio.wait_for(process.wait_closed(), 5)
-    for each in (address, grpc_address):
+    for each in (address, grpc_address, tokens_address):
         host, port = each.split(":")
         with socket.socket() as probe:
             assert probe.connect_ex((host, int(port))) != 0
