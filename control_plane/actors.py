@@ -19,7 +19,6 @@ from phasewise.core.errors import ServingError
 from phasewise.core.handles import as_value
 from phasewise.core.heartbeat import Description
 from phasewise.core.logs import setup_logging
-from phasewise.core.messages import WorkerOutput
 from phasewise.core.termination import Termination, end_process
 from phasewise.core.view import ViewDelta
 
@@ -29,7 +28,7 @@ Python's default is 5 ms."""
 
 
 class GatewayActor:
-    """One gateway of a cluster, called by workers, the control plane and the launcher."""
+    """One gateway of a cluster, called by the control plane and the launcher. Workers' tokens come another way."""
 
     _termination: Termination
 
@@ -46,18 +45,13 @@ class GatewayActor:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         control_plane = find_actor(CONTROL_PLANE_NAME)
         placer = RemotePlacer(control_plane, birth.member_id)
-        self._process = GatewayProcess(birth.member_id, birth.config, control_plane, placer, find_actor, end_process)
+        self._process = GatewayProcess(birth, control_plane, placer, find_actor, end_process)
         self._life = asyncio.get_running_loop().create_task(self._process.run())
         self._life.add_done_callback(_end_after_fault)
         self._termination.listen(asyncio.get_running_loop(), self._process.terminate)
 
     async def wait_serving(self) -> ModelCard | ServingError:
         return await as_value(self._process.wait_serving())
-
-    async def deliver(self, output: WorkerOutput) -> None:
-        """What one step of one worker has for this gateway."""
-        assert self._process.service is not None, "workers have its requests only"
-        self._process.service.deliver(output)
 
     async def view_changed(self, delta: ViewDelta) -> None:
         self._process.view_changed(delta)

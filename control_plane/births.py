@@ -39,7 +39,9 @@ class Births:
         facts = self._facts
         if role is None:
             config = self._with_addresses(name_of(member_id))
-            return MemberBirth(member_id, None, config, log_collector=facts.log_collector, head=facts.head)
+            return MemberBirth(
+                member_id, None, config, log_collector=facts.log_collector, secret=facts.secret, head=facts.head
+            )
         pool = facts.config.pool_of(role)
         num_devices = sum(facts.config.pool_of(r).tensor_parallel * size for r, size in desired.pools.items())
         return MemberBirth(

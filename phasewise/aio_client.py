@@ -23,6 +23,7 @@ from phasewise.retry import Attempts, RetryPolicy
 from phasewise.rpc import phasewise_pb2 as pb
 from phasewise.rpc.codec import Messages, decode_model, encode_detokenize, encode_tokenize
 from phasewise.rpc.status import from_status
+from phasewise.targets import Targets
 
 
 class AsyncClient:
@@ -55,6 +56,8 @@ class AsyncClient:
         self._metadata = tuple(metadata)
         self._clock = MonotonicClock()
         self._rng = random.Random()
+        num_targets = len(self._connections.targets)
+        self._targets = Targets(num_targets, self._clock, first=self._rng.randrange(num_targets))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._streams: weakref.WeakSet[AsyncStream] = weakref.WeakSet()
 
@@ -136,23 +139,17 @@ class AsyncClient:
             self._loop = loop
         elif self._loop is not loop:
             raise RuntimeError("this AsyncClient belongs to another event loop: make one per loop")
-        return Attempts(
-            self._policy,
-            num_targets=len(self._connections.targets),
-            first_target=self._connections.preferred,
-            timeout_s=timeout_s,
-            clock=self._clock,
-            rng=self._rng,
-        )
+        return Attempts(self._policy, self._targets, timeout_s=timeout_s, clock=self._clock, rng=self._rng)
 
     def _open(self, request: pb.GenerateRequest, options: Options) -> AsyncStream:
         attempts = self._attempts(options.get("timeout_s", self._timeout_s))
+        generation = Generation(request, attempts)
 
         def start() -> Any:
             stub = self._connections.stub(attempts.target)
-            return stub.Generate(request, timeout=attempts.time_left_s(), metadata=self._metadata)
+            return stub.Generate(generation.request, timeout=attempts.time_left_s(), metadata=self._metadata)
 
-        stream = AsyncStream(Generation(request, attempts), start(), start, self._connections)
+        stream = AsyncStream(generation, start(), start, self._connections)
         self._streams.add(stream)
         return stream
 
@@ -172,7 +169,7 @@ class AsyncClient:
                     raise error from None
                 await asyncio.sleep(delay_s)
             else:
-                self._connections.preferred = target
+                attempts.answered()
                 return response
 
 
@@ -216,7 +213,7 @@ class AsyncStream:
         self.cancel()
 
     async def drain(self) -> Completion:
-        """Reads to the end and returns the whole. Until then nothing counts as handed out, so it may be retried."""
+        """Reads to the end and returns the whole. Until then nothing counts as handed out."""
         try:
             while not self._generation.is_over:
                 await self._receive()
@@ -272,7 +269,6 @@ class AsyncStream:
             if message is grpc.aio.EOF:  # type: ignore[attr-defined]
                 await self._retry_or_fail(self._generation.cut_short())
             else:
-                self._connections.preferred = target
                 self._generation.feed(message)
                 if self._generation.is_over:
                     with contextlib.suppress(grpc.aio.AioRpcError):  # the answer is whole, whatever its status may say

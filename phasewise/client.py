@@ -21,16 +21,19 @@ from phasewise.retry import Attempts, RetryPolicy
 from phasewise.rpc import phasewise_pb2 as pb
 from phasewise.rpc.codec import Messages, decode_model, encode_detokenize, encode_tokenize
 from phasewise.rpc.status import from_status
+from phasewise.targets import Targets
 
 
 class Client:
     """A connection to a Phasewise cluster, for use from any number of threads.
 
     Args:
-        target: `HOST:PORT` of a gateway, or several: the next one is used when one cannot take a request.
+        target: `HOST:PORT` of a gateway, or several, as a list or with commas between them. Calls are spread over them;
+            another one is used when one cannot take a call, and goes on with an answer whose gateway has died.
         timeout_s: deadline of a call that names none, over all attempts; None: no deadline.
-        max_retries: attempts after the first, made only where the error says that this is safe and nothing was handed
-            to the caller yet, always with the same request id.
+        max_retries: attempts after the first, made only where the error says that this is safe, always with the same
+            request id. Of an answer that was begun they bring what is left of it; each gateway that brings some may be
+            followed by as many.
         retry_backoff_s: first wait between rounds of attempts; it doubles, with jitter.
         credentials: TLS, such as `grpc.ssl_channel_credentials()`; None: plain text.
         metadata: sent with every call, such as `[("authorization", "Bearer …")]`.
@@ -66,6 +69,8 @@ class Client:
         self._metadata = tuple(metadata)
         self._clock = MonotonicClock()
         self._rng = random.Random()
+        num_targets = len(self._connections.targets)
+        self._targets = Targets(num_targets, self._clock, first=self._rng.randrange(num_targets))
         self._closing = threading.Event()
 
     def generate(
@@ -134,23 +139,17 @@ class Client:
         self.close()
 
     def _attempts(self, timeout_s: float | None) -> Attempts:
-        return Attempts(
-            self._policy,
-            num_targets=len(self._connections.targets),
-            first_target=self._connections.preferred,
-            timeout_s=timeout_s,
-            clock=self._clock,
-            rng=self._rng,
-        )
+        return Attempts(self._policy, self._targets, timeout_s=timeout_s, clock=self._clock, rng=self._rng)
 
     def _open(self, request: pb.GenerateRequest, options: Options) -> Stream:
         attempts = self._attempts(options.get("timeout_s", self._timeout_s))
+        generation = Generation(request, attempts)
 
         def start() -> Any:
             stub = self._connections.stub(attempts.target)
-            return stub.Generate(request, timeout=attempts.time_left_s(), metadata=self._metadata)
+            return stub.Generate(generation.request, timeout=attempts.time_left_s(), metadata=self._metadata)
 
-        return Stream(Generation(request, attempts), start(), start, self._connections, self._closing)
+        return Stream(generation, start(), start, self._connections, self._closing)
 
     def _call(self, call: Callable[..., Any]) -> Any:
         """Makes a call with one answer; all such calls may be repeated."""
@@ -166,7 +165,7 @@ class Client:
                 if delay_s is None or self._closing.wait(delay_s):
                     raise error from None
             else:
-                self._connections.preferred = target
+                attempts.answered()
                 return response
 
 
@@ -206,7 +205,7 @@ class Stream:
             self._call.cancel()
 
     def drain(self) -> Completion:
-        """Reads to the end and returns the whole. Until then nothing counts as handed out, so it may be retried."""
+        """Reads to the end and returns the whole. Until then nothing counts as handed out."""
         try:
             while not self._generation.is_over:
                 self._receive()
@@ -251,7 +250,6 @@ class Stream:
             if message is None:
                 self._retry_or_fail(self._generation.cut_short())
             else:
-                self._connections.preferred = target
                 self._generation.feed(message)
                 if self._generation.is_over:
                     with contextlib.suppress(grpc.RpcError):  # the answer is whole, whatever its status may say

@@ -16,9 +16,10 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # Long prompts and log-probabilities; the server bounds what it accepts.
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
-    # A gateway whose host is gone sends no reset: notice it while a call is open.
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
+    # A gateway that hangs, or whose host is gone, sends no reset. While a call is open and nothing comes, it is asked
+    # for a sign of life; without one, the call goes on at another gateway.
+    ("grpc.keepalive_time_ms", 2_000),
+    ("grpc.keepalive_timeout_ms", 2_500),
     ("grpc.http2.max_pings_without_data", 0),
     # A refused connection is tried again soon: between attempts our own backoff rules.
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -30,19 +31,25 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 
 
 def parse_targets(target: str | Sequence[str]) -> tuple[str, ...]:
-    """One target or several, each as gRPC writes them: `HOST:PORT`, `dns:///NAME:PORT`, `unix:PATH`."""
-    targets = (target,) if isinstance(target, str) else tuple(target)
+    """One target or several, each as gRPC writes them: `HOST:PORT`, `dns:///NAME:PORT`, `unix:PATH`.
+
+    A text may hold several with commas between them, but for gRPC's own lists (`ipv4:HOST:PORT,HOST:PORT`).
+    """
+    if isinstance(target, str):
+        is_one = target.startswith(("ipv4:", "ipv6:"))
+        targets = (target,) if is_one else tuple(name.strip() for name in target.split(","))
+    else:
+        targets = tuple(target)
     if not targets or not all(isinstance(name, str) and name.strip() for name in targets):
         raise ConfigError(f"target must be HOST:PORT or a list of them, not {target!r}", field="target")
     return targets
 
 
 class Connections(Generic[ChannelT]):
-    """One channel per target. Safe to use from several threads; `preferred` is the target that answered last."""
+    """One channel per target. Safe to use from several threads."""
 
     def __init__(self, targets: tuple[str, ...], open_channel: Callable[[str], ChannelT]) -> None:
         self.targets = targets
-        self.preferred = 0
         self._open_channel = open_channel
         self._lock = threading.Lock()
         self._channels: dict[int, tuple[ChannelT, InferenceStub]] = {}

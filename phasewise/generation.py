@@ -1,7 +1,12 @@
-"""What a Generate call has brought so far: the part of a stream that both clients share. No I/O."""
+"""What a Generate call has brought so far: the part of a stream that both clients share. No I/O.
+
+A call whose gateway dies goes on at another one, behind the tokens that have come: the request is sent again with all
+of them, and with the seed that it had from the beginning.
+"""
 
 from __future__ import annotations
 
+import secrets
 import uuid
 from collections import deque
 from collections.abc import Sequence
@@ -13,6 +18,7 @@ from phasewise.results import Completion, Delta, Sample, Token
 from phasewise.retry import Attempts
 from phasewise.rpc import phasewise_pb2 as pb
 from phasewise.rpc.codec import (
+    FINISH_REASON_TO_PB,
     Messages,
     decode_delta,
     decode_placement,
@@ -30,19 +36,22 @@ def new_request(
     token_ids: Sequence[int] | None = None,
     messages: Messages | None = None,
 ) -> pb.GenerateRequest:
-    """The request of one call, with an id of its own, so that a retry is recognisable.
+    """The request of one call, with an id of its own, to recognise a retry, and a seed, so that its answer can go on.
 
     Raises TypeError for an unknown keyword and InvalidRequest for a value that cannot be sent.
     """
     check_names(options)
     request_id = options.get("request_id") or f"req-{uuid.uuid4().hex}"
-    return encode_generate(options, request_id=request_id, prompt=prompt, token_ids=token_ids, messages=messages)
+    request = encode_generate(options, request_id=request_id, prompt=prompt, token_ids=token_ids, messages=messages)
+    if not request.sampling.HasField("seed"):
+        request.sampling.seed = secrets.randbits(63)
+    return request
 
 
 class Generation:
     """Takes messages in, gives deltas out, and joins them to a Completion at the end.
 
-    1. open: messages come; `pop` hands deltas to the caller, after which a failure is final
+    1. open: messages come; `pop` hands deltas to the caller. A retry brings what has not come yet
     2. ended: `finished` has come and every delta is handed out
     3. failed: `error` is what the caller was told, and will be told again; a closed stream is one of these
     """
@@ -52,9 +61,6 @@ class Generation:
         self.attempts = attempts
         self.error: ServingError | None = None
         self.delivered = False
-        self._forget()
-
-    def _forget(self) -> None:
         self._ready: deque[Delta] = deque()
         self._samples: dict[int, _SampleSoFar] = {}
         self._prompt_tokens: tuple[Token, ...] = ()
@@ -67,7 +73,8 @@ class Generation:
 
     def feed(self, message: pb.GenerateResponse) -> None:
         """Takes the next message of the current attempt."""
-        if message.HasField("started"):
+        self.attempts.answered()
+        if message.started.prompt_tokens:  # of the first attempt that brings something
             self._prompt_tokens = decode_tokens(message.started.prompt_tokens)
         for wire in message.deltas:
             delta = decode_delta(wire)
@@ -88,12 +95,13 @@ class Generation:
         return self._ready.popleft()
 
     def retry_delay_s(self, error: ServingError) -> float | None:
-        """Seconds to wait before the next attempt, for which everything is forgotten; None: `error` is final."""
+        """Seconds to wait before the next attempt, which sends `request` as it is then; None: `error` is final."""
         delay_s = self.attempts.next_delay_s(error, delivered=self.delivered)
         if delay_s is None:
             self.error = error
         else:
-            self._forget()
+            del self.request.resume_after[:]
+            self.request.resume_after.extend(self._samples[index].so_far() for index in sorted(self._samples))
         return delay_s
 
     def close(self) -> None:
@@ -128,6 +136,14 @@ class _SampleSoFar:
 
     def add(self, delta: Delta) -> None:
         self._deltas.append(delta)
+
+    def so_far(self) -> pb.SampleSoFar:
+        last = self._deltas[-1]
+        return pb.SampleSoFar(
+            sample_index=last.sample_index,
+            token_ids=[token_id for delta in self._deltas for token_id in delta.token_ids],
+            finish_reason=FINISH_REASON_TO_PB[last.finish_reason],
+        )
 
     def whole(self) -> Sample:
         last = self._deltas[-1]

@@ -1,4 +1,7 @@
-"""When a call is tried again, where, and after how long. Plain decisions: the clients do the waiting and calling."""
+"""When a call is tried again, where, and after how long. Plain decisions: the clients do the waiting and calling.
+
+A call is never at two targets at once: the next attempt begins when the one before it has ended.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ import random
 from dataclasses import dataclass
 
 from phasewise.core.clock import Clock
-from phasewise.core.errors import DuplicateRequest, InvalidRequest, ServingError
+from phasewise.core.errors import DuplicateRequest, InvalidRequest, Overloaded, ServingError, Unavailable
+from phasewise.targets import Targets
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """At most `max_retries` after the first attempt, on all targets together.
+    """At most `max_retries` after the first attempt, on all targets together; anew where a stream went on meanwhile.
 
     Going on to the next target costs no wait. Once all targets have had their turn the wait is `backoff_s`, doubled
     with every further round up to `max_backoff_s`; between half and all of it is waited, at random, so that clients
@@ -40,50 +44,72 @@ class Attempts:
     def __init__(
         self,
         policy: RetryPolicy,
+        targets: Targets,
         *,
-        num_targets: int,
-        first_target: int,
         timeout_s: float | None,
         clock: Clock,
         rng: random.Random,
     ) -> None:
         if timeout_s is not None and not timeout_s > 0:
             raise InvalidRequest(f"timeout_s must be more than 0 or None, not {timeout_s}", field="timeout_s")
-        self.target = first_target
+        self.target = targets.choose()
         self._policy = policy
-        self._num_targets = num_targets
+        self._targets = targets
         self._clock = clock
         self._rng = rng
         self._deadline_s = None if timeout_s is None else clock.now_s() + timeout_s
         self._num_retries = 0
+        self._num_rounds = 0
+        self._tried: set[int] = set()  # in this round
+        self._has_progress = False
         self._not_before_s: dict[int, float] = {}
 
     def time_left_s(self) -> float | None:
         """Seconds until the deadline, never negative; None when there is none."""
         return None if self._deadline_s is None else max(self._deadline_s - self._clock.now_s(), 0.0)
 
+    def answered(self) -> None:
+        """The target has taken the call, and sent something."""
+        self._has_progress = True
+        self._targets.answered(self.target)
+
     def next_delay_s(self, error: ServingError, *, delivered: bool) -> float | None:
         """Moves on to the next target and says how long to wait before using it; None means: give up with `error`.
 
-        Nothing is tried again once something was `delivered` to the caller, nor what may not be tried again. That an
-        earlier attempt is still open (DuplicateRequest) can only be news on a retry: its connection broke, and the
-        server has not noticed yet.
+        An answer of which something was `delivered` to the caller goes on elsewhere only where its gateway is away: the
+        gateway itself has tried again what else may be. That an earlier attempt is still open (DuplicateRequest) can
+        only be news on a retry: its connection broke, and the server has not noticed yet.
         """
-        leftover = self._num_retries > 0 and isinstance(error, DuplicateRequest)
-        if delivered or not (error.retry_safe or leftover) or self._num_retries >= self._policy.max_retries:
+        is_away = isinstance(error, Unavailable)
+        if is_away:
+            self._targets.was_away(self.target)
+            if self._has_progress:
+                self._num_retries, self._num_rounds = 0, 0
+                self._tried.clear()
+        self._has_progress = False
+        if not self._may_go_on(error, delivered) or self._num_retries >= self._policy.max_retries:
             return None
         now_s = self._clock.now_s()
         if error.retry_after_s is not None:
             self._not_before_s[self.target] = now_s + error.retry_after_s
         self._num_retries += 1
-        self.target = (self.target + 1) % self._num_targets
-        delay_s = max(self._backoff_s(), self._not_before_s.get(self.target, now_s) - now_s)
+        backoff_s = self._end_turn()
+        self.target = self._targets.choose(self._tried)
+        delay_s = max(backoff_s, self._not_before_s.get(self.target, now_s) - now_s)
         time_left_s = self.time_left_s()
         return None if time_left_s is not None and delay_s >= time_left_s else delay_s
 
-    def _backoff_s(self) -> float:
-        rounds, position = divmod(self._num_retries, self._num_targets)
-        if position != 0:
+    def _may_go_on(self, error: ServingError, delivered: bool) -> bool:
+        if isinstance(error, DuplicateRequest):
+            return self._num_retries > 0
+        return isinstance(error, Unavailable | Overloaded) if delivered else error.retry_safe
+
+    def _end_turn(self) -> float:
+        """The target's turn is over. The wait before the next one: 0 within a round."""
+        self._tried.add(self.target)
+        if len(self._tried) < self._targets.num_targets:
             return 0.0
-        full_s = min(self._policy.backoff_s * 2 ** (rounds - 1), self._policy.max_backoff_s)
+        self._tried.clear()
+        full_s = min(self._policy.backoff_s * 2**self._num_rounds, self._policy.max_backoff_s)
+        self._num_rounds += 1
         return full_s * (0.5 + 0.5 * self._rng.random())

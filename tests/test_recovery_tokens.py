@@ -1,4 +1,5 @@
-"""Workers lost under a stream of a real model: tokens and log-probabilities are those of the same request undisturbed.
+"""Workers or gateways lost under a stream of a real model: tokens and log-probabilities are those of the request
+undisturbed.
 
 The cluster is that of tests/test_disaggregated_tokens.py; a lost worker's thread is cut off from everybody.
 """
@@ -6,6 +7,7 @@ The cluster is that of tests/test_disaggregated_tokens.py; a lost worker's threa
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from control_plane.gateway.service import GenerateInput, SamplingInput, TokenInfo
+from control_plane.gateway.service import GenerateInput, SampleSoFar, SamplingInput, TokenInfo
 from control_plane.gateway.streams import OpenStream
 from phasewise.core.request import FinishReason
 from tests.support.generated_stream import deltas_of
@@ -85,17 +87,40 @@ async def run(cluster: LocalCluster, sampling: SamplingInput, losses: tuple[tupl
 
     cluster.after_deliver = lose_if_due
     answer = Answer()
-    async for delta in deltas_of(stream):
-        answer.ids.setdefault(delta.sample_index, []).extend(delta.token_ids)
-        answer.text[delta.sample_index] = answer.text.get(delta.sample_index, "") + delta.text
-        answer.tokens.setdefault(delta.sample_index, []).extend(delta.tokens)
-        if delta.finish_reason is not None:
-            assert delta.sample_index not in answer.reasons
-            answer.reasons[delta.sample_index] = delta.finish_reason
+    await read(cluster, stream, answer)
     assert not due, "the request ended before its worker was lost"
-    answer.prompt_tokens, answer.num_output_tokens = stream.prompt_tokens, stream.usage.num_output_tokens
-    answer.attempt = stream.placement.attempt
+    return answer
+
+
+async def read(cluster: LocalCluster, stream: OpenStream, answer: Answer, until: int | None = None) -> None:
+    """Adds what comes to `answer`; leaves the stream when there are `until` tokens."""
+    answer.prompt_tokens = stream.prompt_tokens or answer.prompt_tokens
+    async with contextlib.aclosing(deltas_of(stream)) as deltas:
+        async for delta in deltas:
+            answer.ids.setdefault(delta.sample_index, []).extend(delta.token_ids)
+            answer.text[delta.sample_index] = answer.text.get(delta.sample_index, "") + delta.text
+            answer.tokens.setdefault(delta.sample_index, []).extend(delta.tokens)
+            answer.prompt_tokens = stream.prompt_tokens or answer.prompt_tokens
+            if delta.finish_reason is not None:
+                assert delta.sample_index not in answer.reasons
+                answer.reasons[delta.sample_index] = delta.finish_reason
+            if until is not None and sum(map(len, answer.ids.values())) >= until:
+                break
+    stream.close()
+    answer.num_output_tokens = stream.usage.num_output_tokens
+    if stream.placement is not None:
+        answer.attempt = stream.placement.attempt
     await asyncio.wait_for(cluster.until_empty(), 30)
+
+
+async def run_at_gateways(model: Path, sampling: SamplingInput, breaks: tuple[int | None, ...]) -> Answer:
+    """The answer that goes on at another gateway, with other workers, after so many tokens each time."""
+    answer = Answer()
+    for until in breaks:
+        async with local_cluster(model, pools=PAIRS) as cluster:
+            so_far = [SampleSoFar(i, ids, answer.reasons.get(i)) for i, ids in answer.ids.items()]
+            given = GenerateInput(token_ids=PROMPT, sampling=sampling, resume_after=so_far)
+            await read(cluster, await cluster.service.generate(given), answer, until)
     return answer
 
 
@@ -164,3 +189,28 @@ async def test_samples_that_end_at_different_times(model: Path, undisturbed: dic
         num_tokens = expected.num_output_tokens
         answer = await run(cluster, sampling, ((num_tokens // 3, 1), (2 * num_tokens // 3, 1)))
     assert_same(answer, expected)
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+async def test_an_answer_goes_on_at_another_gateway(name: str, model: Path, undisturbed: dict[str, Answer]) -> None:
+    num_samples = REQUESTS[name].n or 1
+    answer = await run_at_gateways(model, REQUESTS[name], (2 * num_samples, 31 * num_samples, None))
+    assert_same(answer, undisturbed[name])
+
+
+async def test_an_answer_with_a_stop_string_goes_on_behind_every_token(
+    model: Path, undisturbed: dict[str, Answer]
+) -> None:
+    text = undisturbed["drawn"].text[0]
+    stop = next(text[i : i + 4] for i in range(8, len(text)) if text.index(text[i : i + 4]) == i)
+    sampling = SamplingInput(max_tokens=60, stop=(stop, "never"), logprobs=0, **DRAWN)
+    async with local_cluster(model, pools=PAIRS) as cluster:
+        expected = await run(cluster, sampling)
+        assert expected.reasons == {0: FinishReason.STOP} and stop not in expected.text[0]
+        for num_tokens in range(1, len(expected.ids[0]) + 1):
+            answer = Answer()
+            for until in (num_tokens, None):
+                so_far = [SampleSoFar(i, ids, answer.reasons.get(i)) for i, ids in answer.ids.items()]
+                given = GenerateInput(token_ids=PROMPT, sampling=sampling, resume_after=so_far)
+                await read(cluster, await cluster.service.generate(given), answer, until)
+            assert_same(answer, expected)

@@ -3,12 +3,13 @@
 Made before the model is loaded, so that the memory of parts on their way is in use when the KV cache is sized. Every
 worker has what every role needs. Direct links are opened while workers serve, as the view shows them; until one is up,
 the object store carries.
+
+More than 15 of our modules are imported: here the kinds of links meet.
 """
 
 from __future__ import annotations
 
 import logging
-import socket
 import threading
 from functools import partial
 
@@ -26,6 +27,7 @@ from phasewise.core.errors import ConfigError, TransferFailed
 from phasewise.core.handles import WorkerHandles
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.messages import KVPart
+from phasewise.core.own_address import own_address
 from phasewise.core.placement import WorkerId
 from workers.link_sizes import link_sizes
 from workers.settings import WorkerSettings
@@ -126,13 +128,6 @@ def _direct_links(settings: WorkerSettings, post: Post, prepare_write: PrepareWr
             "lower transfer.slab_mib or transfer.num_slabs, or end other processes on it",
             field="transfer.slab_mib",
         ) from None
-
-
-def own_address(head: str) -> str:
-    """The address under which those who can reach `head` can reach this host. (Its name may mean 127.0.1.1 here.)"""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((head, 1))  # sends nothing
-        return str(probe.getsockname()[0])
 
 
 def wire_device(settings: WorkerSettings, link: str, host: str) -> WireDevice:

@@ -23,7 +23,7 @@ from phasewise.core.clock import MonotonicClock
 from phasewise.core.cluster_member import ClusterMember, End, MemberEvents
 from phasewise.core.collector import freeze_collector
 from phasewise.core.errors import ServingError
-from phasewise.core.handles import ActorHandle, Find, GatewayHandles, WorkerHandles
+from phasewise.core.handles import ActorHandle, Find, WorkerHandles
 from phasewise.core.heartbeat import Description
 from phasewise.core.identity import MemberId
 from phasewise.core.links import LinkProbe
@@ -38,7 +38,8 @@ from phasewise.core.messages import (
     WorkerMessage,
 )
 from phasewise.core.placement import WorkerId, WorkerRole, WorkerState
-from phasewise.core.view import Member, ViewChange, ViewDelta
+from phasewise.core.view import GatewayInfo, Member, ViewChange, ViewDelta
+from phasewise.delivery.sinks import TokenSinks
 from workers.assemble import Ports, assemble
 from workers.build import LoadedEngine, load_engine, worker_info
 from workers.driver import WorkerDriver
@@ -49,7 +50,6 @@ from workers.settings import WorkerSettings
 logger = logging.getLogger(__name__)
 
 _CLOCK = MonotonicClock()
-_SETTLE_S = 2.0  # for gateways to take what this worker has said
 
 
 class WorkerProcess:
@@ -66,7 +66,7 @@ class WorkerProcess:
         self._settings = settings
         self._end = end
         self._peers = WorkerHandles(find)
-        self._gateways = GatewayHandles(find)
+        self._gateways = TokenSinks(settings.worker_id, settings.secret)
         events = MemberEvents(self._on_change, end, self._step_began_s)
         heartbeat_s = settings.config.health.heartbeat_s
         self._member = ClusterMember(settings.worker_id, control_plane, heartbeat_s, events, _CLOCK)
@@ -150,6 +150,7 @@ class WorkerProcess:
         if self.worker is not None and self._steps is not None:
             self.worker.stop()
             await asyncio.wait([self._steps])
+        await asyncio.to_thread(self._gateways.close)  # when they have what this worker has said
         if self.links is not None:
             await asyncio.to_thread(self.links.close)
         if self._engine is not None and self._engine.ranks is not None:
@@ -165,9 +166,10 @@ class WorkerProcess:
             self._forget(gone.member_id)
 
     def _meet(self, member: Member) -> None:
-        if not isinstance(member.info, WorkerInfo):
-            self._gateways.expect(member.member_id)
+        if isinstance(member.info, GatewayInfo):
+            self._gateways.connect({member.member_id: member.info.tokens})
             return
+        assert isinstance(member.info, WorkerInfo)
         self._peers.expect(member.member_id)
         if member.role is not None and member.role.can_decode:  # whoever has KV may hand it to this one
             assert self.links is not None
@@ -221,7 +223,6 @@ class WorkerProcess:
 
     async def _leave(self) -> None:
         """Nothing of any request is here: the worker ends in order."""
-        await self._gateways.settle(_SETTLE_S)
-        await self._member.leave()
         await self.stop()
+        await self._member.leave()
         self._end("", 0)

@@ -15,9 +15,9 @@ class WorkerSettings:
     """One worker of a cluster. `device` is a torch device name: `cpu`, `cuda:0`.
 
     With `tensor_parallel` > 1 the worker is so many processes, and rank r is on GPU r of those that they see.
-    `secret` is known to the workers of this cluster alone: links are opened only to those who know it. `head` is an
-    address of the cluster: others reach this worker at the address from which its host reaches that one. "": on this
-    host only.
+    `secret` is known to the processes of this cluster alone: links and connections for tokens are opened only to those
+    who know it. `head` is an address of the cluster: others reach this worker at the address from which its host
+    reaches that one. "": on this host only.
     """
 
     worker_id: WorkerId

@@ -1,12 +1,14 @@
 """Attempts at open requests: what is tried, again where needed, and how a request ends. Pure: events in, commands out.
 
     open         a request is accepted; its first attempt is to be placed
+    resume       one whose answer broke off elsewhere is accepted; each sample that has not ended has an attempt
     placed       the control plane has answered: the prefill worker is sent its task, or, where one of the two workers
                  was lost meanwhile, another attempt is to be placed
     refused      it has answered with an error: the request ends
     deliver      tokens go into the record (open_requests.py). A sample that a stop string ends is aborted at its
                  workers. A failure gives its attempt up
     worker_lost  every attempt that loses something with the worker is given up
+    tokens_lost  the same, where messages of a worker that lives were lost
     the end      exactly one: finished, failed, or cancelled. Nothing of the request is left here, and the workers that
                  may still hold something of it are told to drop it
 
@@ -143,18 +145,41 @@ class Attempts:
 
     def open(self, prepared: PreparedRequest) -> Attempt:
         """Opens the record of a request; returns its first attempt, to be placed."""
-        client_id, sampling = prepared.request.request_id, prepared.request.sampling
-        request = replace(prepared.request, request_id=client_id + next(self._suffixes))
+        sampling = prepared.request.sampling
         least = sampling.min_tokens
         texts = [
             SampleText(self._texts, prepared.stop, continues_text=prepared.continues_text, min_tokens=least)
             for _ in range(sampling.n)
         ]
+        record = self._open_record(prepared, [OpenSample(text) for text in texts])
+        return self._begin(Attempt(record, record.request))
+
+    def resume(self, prepared: PreparedRequest) -> OpenRequest:
+        """Opens the record of a request with `prepared.samples`; all its attempts are to be placed.
+
+        Where every sample has ended there are none, and `end_resumed` is to be called.
+        """
+        record = self._open_record(prepared, list(prepared.samples))
+        record.num_resumed = record.num_output_tokens
+        for request in Attempt(record, record.request).rest():
+            own_id = record.client_id + next(self._suffixes)
+            self._begin(Attempt(record, replace(request, request_id=own_id)))
+        return record
+
+    def end_resumed(self, record: OpenRequest) -> None:
+        """Ends a resumed request of which nothing was left to be run."""
+        record.first_token_s = self._clock.now_s()
+        record.note(Stage.FINISHED, self._clock.unix_s(), self._gateway_id)
+        self._end(record, RequestStatus.FINISHED)
+
+    def _open_record(self, prepared: PreparedRequest, samples: list[OpenSample]) -> OpenRequest:
+        client_id = prepared.request.request_id
+        request = replace(prepared.request, request_id=client_id + next(self._suffixes))
         now_s = self._clock.now_s()
-        record = OpenRequest(client_id, request, now_s, now_s + prepared.timeout_s, [OpenSample(t) for t in texts])
+        record = OpenRequest(client_id, request, now_s, now_s + prepared.timeout_s, samples)
         self._open[record.request_id] = record
         record.note(Stage.RECEIVED, self._clock.unix_s(), self._gateway_id)
-        return self._begin(Attempt(record, request))
+        return record
 
     def placed(self, attempt: Attempt, placement: Placement) -> Attempt | None:
         """Sends the attempt to its workers; returns another one to be placed instead, where one of them is lost.
@@ -204,12 +229,12 @@ class Attempts:
     def worker_lost(self, worker_id: WorkerId) -> list[Attempt]:
         """Gives up what is lost with a worker; returns the attempts that are to be placed."""
         self._lost_workers.add(worker_id)
-        again: list[Attempt] = []
-        for record in list(self._open.values()):
-            for attempt in [a for a in record.attempts.values() if a.ends_with(worker_id)]:
-                if not record.is_over:
-                    again += self._give_up(attempt, _worker_lost(worker_id))
-        return again
+        return self._give_up_with(worker_id, _worker_lost(worker_id))
+
+    def tokens_lost(self, worker_id: WorkerId) -> list[Attempt]:
+        """As `worker_lost`, for a worker that lives and some of whose messages will never come."""
+        message = f"messages of worker {worker_id} were lost; sending the request again is safe"
+        return self._give_up_with(worker_id, WorkerLost(message))
 
     # ---- the ends
 
@@ -271,6 +296,15 @@ class Attempts:
         rest = [replace(request, request_id=record.client_id + next(self._suffixes)) for request in attempt.rest()]
         return [self._begin(Attempt(record, request, number, error)) for request in rest]
 
+    def _give_up_with(self, worker_id: WorkerId, error: ServingError) -> list[Attempt]:
+        """Gives up the attempts for which something may be lost that the worker had."""
+        again: list[Attempt] = []
+        for record in list(self._open.values()):
+            for attempt in [a for a in record.attempts.values() if a.ends_with(worker_id)]:
+                if not record.is_over:
+                    again += self._give_up(attempt, error)
+        return again
+
     def _end_attempt(self, attempt: Attempt, num_output_tokens: int) -> None:
         """Forgets the attempt and gives its placement back."""
         del attempt.record.attempts[attempt.attempt_id], self._attempts[attempt.attempt_id]
@@ -286,7 +320,8 @@ class Attempts:
         record = attempt.record
         record.events.append(event)
         if event.stage is Stage.PREFILL_START and record.first_token_s is None:
-            record.num_cached_tokens = event.num_tokens  # of the prompt; later attempts find output there, too
+            # Of the prompt: what goes on after an output finds that there, too.
+            record.num_cached_tokens = min(event.num_tokens, len(record.request.prompt_token_ids))
         elif event.stage is Stage.HANDOFF_END:
             self._metrics.handoff(event.num_bytes, event.duration_s)
         elif event.stage is Stage.PREEMPTED:

@@ -1,6 +1,7 @@
 """Carries out what attempts.py decides: asks for placements, sets deadlines, counts and logs ends.
 
-Everything runs on one asyncio loop; nothing here blocks. Every wait has the request's deadline.
+Everything runs on one asyncio loop; nothing here blocks. Every wait has the request's deadline. More than 15 of our
+modules are imported, for what is decided, counted, logged and told of a request meets here.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class RequestDriver:
 
     def open(self, prepared: PreparedRequest, client: str | None, own_id: ClaimedId | None) -> OpenStream:
         """Opens a request. Its end gives back its place in the quota, and `own_id`."""
-        record = self._attempts.open(prepared).record
+        record = self._attempts.resume(prepared) if prepared.samples else self._attempts.open(prepared).record
         stream = OpenStream(record, self._attempts, client, own_id)
         loop = asyncio.get_running_loop()
         stream.timer = loop.call_later(prepared.timeout_s, self._attempts.expire, record)
@@ -88,7 +89,10 @@ class RequestDriver:
         """
         record = stream.record
         try:
-            await self._place(*record.attempts.values())
+            for attempt in list(record.attempts.values()):  # one, or of a resumed request one for each sample
+                await self._place(attempt)
+            if not record.attempts and not record.is_over:
+                self._attempts.end_resumed(record)
         except BaseException:  # a cancellation or a fault of ours: nothing may stay open; raised again
             self._attempts.cancel(record)
             raise
@@ -107,6 +111,10 @@ class RequestDriver:
 
     def worker_lost(self, worker_id: WorkerId) -> None:
         for attempt in self._attempts.worker_lost(worker_id):
+            self._place_again(attempt)
+
+    def tokens_lost(self, worker_id: WorkerId) -> None:
+        for attempt in self._attempts.tokens_lost(worker_id):
             self._place_again(attempt)
 
     async def drain(self, timeout_s: float) -> None:
@@ -176,7 +184,7 @@ class RequestDriver:
         self._metrics.request_finished(
             reason.value,
             num_prompt_tokens=record.request.num_prompt_tokens,
-            num_output_tokens=record.num_output_tokens,
+            num_output_tokens=record.num_output_tokens - record.num_resumed,
             num_cached_tokens=record.num_cached_tokens,
             e2e_s=self._clock.now_s() - record.received_s,
             ttft_s=first_token_s - record.received_s,
@@ -186,7 +194,8 @@ class RequestDriver:
 
     def _count_unfinished(self, record: OpenRequest) -> None:
         num_prompt_tokens = len(record.request.prompt_token_ids) if record.first_token_s is not None else 0
-        counts = {"num_prompt_tokens": num_prompt_tokens, "num_output_tokens": record.num_output_tokens}
+        num_output_tokens = record.num_output_tokens - record.num_resumed
+        counts = {"num_prompt_tokens": num_prompt_tokens, "num_output_tokens": num_output_tokens}
         if record.status is RequestStatus.CANCELLED:
             self._metrics.cancelled(**counts)
             return

@@ -36,7 +36,10 @@ from phasewise.core.ports import PeerPort
 
 
 class InferenceGateway:
-    """Implements InferenceService (service.py); workers and the control plane call it, too."""
+    """Implements InferenceService (service.py); workers and the control plane call it, too.
+
+    There are more than 20 methods: one for each question of the servers and for each event of the cluster.
+    """
 
     def __init__(
         self,
@@ -100,6 +103,7 @@ class InferenceGateway:
         try:
             # A long text is tokenised on a thread of its own, so that streams go on meanwhile.
             num_characters = num_text_characters(request.text, request.messages)
+            num_characters += sum(len(sample.token_ids) for sample in request.resume_after)
             prepared = await self._threads.run(num_characters, partial(self._preparer.prepare, request))
             self._check_admission()  # much may have happened meanwhile
             own_id = self._ids.claim(prepared.request.request_id) if request.claimed is None else None
@@ -188,6 +192,10 @@ class InferenceGateway:
     def open_attempts(self) -> tuple[OpenAttempt, ...]:
         """What is placed, for a control plane that builds its ledger anew."""
         return self._requests.open_attempts()
+
+    def tokens_lost(self, worker_id: WorkerId) -> None:
+        """Places again what may lack tokens of a worker that lives."""
+        self._requests.tokens_lost(worker_id)
 
     def _check_admission(self) -> None:
         if reason := self.unready_reason:

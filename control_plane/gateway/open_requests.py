@@ -26,13 +26,15 @@ from phasewise.core.request import FinishReason, Request
 class PreparedRequest:
     """A request that was checked and tokenised, under the client's own id. Workers never see `stop`: they know no text.
 
-    `continues_text` is for `SampleText`: the output goes on from a text instead of answering a chat.
+    `continues_text` is for `SampleText`: the output goes on from a text instead of answering a chat. `samples`: those
+    of a request that goes on where its answer broke off, as far as they have come (resumption.py); else there are none.
     """
 
     request: Request
     stop: tuple[str, ...]
     timeout_s: float
     continues_text: bool
+    samples: tuple[OpenSample, ...] = ()
 
 
 @dataclass(slots=True)
@@ -62,6 +64,7 @@ class OpenRequest:
         avoided: workers that failed it without being lost.
         placement: the newest.
         pending: the deltas that the client has not read yet.
+        num_resumed: output tokens that the client had when it asked, from where its answer broke off.
     """
 
     client_id: str
@@ -77,6 +80,7 @@ class OpenRequest:
     events: list[TimelineEvent] = field(default_factory=list)
     prompt_tokens: tuple[TokenInfo, ...] = ()
     num_cached_tokens: int = 0
+    num_resumed: int = 0
     first_token_s: float | None = None
     error: ServingError | None = None
 
@@ -103,6 +107,8 @@ class OpenRequest:
     def take(self, new: NewTokens, texts: TokenTexts) -> list[SampleDelta]:
         """Puts new tokens in their place; returns the deltas that are certain now, in order."""
         sample = self.samples[new.sample_index]
+        if new.position < len(sample.token_ids):
+            return []  # they came before
         sample.early[new.position] = new
         deltas = []
         while sample.finish_reason is None and len(sample.token_ids) in sample.early:

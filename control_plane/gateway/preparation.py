@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from control_plane.gateway.model_defaults import with_defaults
-from control_plane.gateway.open_requests import PreparedRequest
+from control_plane.gateway.open_requests import OpenSample, PreparedRequest
+from control_plane.gateway.resumption import resumed_samples
 from control_plane.gateway.service import GenerateInput, ModelCard, SamplingInput
 from control_plane.gateway.text.bounded_encoding import TokenLimit
 from control_plane.gateway.text.tokenizer import TextTokenizer
@@ -100,8 +101,16 @@ class RequestPreparer:
         partial = self._sampling(with_defaults(given.sampling, self._card.sampling))
         prompt = self._prompt(given)
         sampling = self._with_max_tokens(partial, given, len(prompt))
+        continues_text = given.messages is None
+        samples: tuple[OpenSample, ...] = ()
+        if given.resume_after:
+            for sample in given.resume_after:
+                self.check_token_ids(sample.token_ids, "resume_after")
+            texts, stop = self._tokenizer, given.sampling.stop
+            samples = resumed_samples(given.resume_after, sampling, texts, stop, continues_text=continues_text)
+            sampling = replace(sampling, prompt_logprobs=None)  # they came with the first token of all
         request = Request(request_id, prompt, sampling, cache_salt=given.cache_salt)
-        return PreparedRequest(request, given.sampling.stop, timeout_s, continues_text=given.messages is None)
+        return PreparedRequest(request, given.sampling.stop, timeout_s, continues_text, samples)
 
     def check_model(self, model: str | None) -> None:
         """Raises ModelNotFound unless `model` is the one served (None means that one)."""

@@ -28,17 +28,19 @@ from control_plane.gateway.service import ModelCard
 from control_plane.gateway.text.tokenizer import TextTokenizer, load_tokenizer
 from control_plane.metrics import GatewayMetrics
 from control_plane.serving_pools import ServingPools, why_unservable
+from phasewise.core.birth import MemberBirth
 from phasewise.core.clock import MonotonicClock
 from phasewise.core.cluster_member import ClusterMember, End, MemberEvents
 from phasewise.core.collector import freeze_collector
-from phasewise.core.config import ServingConfig
 from phasewise.core.errors import ServingError
 from phasewise.core.handles import ActorHandle, Find, WorkerHandles, answer_of
 from phasewise.core.heartbeat import Description
-from phasewise.core.identity import MemberId
-from phasewise.core.messages import WorkerInfo
+from phasewise.core.messages import WorkerInfo, WorkerOutput
 from phasewise.core.model_source import ModelSource, resolve_model
+from phasewise.core.own_address import own_address
+from phasewise.core.placement import WorkerId
 from phasewise.core.view import GatewayInfo, Member, View, ViewChange, ViewDelta
+from phasewise.delivery.listener import TokenListener
 
 logger = logging.getLogger(__name__)
 
@@ -48,17 +50,13 @@ _LOOK_AGAIN_S = 0.2  # while there are no workers that could serve
 
 
 class GatewayProcess:
-    """One gateway. `service` takes what workers deliver; None before it serves. `end` ends the process."""
+    """One gateway. `service` takes what workers deliver; None before it serves. `end` ends the process.
 
-    def __init__(
-        self,
-        gateway_id: MemberId,
-        config: ServingConfig,
-        control_plane: ActorHandle,
-        placer: Placer,
-        find: Find,
-        end: End,
-    ) -> None:
+    Implements OutputTaker (phasewise/delivery/listener.py).
+    """
+
+    def __init__(self, birth: MemberBirth, control_plane: ActorHandle, placer: Placer, find: Find, end: End) -> None:
+        config, gateway_id = birth.config, birth.member_id
         self.service: InferenceGateway | None = None
         self._gateway_id = gateway_id
         self._config = config
@@ -67,6 +65,8 @@ class GatewayProcess:
         self._end = end
         self._servers = GatewayServers(config.gateway)
         self._workers = WorkerHandles(find)
+        self._tokens = TokenListener(gateway_id, birth.secret, self)
+        self._head = birth.head or "127.0.0.1"
         events = MemberEvents(self._on_change, end)
         self._member = ClusterMember(gateway_id, control_plane, config.health.heartbeat_s, events, _CLOCK)
         self._serving: asyncio.Future[ModelCard] = asyncio.get_running_loop().create_future()
@@ -91,9 +91,10 @@ class GatewayProcess:
         except ServingError as error:
             await self._member.failed(error)
             raise
-        addresses = self._servers.addresses
-        host = socket.gethostname()
-        await self._member.join(GatewayInfo(self._gateway_id, os.getpid(), host, addresses["http"], addresses["grpc"]))
+        addresses, host = self._servers.addresses, socket.gethostname()
+        tokens = await self._tokens.open(own_address(self._head))
+        info = GatewayInfo(self._gateway_id, os.getpid(), host, addresses["http"], addresses["grpc"], tokens)
+        await self._member.join(info)
         freeze_collector()
         self._serving.set_result(card)
         await self._closed.wait()
@@ -104,6 +105,19 @@ class GatewayProcess:
 
     def describe(self) -> Description:
         return self._member.describe(open_attempts=() if self.service is None else self.service.open_attempts())
+
+    # ---- OutputTaker
+
+    def deliver(self, output: WorkerOutput) -> None:
+        """What one step of one worker has for this gateway."""
+        assert self.service is not None, "workers have its requests only"
+        self.service.deliver(output)
+
+    def tokens_lost(self, worker_id: WorkerId) -> None:
+        if self.service is not None:
+            self.service.tokens_lost(worker_id)
+
+    # ---- what it is told
 
     def view_changed(self, delta: ViewDelta) -> None:
         self._member.view_changed(delta)
@@ -120,9 +134,9 @@ class GatewayProcess:
         self.drain(self._config.gateway.drain_s)
 
     async def stop(self) -> None:
-        """Closes both servers and their ports."""
+        """Closes the servers and all ports."""
         self._member.close()
-        await self._servers.close()
+        await self._close_ports()
         self._closed.set()
 
     # ---- inside
@@ -182,6 +196,7 @@ class GatewayProcess:
         for gone in change.gone:
             self.service.worker_lost(gone.member_id)  # its aborts still go out: a silent worker may live
             self._workers.forget(gone.member_id)
+            self._tokens.forget(gone.member_id)
 
     def _meet(self, service: InferenceGateway, member: Member) -> None:
         self._workers.expect(member.member_id)
@@ -195,10 +210,14 @@ class GatewayProcess:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    async def _close_ports(self) -> None:
+        await self._servers.close()
+        await self._tokens.close()
+
     async def _leave(self, timeout_s: float) -> None:
         if self.service is not None:
             await self.service.drain(timeout_s)
-        await self._servers.close()
+        await self._close_ports()
         await self._member.leave()
         self._closed.set()
         self._end("", 0)

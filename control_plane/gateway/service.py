@@ -41,6 +41,15 @@ class SamplingInput:
 
 
 @dataclass(frozen=True, slots=True)
+class SampleSoFar:
+    """One sample of an answer that broke off, as its client has it. `finish_reason`: of a sample that has ended."""
+
+    sample_index: int
+    token_ids: Sequence[int]
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateInput:
     """A request in neither protocol's form. Exactly one of `text`, `token_ids`, `messages` is given.
 
@@ -48,7 +57,8 @@ class GenerateInput:
     `model` may be None (the one model served). `timeout_s` None means the gateway's default. `client` is whose share of
     the open requests it counts to: a network address, or None for nobody's. `claimed` is what `claim_id` gave for
     `request_id`, where several requests share it. `echo`: the answer begins with the prompt, so it may be asked for
-    without output (`max_tokens` 0).
+    without output (`max_tokens` 0). `resume_after`: the samples of which something has come already, where the answer
+    to the same request broke off, here or at another gateway.
     """
 
     text: str | None = None
@@ -62,6 +72,7 @@ class GenerateInput:
     client: str | None = None
     echo: bool = False
     claimed: ClaimedId | None = None
+    resume_after: Sequence[SampleSoFar] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +151,8 @@ class GenerationStream(Protocol):
     def timeline(self) -> tuple[TimelineEvent, ...]: ...
 
     @property
-    def placement(self) -> Placement: ...
+    def placement(self) -> Placement | None:
+        """The newest; None where nothing was left to be run."""
 
     @property
     def is_over(self) -> bool:

@@ -60,8 +60,7 @@ class OpenStream:
         return tuple(sorted(self.record.events, key=lambda event: event.at_unix_s))
 
     @property
-    def placement(self) -> Placement:
-        assert self.record.placement is not None
+    def placement(self) -> Placement | None:
         return self.record.placement
 
     @property

@@ -24,7 +24,8 @@ class MemberBirth:
         num_threads: of a worker, on each of its ranks. None: the cores of its host, shared out.
         num_sharing: processes that share the cores of a host.
         log_collector: the path of a socket that takes its log.
-        secret: known to the workers of this cluster alone: links are opened only to those who know it.
+        secret: known to the processes of this cluster alone: links and connections for tokens are opened only to those
+            who know it.
         head: an address of the cluster: others reach this member at the address from which its host reaches that one.
             "": on this host only.
     """

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from phasewise.core.clock import Clock, MonotonicClock
 from phasewise.core.errors import ServingError
 from phasewise.core.identity import MemberId
-from phasewise.core.messages import WorkerMessage, WorkerOutput
+from phasewise.core.messages import WorkerMessage
 from phasewise.core.placement import WorkerId
 from phasewise.core.recent import RecentNames
 
@@ -139,24 +139,6 @@ class WorkerHandles(Directory):
 
     def send(self, worker_id: WorkerId, message: WorkerMessage) -> None:
         self.call(worker_id, lambda handle: handle.post.remote(message))
-
-
-class GatewayHandles(Directory):
-    """GatewayPort (ports.py) over the handles of gateway actors."""
-
-    def deliver(self, gateway_id: MemberId, output: WorkerOutput) -> None:
-        self.call(gateway_id, lambda handle: handle.deliver.remote(output))
-
-    async def settle(self, timeout_s: float) -> None:
-        """Returns when the gateways have taken what was delivered before: a last, empty output comes behind it.
-
-        One that does not answer within `timeout_s` is not waited for.
-        """
-        handles = self.known()
-        await asyncio.gather(
-            *(answer_of(handle.deliver.remote(WorkerOutput("")), timeout_s) for handle in handles),
-            return_exceptions=True,
-        )
 
 
 async def as_value(answer: Awaitable[_T]) -> _T | ServingError:

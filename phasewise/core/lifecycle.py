@@ -40,7 +40,8 @@ _ENDS = frozenset({_S.FINISHED, _S.FAILED, _S.CANCELLED})
 _BROKEN = frozenset({_S.FAILED, _S.CANCELLED, _S.RECOVERING})
 
 TRANSITIONS: dict[RequestStatus, frozenset[RequestStatus]] = {
-    _S.RECEIVED: frozenset({_S.PLACED, _S.FAILED, _S.CANCELLED}),
+    # FINISHED: the answer broke off behind its last token, and nothing is left to be run.
+    _S.RECEIVED: frozenset({_S.PLACED, _S.FINISHED, _S.FAILED, _S.CANCELLED}),
     _S.PLACED: frozenset({_S.WAITING, _S.FINISHED}) | _BROKEN,
     _S.WAITING: frozenset({_S.RESERVING, _S.PREFILLING}) | _BROKEN,
     _S.RESERVING: frozenset({_S.PREFILLING, _S.WAITING}) | _BROKEN,

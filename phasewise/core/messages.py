@@ -16,7 +16,7 @@ All are frozen, hold no tensors, and can be pickled. Times that cross a process 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.lifecycle import Stage
@@ -213,36 +213,6 @@ class WorkerOutput:
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     events: tuple[TimelineEvent, ...] = ()
     failures: tuple[RequestFailed, ...] = ()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles chunks as plain tuples: with an object for every token, a step of 512 sequences would cost the step
-        loop milliseconds."""
-        chunks = [
-            (c.request_id, c.sample_index, c.position, [_plain_token(t) for t in c.tokens], c.finish_reason)
-            for c in self.chunks
-        ]
-        return _restore_output, (self.worker_id, chunks, self.prompt_logprobs, self.events, self.failures)
-
-
-def _plain_token(token: SampledToken) -> int | tuple[int, float | None, tuple[tuple[int, float], ...]]:
-    """A token as a number where it has no log-probabilities."""
-    if token.logprob is None and not token.top_logprobs:
-        return token.token_id
-    return token.token_id, token.logprob, token.top_logprobs
-
-
-def _restore_output(worker_id: WorkerId, chunks: list[tuple[Any, ...]], *rest: Any) -> WorkerOutput:
-    restored = [
-        NewTokens(
-            request_id,
-            sample_index,
-            position,
-            tuple([SampledToken(t) if isinstance(t, int) else SampledToken(*t) for t in tokens]),
-            finish_reason,
-        )
-        for request_id, sample_index, position, tokens, finish_reason in chunks
-    ]
-    return WorkerOutput(worker_id, tuple(restored), *rest)
 
 
 # ---- between workers and the control plane

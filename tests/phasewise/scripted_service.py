@@ -1,6 +1,7 @@
 """An InferenceService in one process: a model whose tokens are bytes and whose output is its prompt, reversed.
 
-A test may script the next attempts (`Attempt`): refuse, fail after some tokens, or go silent. Every stream records what
+A request that goes on gets what is left of its output. A test may script the next attempts (`Attempt`): refuse, fail
+after some tokens, or go silent. Every stream records what
 the server did with it; `closed` is a threading.Event, so that any thread can wait for it.
 """
 
@@ -101,12 +102,16 @@ class ScriptedStream(GeneratedStream):
         num_samples = sampling.n or 1
         num_tokens = sampling.max_tokens or 8
         output = (self.prompt_token_ids[::-1] * num_tokens)[:num_tokens]
+        had = {sample.sample_index: list(sample.token_ids) for sample in self.request.resume_after}
+        for index, token_ids in had.items():
+            assert token_ids == list(output[: len(token_ids)]), f"sample {index} goes on after what it never had"
         for position, token_id in enumerate(output):
             if self._attempt is not None and position == self._attempt.num_tokens:
                 await self._misbehave(self._attempt)
             for index in range(num_samples):
                 self._num_output += 1
-                yield self._delta(index, token_id, is_last=position == num_tokens - 1)
+                if position >= len(had.get(index, ())):
+                    yield self._delta(index, token_id, is_last=position == num_tokens - 1)
 
     def _delta(self, index: int, token_id: int, *, is_last: bool) -> SampleDelta:
         num_top = self.request.sampling.logprobs
@@ -153,6 +158,10 @@ class ScriptedService:
     def script(self, *attempts: Attempt | None) -> None:
         """What the next requests meet; None is an attempt that goes well, as all do after these."""
         self._script.extend(attempts)
+
+    def forget_script(self) -> None:
+        """All goes well from now on."""
+        self._script.clear()
 
     def claim_id(self, request_id: str) -> ClaimedId:
         return RequestIds().claim(request_id)  # gRPC has no requests that share one

@@ -167,6 +167,13 @@ async def test_a_request_that_an_earlier_attempt_left_open_is_waited_for(
     assert (await aio_client.generate("abc", max_tokens=1)).text == "c"
 
 
+async def test_a_stream_goes_on_when_its_gateway_is_away(aio_client: AsyncClient, service: ScriptedService) -> None:
+    service.script(Attempt(Unavailable("the server is shutting down"), num_tokens=1))
+    stream = aio_client.stream("abcd", max_tokens=4)
+    assert "".join([delta.text async for delta in stream]) == "dcba" == stream.completion().text
+    assert [len(request.resume_after) for request in service.requests] == [0, 1]
+
+
 async def test_failover(aio_target: str) -> None:
     server, port = await start_grpc_server(ScriptedService(), "127.0.0.1:0", max_message_bytes=1 << 20)
     await server.stop(None)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 
 import grpc
@@ -99,6 +101,7 @@ def test_every_option_reaches_the_service(client: Client, service: ScriptedServi
 def test_what_is_not_given_stays_absent(client: Client, service: ScriptedService) -> None:
     client.generate("ab", max_tokens=None, timeout_s=None)
     (request,) = service.requests
+    assert request.sampling.seed is not None, "an answer must be able to go on elsewhere"
     assert request.sampling.max_tokens is None and request.sampling.logit_bias is None
     assert request.timeout_s is None and request.model is None
     assert request.request_id is not None, "a retry must be recognisable"
@@ -274,12 +277,14 @@ def test_the_deadline_reaches_the_server_and_ends_the_request(client: Client, se
 def test_a_safe_error_is_retried_with_the_same_request_id(client: Client, service: ScriptedService) -> None:
     service.script(Attempt(Overloaded("full"), refuse=True), Attempt(WorkerLost("gone"), num_tokens=2))
     completion = client.generate("abc", max_tokens=3)
-    assert completion.text == "cba", "what a failed attempt brought is forgotten"
+    assert completion.text == "cba" and completion.token_ids == (99, 98, 97)
     assert len(service.requests) == 3
+    (so_far,) = service.requests[-1].resume_after
+    assert list(so_far.token_ids) == [99, 98], "the failed attempt brought them"
     assert {request.request_id for request in service.requests} == {completion.request_id}
 
 
-def test_a_stream_is_retried_before_its_first_token_only(client: Client, service: ScriptedService) -> None:
+def test_a_stream_that_its_gateway_has_given_up_is_not_tried_again(client: Client, service: ScriptedService) -> None:
     service.script(Attempt(Unavailable("starting"), refuse=True), Attempt(WorkerLost("gone"), num_tokens=1))
     stream = client.stream("abc")
     assert next(stream).text == "c"
@@ -312,31 +317,78 @@ def test_a_hint_beyond_the_deadline_ends_the_call_at_once(client: Client, servic
     assert caught.value.retry_after_s == 3600 and len(service.requests) == 1
 
 
-def test_failover_to_the_next_target_and_staying_there(serving: Serving, service: ScriptedService) -> None:
+def test_failover_to_another_target(serving: Serving) -> None:
     with serve_in_thread(ScriptedService()) as other:
         dead = other.target
-    with Client([dead, serving.target], max_retries=1) as client:
-        assert client.generate("ab", max_tokens=2).text == "ba"
-        assert client.model().name == "bytes"
+    with Client(f"{dead}, {serving.target}", max_retries=1) as client:
+        for _ in range(4):
+            assert client.generate("ab", max_tokens=2).text == "ba"
+            assert client.model().name == "bytes"
     with Client(dead, max_retries=0) as client, pytest.raises(Unavailable, match=dead):
         client.model()
 
 
-def test_a_dead_gateway_is_survived_by_a_whole_generation(service: ScriptedService, serving: Serving) -> None:
-    first_service = ScriptedService()
-    first_service.script(Attempt(num_tokens=2))
+def test_calls_are_spread_over_all_targets(serving: Serving, service: ScriptedService) -> None:
+    other_service = ScriptedService()
+    with serve_in_thread(other_service) as other, Client([serving.target, other.target]) as client:
+        for _ in range(8):
+            client.generate("ab", max_tokens=1)
+    assert len(service.requests) == len(other_service.requests) == 4
+
+
+@contextmanager
+def two_gateways(*attempts: Attempt) -> Iterator[tuple[Client, Callable[[], tuple[ScriptedService, ScriptedService]]]]:
+    """A client of two gateways, and a function that waits until one of them has accepted the client's request and is
+    silent, stops that one, and returns both services, that one first. `attempts` are what becomes of the request there,
+    and of the next ones at the other."""
+    services = [ScriptedService(num_deltas_at_once=1) for _ in range(2)]
+    services[1].accepted = services[0].accepted
+    for service in services:
+        service.script(attempts[0])
     with (
-        serve_in_thread(first_service) as first,
-        Client([first.target, serving.target]) as client,
-        ThreadPoolExecutor(1) as pool,
+        serve_in_thread(services[0]) as one,
+        serve_in_thread(services[1]) as two,
+        Client([one.target, two.target]) as client,
     ):
+
+        def stop_gateway() -> tuple[ScriptedService, ScriptedService]:
+            assert services[0].accepted.acquire(timeout=WAIT_S)
+            dying = 0 if services[0].streams else 1
+            other = services[1 - dying]
+            other.forget_script()
+            other.script(*attempts[1:])
+            assert services[dying].last.silent.wait(WAIT_S)
+            (one, two)[dying].stop()
+            return services[dying], other
+
+        yield client, stop_gateway
+
+
+def test_a_dead_gateway_is_survived_by_a_whole_generation() -> None:
+    with two_gateways(Attempt(num_tokens=2)) as (client, stop_gateway), ThreadPoolExecutor(1) as pool:
         future = pool.submit(client.generate, "abc", max_tokens=4)
-        assert first_service.accepted.acquire(timeout=WAIT_S)
-        assert first_service.last.silent.wait(WAIT_S)
-        first.stop()
+        dead, other = stop_gateway()
         assert future.result(WAIT_S).text == "cbac"
-    assert first_service.last.closed.is_set()
-    assert service.requests[0].request_id == first_service.requests[0].request_id
+    assert dead.last.closed.is_set()
+    assert other.requests[0].request_id == dead.requests[0].request_id
+
+
+def test_a_stream_goes_on_when_its_gateway_dies() -> None:
+    busy = Attempt(Overloaded("full"), refuse=True)
+    with two_gateways(Attempt(num_tokens=3), busy) as (client, stop_gateway):
+        stream = client.stream("abcdefg", n=2, max_tokens=7, logprobs=0, prompt_logprobs=0)
+        deltas = [next(stream) for _ in range(6)]
+        dead, other = stop_gateway()
+        deltas += stream
+        completion = stream.completion()
+    for index in range(2):
+        ids = [token_id for delta in deltas if delta.sample_index == index for token_id in delta.token_ids]
+        assert bytes(ids).decode() == "gfedcba" == completion.samples[index].text
+        assert len(completion.samples[index].tokens) == 7, "log-probabilities, too"
+    assert len(completion.prompt_tokens) == 7 and completion.usage.num_output_tokens == 14
+    before, (_, after) = dead.requests[0], other.requests
+    assert before.request_id == after.request_id and before.sampling.seed == after.sampling.seed is not None
+    assert [(s.sample_index, len(s.token_ids)) for s in after.resume_after] == [(0, 3), (1, 3)]
 
 
 def test_many_threads_share_a_client(client: Client) -> None:

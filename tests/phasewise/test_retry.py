@@ -7,8 +7,9 @@ import random
 import pytest
 
 from phasewise.core.clock import ManualClock
-from phasewise.core.errors import DuplicateRequest, InternalError, InvalidRequest, Overloaded, Unavailable
+from phasewise.core.errors import DuplicateRequest, InternalError, InvalidRequest, Overloaded, Unavailable, WorkerLost
 from phasewise.retry import Attempts, RetryPolicy
+from phasewise.targets import Targets
 
 
 def attempts(
@@ -16,8 +17,7 @@ def attempts(
 ) -> Attempts:
     return Attempts(
         RetryPolicy(max_retries=max_retries, backoff_s=1.0, max_backoff_s=4.0),
-        num_targets=num_targets,
-        first_target=0,
+        Targets(num_targets, clock),
         timeout_s=timeout_s,
         clock=clock,
         rng=random.Random(1),
@@ -61,8 +61,27 @@ def test_the_deadline_bounds_all_attempts_together() -> None:
     assert tried.time_left_s() == 0.0
 
 
+def test_an_answer_that_was_begun_goes_on_only_where_its_gateway_is_away() -> None:
+    assert attempts(ManualClock()).next_delay_s(WorkerLost("x"), delivered=True) is None
+    tried = attempts(ManualClock(), num_targets=2)
+    assert tried.next_delay_s(Unavailable("x"), delivered=True) == 0.0
+    assert tried.next_delay_s(Overloaded("the other is full"), delivered=True) is not None
+
+
+def test_each_gateway_that_brings_something_may_be_followed_by_as_many_attempts() -> None:
+    tried = attempts(ManualClock(), num_targets=2, max_retries=1)
+    for _ in range(5):
+        tried.answered()
+        assert tried.next_delay_s(Unavailable("x"), delivered=True) == 0.0
+    assert tried.next_delay_s(Unavailable("x"), delivered=True) is None, "that one brought nothing"
+    tried = attempts(ManualClock(), max_retries=1)
+    tried.answered()
+    assert tried.next_delay_s(WorkerLost("x"), delivered=False) is not None
+    tried.answered()
+    assert tried.next_delay_s(WorkerLost("x"), delivered=False) is None, "it may be what kills workers"
+
+
 def test_what_is_never_tried_again() -> None:
-    assert attempts(ManualClock()).next_delay_s(Unavailable("x"), delivered=True) is None
     assert attempts(ManualClock()).next_delay_s(InternalError("x"), delivered=False) is None
     assert attempts(ManualClock()).next_delay_s(DuplicateRequest("x"), delivered=False) is None
     assert attempts(ManualClock(), max_retries=0).next_delay_s(Unavailable("x"), delivered=False) is None

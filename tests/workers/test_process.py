@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from phasewise.core.messages import PrefillTask, WorkerLoad, WorkerOutput
 from phasewise.core.placement import Placement
 from phasewise.core.request import Request, SamplingParams
 from phasewise.core.view import Gone, Member, MemberState, View, next_view
+from phasewise.delivery.listener import TokenListener
 from tests.support.members import gateway_info
 from tests.support.tiny_model import save_tiny_model
 from workers.process import WorkerProcess
@@ -71,6 +73,16 @@ class Queue:
         return value
 
 
+class Gateway:
+    """Where a worker's tokens arrive."""
+
+    def __init__(self, outputs: Queue) -> None:
+        self.deliver = outputs.put
+
+    def tokens_lost(self, worker_id: str) -> None:
+        raise AssertionError("nothing is lost")
+
+
 class Cluster:
     """A mixed worker with a tiny model, alone with a gateway. `said` has what the control plane hears, `outputs` what
     the gateway gets."""
@@ -86,20 +98,19 @@ class Cluster:
         settings = worker_settings(build_config(sections, source="test"), "cpu", None)[0]
         self.said, self.outputs = Queue(), Queue()
         self.loads: list[WorkerLoad] = []
-        self.view, _ = next_view(View(), changed=[Member(GATEWAY, None, MemberState.READY, gateway_info(GATEWAY))])
+        self.listener = TokenListener(GATEWAY, "", Gateway(self.outputs))
+        self.view = View(1)
         self.is_gone = False
         self.ends: list[tuple[str, int]] = []
-        self.is_broken = False
-        gateway = Handle(self._deliver)
         self.process = WorkerProcess(
-            settings, Handle(self._hear), lambda name: gateway, lambda *end: self.ends.append(end)
+            settings, Handle(self._hear), lambda name: None, lambda *end: self.ends.append(end)
         )
         self.life = asyncio.create_task(self.process.run())
 
-    def _deliver(self, name: str, output: WorkerOutput) -> None:
-        if self.is_broken:
-            raise ConnectionError("the gateway cannot be reached")
-        self.outputs.put(output)
+    async def listen(self) -> None:
+        """The gateway is there, before the worker joins."""
+        info = replace(gateway_info(GATEWAY), tokens=await self.listener.open("127.0.0.1"))
+        self.view, _ = next_view(self.view, changed=[Member(GATEWAY, None, MemberState.READY, info)])
 
     def _hear(self, name: str, *values: Any) -> Any:
         self.said.put((name, values))
@@ -132,11 +143,13 @@ async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
     """A worker that has joined; stopped in the end, or its loop's thread would keep the tests from ending."""
     save_tiny_model(tmp_path)
     cluster = Cluster(tmp_path)
+    await cluster.listen()
     (joining,) = await cluster.heard("join")
     assert joining.info.worker_id == "mixed-0"
     yield cluster
     await cluster.process.stop()
     await asyncio.wait([cluster.life])
+    await cluster.listener.close()
 
 
 def task(request_id: str) -> PrefillTask:
@@ -193,7 +206,8 @@ async def test_what_cannot_be_loaded_is_said_and_ends_the_worker(tmp_path: Path)
 
 
 async def test_a_loop_that_breaks_is_an_error_of_who_waits_for_its_end(cluster: Cluster) -> None:
-    cluster.is_broken = True
-    cluster.post("r1")
-    with pytest.raises(ConnectionError, match="cannot be reached"):
+    worker = cluster.process.worker
+    assert worker is not None
+    worker.post(PrefillTask(None, Placement("r", "mixed-0", "mixed-0"), GATEWAY, 1.0))  # type: ignore[arg-type]
+    with pytest.raises(AttributeError):
         await asyncio.wait_for(cluster.life, WAIT_S)

@@ -16,9 +16,10 @@ from phasewise.core.errors import ConfigError
 from phasewise.core.handles import WorkerHandles
 from phasewise.core.kv_spec import KVCacheSpec
 from phasewise.core.messages import KVPart, KVPartAck
+from phasewise.core.own_address import own_address
 from phasewise.core.placement import WorkerRole
 from tests.support.link_node import content, header
-from workers.links import Links, own_address
+from workers.links import Links
 from workers.settings import WorkerSettings
 
 SPEC = KVCacheSpec(2, 2, 8, 16, "float32", "tiny")

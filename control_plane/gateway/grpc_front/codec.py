@@ -16,6 +16,7 @@ from control_plane.gateway.service import (
     GenerationStream,
     ModelCard,
     SampleDelta,
+    SampleSoFar,
     SamplingInput,
     TokenInfo,
 )
@@ -23,7 +24,7 @@ from phasewise.core.errors import InvalidRequest
 from phasewise.core.shown import clipped
 from phasewise.options import SCALAR_SAMPLING
 from phasewise.rpc import phasewise_pb2 as pb
-from phasewise.rpc.codec import FINISH_REASON_TO_PB
+from phasewise.rpc.codec import FINISH_REASON_FROM_PB, FINISH_REASON_TO_PB
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ def decode_generate(request: pb.GenerateRequest) -> GenerateCall:
         model=request.model or None,
         request_id=request.request_id or None,
         cache_salt=request.cache_salt,
+        resume_after=[_decode_sample(sample) for sample in request.resume_after],
     )
     return GenerateCall(given, request.timeline)
 
@@ -74,6 +76,7 @@ def _check_lists(request: pb.GenerateRequest) -> None:
     check_items(len(sampling.stop), "stop")
     check_items(len(sampling.stop_token_ids), "stop_token_ids")
     check_items(len(sampling.logit_bias), "logit_bias", MAX_BIASES)
+    check_items(len(request.resume_after), "resume_after")
 
 
 def refuse_unknown_fields(message: Message, path: str = "") -> None:
@@ -166,10 +169,10 @@ def encode_finished(stream: GenerationStream, *, with_timeline: bool) -> pb.Fini
         )
     )
     if with_timeline:
-        placement = stream.placement
-        finished.placement.prefill_worker = placement.prefill_worker
-        finished.placement.decode_worker = placement.decode_worker
-        finished.placement.attempt = placement.attempt
+        if (placement := stream.placement) is not None:
+            finished.placement.prefill_worker = placement.prefill_worker
+            finished.placement.decode_worker = placement.decode_worker
+            finished.placement.attempt = placement.attempt
         for event in stream.timeline:
             finished.timeline.add(
                 stage=event.stage.value,
@@ -206,6 +209,12 @@ def _decode_sampling(sampling: pb.Sampling) -> SamplingInput:
         stop_token_ids=tuple(sampling.stop_token_ids),
         ignore_eos=sampling.ignore_eos,
     )
+
+
+def _decode_sample(sample: pb.SampleSoFar) -> SampleSoFar:
+    if sample.finish_reason not in FINISH_REASON_FROM_PB:
+        raise InvalidRequest(f"resume_after has finish reason {sample.finish_reason}", field="resume_after")
+    return SampleSoFar(sample.sample_index, array("q", sample.token_ids), FINISH_REASON_FROM_PB[sample.finish_reason])
 
 
 def _encode_token(token: TokenInfo) -> pb.Token:

@@ -89,6 +89,7 @@ def timeline_fields(stream: GenerationStream) -> dict[str, Any]:
             entry["duration_s"] = event.duration_s
         events.append(entry)
     placement = stream.placement
+    assert placement is not None, "no request over HTTP is resumed"
     return {
         "request_id": stream.request_id,
         "prefill_worker": placement.prefill_worker,

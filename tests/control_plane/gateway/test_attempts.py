@@ -257,6 +257,34 @@ def test_a_lost_worker_with_tokens_goes_on_behind_them_under_a_new_id(gateway: G
     gateway.assert_over(record, RequestStatus.FINISHED)
 
 
+def test_lost_messages_of_a_worker_that_lives_are_made_good_by_other_attempts(gateway: Gateway) -> None:
+    record = gateway.open()
+    gateway.say(gateway.place(), 0, "ab")
+    gateway.to_place += gateway.attempts.tokens_lost("elsewhere")
+    assert not gateway.to_place
+    gateway.to_place += gateway.attempts.tokens_lost("d0")
+    assert [worker_id for worker_id, _, _ in gateway.aborts()] == ["p0", "d0"]
+    new = gateway.place()  # the same workers: they live
+    assert gateway.tasks()[-1].prompt_token_ids == (*PROMPT, 97, 98)
+    gateway.say(new, 2, "c", end="length")
+    assert text_of(record) == "abc"
+    gateway.assert_over(record, RequestStatus.FINISHED)
+
+
+def test_tokens_that_come_twice_are_taken_once(gateway: Gateway) -> None:
+    record = gateway.open()
+    attempt = gateway.place()
+    gateway.say(attempt, 1, "b")
+    gateway.say(attempt, 1, "b")
+    gateway.say(attempt, 0, "a")
+    gateway.say(attempt, 0, "a")
+    gateway.say(attempt, 1, "b")
+    assert not record.samples[0].early, "nothing of them is kept"
+    gateway.say(attempt, 2, "c", end="length")
+    assert text_of(record) == "abc"
+    gateway.assert_over(record, RequestStatus.FINISHED)
+
+
 def test_attempts_have_an_end(gateway: Gateway) -> None:
     record = gateway.open()
     for number in range(MAX_ATTEMPTS):

@@ -44,7 +44,7 @@ class ScriptedCluster:
         self.num_tokens = 0
         tokenizer = TextTokenizer(ByteVocabulary(), vocab_size=300, eos_token_ids=(), chat_template=None)
         card = ModelCard("m", 100_000, 300, "float32", 1, (), False)
-        self.placer = RemotePlacer(self)
+        self.placer = RemotePlacer(self, "gateway-0#1")
         self.service = InferenceGateway(
             "gateway-0",
             card,

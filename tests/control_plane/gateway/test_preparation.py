@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from control_plane.gateway.preparation import RequestLimits, RequestPreparer
-from control_plane.gateway.service import GenerateInput, ModelCard, SamplingInput
+from control_plane.gateway.service import GenerateInput, ModelCard, SampleSoFar, SamplingInput
 from control_plane.gateway.text.tokenizer import TextTokenizer
 from phasewise.core.errors import InvalidRequest, ModelNotFound
+from phasewise.core.request import FinishReason
 from phasewise.core.sampling_defaults import SamplingDefaults
 
 
@@ -246,3 +247,38 @@ def test_lists_of_ids_are_refused_by_their_number_before_anyone_looks_at_an_id(p
         preparer.prepare(GenerateInput(token_ids=Many()))
     with pytest.raises(InvalidRequest, match="8000000 ids"):
         preparer.check_detokenize(Many())
+
+
+@pytest.mark.parametrize(
+    ("samples", "match"),
+    [
+        ([SampleSoFar(1, [97])], "names sample 1"),
+        ([SampleSoFar(0, [97]), SampleSoFar(0, [98])], "names sample 0"),
+        ([SampleSoFar(0, [])], "0 tokens"),
+        ([SampleSoFar(0, [97] * 4)], "4 tokens and goes on"),
+        ([SampleSoFar(0, [97] * 5, FinishReason.LENGTH)], "5 tokens"),
+        ([SampleSoFar(0, [97], FinishReason.ABORT)], "aborted"),
+        ([SampleSoFar(0, [-1])], r"resume_after\[0\] is -1"),
+    ],
+)
+def test_an_answer_that_cannot_have_come_is_refused(
+    samples: list[SampleSoFar], match: str, preparer: RequestPreparer
+) -> None:
+    sampling = SamplingInput(max_tokens=4, stop=("lo wo",))
+    with pytest.raises(InvalidRequest, match=match) as caught:
+        preparer.prepare(GenerateInput(token_ids=(1, 2), sampling=sampling, resume_after=samples))
+    assert caught.value.field.startswith("resume_after")
+
+
+def test_an_answer_does_not_go_on_behind_a_stop_string(
+    preparer: RequestPreparer, smollm2_tokenizer: TextTokenizer
+) -> None:
+    so_far = [SampleSoFar(0, smollm2_tokenizer.encode("Hello world"))]
+    for stop, is_taken in (("lo wo", False), ("lo wa", True)):
+        sampling = SamplingInput(max_tokens=8, stop=(stop,))
+        asked = GenerateInput(text="a", sampling=sampling, resume_after=so_far)
+        if is_taken:
+            assert preparer.prepare(asked).samples[0].token_ids == list(so_far[0].token_ids)
+        else:
+            with pytest.raises(InvalidRequest, match="behind a stop string"):
+                preparer.prepare(asked)

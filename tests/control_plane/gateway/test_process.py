@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from control_plane.gateway.process import GatewayProcess
+from phasewise.core.birth import MemberBirth
 from phasewise.core.config import build_config
 from phasewise.core.errors import ConfigError, ServingError
 from phasewise.core.heartbeat import HeartbeatAnswer
@@ -21,9 +22,10 @@ from phasewise.core.messages import NewTokens, PrefillTask, WorkerOutput
 from phasewise.core.placement import Placement, PlaceRequest, WorkerId
 from phasewise.core.request import FinishReason, SampledToken
 from phasewise.core.view import GatewayInfo, Gone, Member, MemberState, View, ViewDelta, next_view
+from phasewise.delivery.sinks import TokenSinks
 from tests.support.members import worker_info
 
-GATEWAY = "gateway-0#1"
+GATEWAY, SECRET = "gateway-0#1", "known to the cluster"
 
 
 class Answer:
@@ -111,9 +113,8 @@ class Running:
 
             return WorkerHandle(take)
 
-        self.process = GatewayProcess(
-            GATEWAY, config, control_plane, control_plane, find, lambda *end: self.ends.append(end)
-        )
+        birth = MemberBirth(GATEWAY, None, config, secret=SECRET)
+        self.process = GatewayProcess(birth, control_plane, control_plane, find, lambda *end: self.ends.append(end))
         self.life = asyncio.create_task(self.process.run())
 
     async def stop(self) -> None:
@@ -182,17 +183,19 @@ async def test_from_the_first_request_to_the_last_port(plane: ControlPlane, mode
         request_id = task.request.request_id
         (attempt,) = running.process.describe().open_attempts
         assert (attempt.placement.request_id, attempt.num_prompt_tokens) == (request_id, 2)
-        assert running.process.service is not None
         tokens = NewTokens(request_id, 0, 0, (SampledToken(97),), FinishReason.LENGTH)
-        running.process.service.deliver(WorkerOutput("decode-0#1", chunks=(tokens,)))
+        sinks = TokenSinks("decode-0#1", SECRET)
+        sinks.connect({GATEWAY: info.tokens})
+        sinks.deliver(GATEWAY, WorkerOutput("decode-0#1", chunks=(tokens,)))
         assert (await asyncio.wait_for(asking, 10)).json()["usage"]["completion_tokens"] == 1
+        await asyncio.to_thread(sinks.close)
         assert plane.finished_ids == [request_id]
         assert running.process.describe().open_attempts == ()
     running.process.drain(5.0)
     await asyncio.wait_for(running.life, 10)
     assert ("left", (GATEWAY,)) in plane.said
     assert running.ends == [("", 0)]
-    assert not is_open(info.http) and not is_open(info.grpc)
+    assert not any(map(is_open, (info.http, info.grpc, info.tokens)))
 
 
 async def test_readiness_follows_the_view(plane: ControlPlane, model: Path) -> None:
