@@ -62,6 +62,13 @@ class ClusterWatch:
         self._thread.join(_WATCH_S + 5.0)
 
     def _run(self) -> None:
+        try:
+            self._look()
+        except Exception:
+            if not self._is_stopping.is_set():  # else Ray was closed under a question: the user did not wait
+                raise
+
+    def _look(self) -> None:
         num_failures = 0
         call = self._control_plane.wait_closed.remote()
         while not self._is_stopping.is_set():

@@ -64,6 +64,7 @@ class RayRuntime:
         """
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+        os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # else a question behind `close` would start another Ray
         if self._config.address == "local":
             os.environ.update(private_ray_environment(self._config, secrets.token_hex(32)))
         else:

@@ -103,7 +103,8 @@ class IncomingHandoffs:
     """All of one worker. Ended ones stay until their owner takes them with `pop_ended`.
 
     `guard` is held for moments in which it changes which handoffs there are, or which parts are being written:
-    `find`, `begin_write` and `end_write` may be called from any thread, all else belongs to one.
+    `find`, `begin_write` and `end_write` may be called from any thread, all else belongs to one. There are more than 20
+    methods: one for each event and for each way in which a handoff ends.
     """
 
     def __init__(self, spec: KVCacheSpec, peers: PeerPort, clock: Clock, guard: AbstractContextManager[object]) -> None:
