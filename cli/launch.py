@@ -100,6 +100,8 @@ class Launcher:
             self._runtime.close()
 
     def _stop_cluster(self, control_plane: ActorHandle, drain_s: float) -> None:
+        if not self._runtime.is_alive():
+            return  # nobody would answer
         try:
             self._runtime.ask(control_plane.stop.remote(drain_s), drain_s + _STOP_S)
         except Exception as error:  # a process that is gone must not keep the others from ending

@@ -18,6 +18,7 @@ from enum import Enum
 from typing import Any
 
 from cli.private_ray import private_ray_environment
+from cli.ray_keeper import RayKeeper
 from phasewise.core.config import RayConfig
 from phasewise.core.errors import ConfigError
 from phasewise.core.handles import ActorHandle, value_of
@@ -162,6 +163,9 @@ class RayRuntime:
     def _start_private(self, options: dict[str, Any]) -> str:
         folder = tempfile.mkdtemp(prefix="pw-")  # short: Unix socket paths end at 107 bytes
         self._exit.callback(shutil.rmtree, folder, ignore_errors=True)
+        self._exit.enter_context(RayKeeper(folder))
+        self._exit.callback(os.environ.update, {"TMPDIR": tempfile.gettempdir()})
+        os.environ["TMPDIR"] = folder  # what a killed process leaves goes with the folder
         collector = self._exit.enter_context(LogCollector(f"{folder}/log"))
         self._exit.callback(self._ray.shutdown)
         self._ray.init(

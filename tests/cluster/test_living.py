@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import phasewise
-from tests.cluster.test_life import is_back, session_processes
+from tests.cluster.test_life import is_back, session_processes, shared_memory
 from tests.support.processes import processes_of
 from tests.support.served import Served, held, served, until
 
@@ -106,3 +106,17 @@ async def test_a_cluster_grows_and_shrinks_under_load(tiny_model: tuple[Path, An
         await asyncio.to_thread(serves, cluster)
         cluster.order("stop")
         assert await asyncio.to_thread(cluster.wait_end) == 0, "\n".join(cluster.lines)
+
+
+@pytest.mark.parametrize("who", ["launcher", "gcs"])
+def test_a_private_cluster_ends_with_its_launcher_and_with_its_gcs(who: str, tiny_model: tuple[Path, Any]) -> None:
+    memory_before = shared_memory()
+    with served(str(tiny_model[0])) as cluster:
+        (gcs,) = [p for p in processes_of(cluster.pid) if "gcs_server" in p.command.split(" ", 1)[0]]
+        os.kill(cluster.pid if who == "launcher" else gcs.pid, signal.SIGKILL)
+        until(lambda: session_processes(cluster.pid) == [], 60.0)
+        until(lambda: cluster.folders() == [], 20.0)
+        assert cluster.wait_end() == (-signal.SIGKILL if who == "launcher" else 1)
+        if who == "gcs":
+            assert cluster.lines[-1].startswith("phasewise: Ray's control process (gcs_server) has ended")
+    assert shared_memory() <= memory_before

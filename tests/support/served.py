@@ -52,7 +52,7 @@ class Served:
 
     def folders(self) -> list[str]:
         """What the cluster's processes have left in the folder for temporary files."""
-        return [str(path) for path in self._temp.iterdir()]
+        return [str(path) for path in self._temp.iterdir()] if self._temp.exists() else []
 
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
