@@ -343,7 +343,7 @@ class Attempts:
             self._ledger.first_token(attempt.attempt_id)
         sample = record.samples[new.sample_index]
         if sample.last_token_s is not None:
-            self._metrics.inter_token(now_s - sample.last_token_s, sum(len(d.token_ids) for d in deltas))
+            self._metrics.inter_token(now_s - sample.last_token_s, sum([len(delta.token_ids) for delta in deltas]))
         sample.last_token_s = now_s
         record.pending += deltas
         self._owner.has_news(record)

@@ -107,10 +107,13 @@ class OpenRequest:
     def take(self, new: NewTokens, texts: TokenTexts) -> list[SampleDelta]:
         """Puts new tokens in their place; returns the deltas that are certain now, in order."""
         sample = self.samples[new.sample_index]
-        if new.position < len(sample.token_ids):
+        position = len(sample.token_ids)
+        if new.position < position:
             return []  # they came before
-        sample.early[new.position] = new
-        deltas = []
+        if new.position > position or sample.finish_reason is not None:
+            sample.early[new.position] = new
+            return []
+        deltas = [self._apply(sample, new, texts)]
         while sample.finish_reason is None and len(sample.token_ids) in sample.early:
             deltas.append(self._apply(sample, sample.early.pop(len(sample.token_ids)), texts))
         return deltas
@@ -124,7 +127,7 @@ class OpenRequest:
             reason = FinishReason.STOP
         elif reason is FinishReason.STOP:
             stop_reason = tokens[-1].token_id
-        ids = tuple(token.token_id for token in tokens)
+        ids = tuple([token.token_id for token in tokens])
         sample.token_ids.extend(ids)
         sample.finish_reason = reason
         has_logprobs = self.request.sampling.logprobs is not None

@@ -93,12 +93,37 @@ class OpenStream:
         self.news.set()
 
 
+class ReaderNews:
+    """An `asyncio.Event` that clears itself, for one task that waits. It is set and waited for at every token."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._is_set = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def set(self) -> None:
+        self._is_set = True
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def wait(self) -> None:
+        """Returns when `set` was called since this last returned."""
+        if not self._is_set:
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        self._is_set = False
+
+
 class StreamReader:
     """Reads the streams of one answer, one or several. `close` must be called in the end."""
 
     def __init__(self) -> None:
         self.streams: list[GenerationStream] = []
-        self._news = asyncio.Event()
+        self._news = ReaderNews()
         self._error: Exception | None = None  # of one stream, while what others have brought goes first
 
     def add(self, stream: GenerationStream) -> None:
@@ -112,7 +137,6 @@ class StreamReader:
         """
         while self._error is None:
             await self._news.wait()
-            self._news.clear()
             new, is_last = [], True
             for number, stream in enumerate(self.streams):
                 try:

@@ -4,7 +4,8 @@
     gateway → worker     Welcome or Refused, then acknowledgements: how many frames it has taken (eight bytes)
 
 The first word of both ends is JSON behind a length: whoever does not know the cluster's secret gets no further. Outputs
-are plain values in Python's `marshal` form: 0.35 µs a token to write and 0.1 to read, where pickle takes 0.6 and 1.4.
+are plain values in Python's `marshal` form. That is as fast as pickling the same values (0.3 µs a token to write, 0.95
+to read), and a frame cannot name a function that reading it would call.
 """
 
 from __future__ import annotations
