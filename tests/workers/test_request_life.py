@@ -180,7 +180,8 @@ def test_no_token_waits_for_its_prompt_to_be_hashed(roles: dict[str, str], monke
 @pytest.mark.parametrize("last", ["commit", "part", "abort"])
 def test_a_worker_without_work_sleeps_until_there_may_be_some(last: str) -> None:
     """That is when a handoff is whole, whatever comes last of it; not at each of its parts."""
-    hours = {"heartbeat_s": 3600.0, "overdue_s": 36_000.0}  # who sleeps for no message does not wake up here
+    # Who sleeps for no message does not wake up here.
+    hours = {"heartbeat_s": 3600.0, "suspect_s": 36_000.0, "overdue_s": 36_000.0}
     box = WorkerBox(PAIR, transfer={"layerwise_threshold_tokens": 1, "layers_per_part": 1}, health=hours)
     prefill, decode = box.workers["prefill-0"], box.workers["decode-0"]
     box.submit("r", prompt_of(60), "prefill-0", "decode-0", max_tokens=4, time_left_s=7200.0)

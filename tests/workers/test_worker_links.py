@@ -19,6 +19,7 @@ from phasewise.core.messages import KVPart, KVPartAck
 from phasewise.core.own_address import own_address
 from phasewise.core.placement import WorkerRole
 from tests.support.link_node import content, header
+from tests.support.served import until
 from workers.links import Links
 from workers.settings import WorkerSettings
 
@@ -65,7 +66,8 @@ def test_a_pair_hands_over_across_tcp(links: Make) -> None:
     receiver = links(
         WorkerRole.DECODE, post=lambda message, arrived=None: parts.put((message, arrived)), prepare_write=prepare_write
     )
-    assert sender.open({"decode-0": receiver.address}) is None
+    sender.want("decode-0", receiver.address)
+    until(lambda: sender.link.name("decode-0") == "tcp", 10.0)
     buffer = sender.link.buffer("decode-0", 4096)
     assert buffer is not None and not sender.link.uses_store
     buffer.copy_(content(3, 4096))
@@ -78,10 +80,14 @@ def test_a_pair_hands_over_across_tcp(links: Make) -> None:
     assert sender.link.bytes_per_s("decode-0") > 0
 
 
-@pytest.mark.parametrize(("link", "role"), [("object_store", WorkerRole.PREFILL), ("tcp", WorkerRole.MIXED)])
-def test_without_direct_links_there_is_no_address(links: Make, link: str, role: WorkerRole) -> None:
-    made = links(role, link)
+def test_without_direct_links_there_is_no_address(links: Make) -> None:
+    made = links(WorkerRole.PREFILL, "object_store")
     assert made.address == "" and not isinstance(made.link, RoutedLink)
+
+
+@pytest.mark.parametrize("role", [WorkerRole.PREFILL, WorkerRole.DECODE, WorkerRole.MIXED])
+def test_a_worker_of_any_role_can_be_reached_for_its_role_may_change(links: Make, role: WorkerRole) -> None:
+    assert links(role).address.startswith("127.0.0.1:")
 
 
 def test_a_worker_listens_where_its_road_to_the_cluster_begins(links: Make) -> None:
@@ -103,10 +109,21 @@ def test_a_link_that_the_device_cannot_have_is_refused(links: Make, link: str, d
     assert failure.value.field == "transfer.link"
 
 
-def test_a_link_that_does_not_open_is_an_error_where_it_was_asked_for(links: Make) -> None:
+def test_where_a_link_does_not_open_the_object_store_carries_and_the_log_says_why(
+    links: Make, caplog: pytest.LogCaptureFixture
+) -> None:
     sender, receiver = links(WorkerRole.PREFILL), links(WorkerRole.DECODE)
     receiver.agree_on(KVCacheSpec(3, 2, 8, 16, "float32", "tiny"))
-    error = sender.open({"decode-0": receiver.address})
-    assert isinstance(error, ConfigError)
-    assert "transfer.link: no link from prefill-0 to decode-0" in str(error)
-    assert "KV layout '2 layers" in str(error)
+    sender.want("decode-0", receiver.address)
+    until(lambda: "no link from prefill-0 to decode-0" in caplog.text, 10.0)
+    assert "KV layout '2 layers" in caplog.text and "the object store carries meanwhile" in caplog.text
+    assert sender.link.name("decode-0") != "tcp"
+
+
+def test_a_link_that_did_not_open_is_tried_again_until_it_does(links: Make, caplog: pytest.LogCaptureFixture) -> None:
+    sender, receiver = links(WorkerRole.PREFILL), links(WorkerRole.DECODE)
+    receiver.agree_on(KVCacheSpec(3, 2, 8, 16, "float32", "tiny"))
+    sender.want("decode-0", receiver.address)
+    until(lambda: "no link from prefill-0 to decode-0" in caplog.text, 10.0)
+    receiver.agree_on(SPEC)
+    until(lambda: sender.link.name("decode-0") == "tcp", 10.0)
