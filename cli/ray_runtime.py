@@ -143,7 +143,9 @@ class RayRuntime:
         return Outcome.ANSWERED
 
     def is_alive(self) -> bool:
-        """Whether Ray's own control process takes connections."""
+        """Whether Ray's own control process takes connections. False before `start` and after `close`."""
+        if self._ray is None or not self._ray.is_initialized():
+            return False
         host, _, port = self._ray.get_runtime_context().gcs_address.rpartition(":")
         try:
             socket.create_connection((host, int(port)), timeout=5.0).close()

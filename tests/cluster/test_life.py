@@ -66,7 +66,7 @@ def test_an_impatient_user_leaves_nothing_behind_either(tiny_model: tuple[Path, 
             until(lambda: any("stopping" in line for line in cluster.lines), 10.0)
             for _ in range(4):  # the first of these asks for an end at once, the others come while it is being made
                 cluster.signal(signal.SIGINT)
-            assert cluster.wait_end() == 130
+            assert cluster.wait_end() == 130, "\n".join(cluster.lines)
             with pytest.raises(phasewise.ServingError):
                 list(stream)
         assert session_processes(cluster.pid) == []
