@@ -80,6 +80,8 @@ def memory_before(config: str) -> set[str]:
 @pytest.fixture(scope="module")
 def linked(tiny_model: tuple[Path, Any], config: str, memory_before: set[str]) -> Iterator[Served]:
     with served(str(tiny_model[0]), "--config", config, "--prefill", "1", "--decode", "2") as cluster:
+        # Links open beside the first requests, which the object store carries.
+        until(lambda: [pair["link"] for pair in cluster.get("/links")["pairs"]] == ["tcp", "tcp"], 30.0)
         yield cluster
 
 

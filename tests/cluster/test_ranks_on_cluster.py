@@ -56,6 +56,5 @@ def test_tokens_a_lost_rank_and_an_orderly_end(tiny_model: tuple[Path, Any], tmp
         result = client.generate(token_ids=prompt, max_tokens=24, temperature=0.0, ignore_eos=True)
         assert list(result.token_ids) == expected, "the other worker serves on"
     assert not any("of mixed-1#1 ended" in line for line in cluster.lines)
-    for pid in (*pids, *ranks[0], *ranks[1]):
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+    all_pids = (*pids, *ranks[0], *ranks[1])
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in all_pids), 5.0)  # reaped, too
