@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -74,6 +75,7 @@ def write_config(folder: Path, arguments: argparse.Namespace) -> Path:
         "cache": {"kv_cache_gib": arguments.kv_cache_gib, "prefix_caching": False},
         "scheduler": {"token_budget": arguments.token_budget, "max_running": 512},
         "gateway": {"http": "127.0.0.1:0", "grpc": "127.0.0.1:0"},
+        "admin": {"http": "127.0.0.1:0"},
     }
     file.write_text(json.dumps(values))
     return file
@@ -98,6 +100,14 @@ def run_engine_alone(config: Path, arguments: argparse.Namespace) -> dict[str, A
     return measured
 
 
+def addresses_in(line: str) -> tuple[str, str, str]:
+    """The addresses for HTTP, gRPC and the admin API in the line that says that a cluster serves."""
+    found = re.search(r" at http://(\S+) and grpc (\S+) \(admin (\S+)\)", line)
+    assert found is not None, line
+    http, grpc, admin = found.groups()
+    return http, grpc, admin
+
+
 class Cluster:
     """A `phasewise serve` process and all that it has started. Leaving it stops them."""
 
@@ -109,7 +119,7 @@ class Cluster:
         line = next((line for line in self._process.stdout if " and grpc " in line), None)
         if line is None:
             sys.exit("the cluster did not start; its log is above")
-        self.http, self.grpc = line.strip().rpartition(" at http://")[2].split(" and grpc ")
+        self.http, self.grpc, self.admin = addresses_in(line)
 
     def __enter__(self) -> Cluster:
         return self

@@ -26,6 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import phasewise
+from benchmarks.cluster import addresses_in
 
 PHASEWISE = str(Path(sys.executable).parent / "phasewise")
 CLUSTERS = {
@@ -50,13 +51,13 @@ class Cluster:
         config = folder / f"cluster-{shape['mixed']}.yaml"
         pools = {name: {"workers": count, "threads": threads} for name, count in shape.items()}
         gateway = {"http": "127.0.0.1:0", "grpc": "127.0.0.1:0"}
-        config.write_text(json.dumps({"pools": pools, "gateway": gateway}))
+        config.write_text(json.dumps({"pools": pools, "gateway": gateway, "admin": {"http": "127.0.0.1:0"}}))
         self._process = subprocess.Popen(
             [PHASEWISE, "serve", "--config", str(config)], stdout=subprocess.PIPE, stderr=sys.stderr, text=True
         )
         assert self._process.stdout is not None
         line = next(line for line in self._process.stdout if " and grpc " in line)
-        self.client = phasewise.Client(line.split(" and grpc ")[1].strip(), timeout_s=300)
+        self.client = phasewise.Client(addresses_in(line)[1], timeout_s=300)
 
     def stop(self) -> None:
         self.client.close()

@@ -62,6 +62,7 @@ def cluster_config(
         "pools": {pool: {"workers": count} for pool, count in pools.items()},
         "cache": {"kv_cache_gib": kv_cache_gib, "prefix_caching": False},
         "gateway": {"http": "127.0.0.1:0", "grpc": "127.0.0.1:0"},
+        "admin": {"http": "127.0.0.1:0"},
         "transfer": {"link": "nccl" if local_device() == "cuda" else "tcp"},
     }
     file.write_text(json.dumps(values))
