@@ -3,7 +3,7 @@
 Starts both clusters as a user would, with the same number of threads per worker, and asks them in turn for the same
 requests (fresh random prompts, so no prefix is cached). Says where the time goes from the requests' own timelines.
 
-    python benchmarks/disaggregation_cpu.py --output benchmarks/results/disaggregation-cpu.json
+    python -m benchmarks.disaggregation_cpu --output benchmarks/results/disaggregation-cpu.json
 """
 
 from __future__ import annotations
