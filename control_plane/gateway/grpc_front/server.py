@@ -83,7 +83,7 @@ async def start_grpc_server(
             ("grpc.keepalive_timeout_ms", 10_000),
             ("grpc.http2.max_pings_without_data", 0),
             # The SDK pings as often; without this it would be cut off for doing so.
-            ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
+            ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
         ),
     )
     phasewise_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(service, bodies), server)

@@ -19,6 +19,7 @@ from control_plane.gateway.grpc_front.health import LIVENESS
 from control_plane.gateway.grpc_front.refusals import client_of_call
 from control_plane.gateway.grpc_front.server import SERVICE_NAME, start_grpc_server
 from control_plane.gateway.service import SampleDelta
+from phasewise.connection import CHANNEL_OPTIONS
 from phasewise.core.errors import ConfigError, InvalidRequest, RequestCancelled, WorkerLost
 from phasewise.core.request import FinishReason
 from phasewise.rpc import phasewise_pb2 as pb
@@ -181,6 +182,19 @@ async def test_a_lost_connection_closes_the_stream(service: ScriptedService) -> 
     await call.read()
     await channel.close()
     assert await happened(service.last.closed)
+    await server.stop(None)
+
+
+async def test_a_stream_that_is_silent_for_long_outlives_the_pings_of_its_client(service: ScriptedService) -> None:
+    """A request that waits for a worker to come back is silent for seconds. Three pings too many end a connection."""
+    service.script(Attempt(num_tokens=1))
+    server, port = await start_grpc_server(service, "127.0.0.1:0", max_message_bytes=1 << 20)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=CHANNEL_OPTIONS) as channel:
+        call = InferenceStub(channel).Generate(generate())
+        await call.read()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(9.0):
+                await call.read()
     await server.stop(None)
 
 
